@@ -1,0 +1,101 @@
+"""The one error that users see, and the exit codes it ends with.
+
+Everything that a user can mend is raised as a ``NemotronError``: what went wrong, where, why, and
+the command or edit that mends it. The command line and a step's entry point print it without a
+traceback and exit with its code. This module imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+
+class ExitCode(IntEnum):
+    """Exit codes of ``nemotron`` and of every step; the table in ``docs/reference`` is this one."""
+
+    OK = 0
+    FAILED = 1  # it ran and failed
+    USAGE = 2  # usage or config: nothing was started
+    PREFLIGHT = 3  # a check before the start failed: nothing was started
+    DATA = 4  # bad data: inputs that contradict each other or are damaged
+    NUMERIC = 5  # a loss or gradient that is not finite
+    IO = 6  # could not read or write
+    LOCKED = 7  # another run writes to the same output
+    RANK_DIED = 8  # a rank of the job died
+    SUBMISSION = 9  # the scheduler or service refused the job
+    PREEMPTED = 75  # stopped from outside, saved, resumable
+    INTERRUPTED = 130  # Ctrl-C
+
+
+class NemotronError(Exception):
+    """An error that a user can mend.
+
+    Args:
+        code: Stable name of the error, snake case, such as ``unknown_key``.
+        problem: One line: what is wrong, with the value got and the value wanted.
+        where: File and line, key, argument or rank.
+        why: The cause, where it is not obvious from the problem.
+        fix: The command or edit that mends it.
+        exit_code: What the process exits with.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        problem: str,
+        *,
+        where: str = "",
+        why: str = "",
+        fix: str = "",
+        exit_code: ExitCode = ExitCode.USAGE,
+    ) -> None:
+        super().__init__(problem)
+        self.code = code
+        self.problem = problem
+        self.where = where
+        self.why = why
+        self.fix = fix
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}]: {self.problem}"]
+        parts = (("where", self.where), ("why", self.why), ("fix", self.fix))
+        lines += [f"  {name}: {text}" for name, text in parts if text]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the error as data, for ``--json`` and for the error file of a job."""
+        return {
+            "code": self.code,
+            "problem": self.problem,
+            "where": self.where,
+            "why": self.why,
+            "fix": self.fix,
+            "exit_code": int(self.exit_code),
+        }
+
+
+class CombinedError(NemotronError):
+    """Errors that were found together, printed one after the other; take the first one's code."""
+
+    def __init__(self, errors: Sequence[NemotronError]) -> None:
+        first = errors[0]
+        super().__init__(
+            first.code, f"{len(errors)} errors", fix=first.fix, exit_code=first.exit_code
+        )
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the errors as data: one's fields for the whole, and each under ``errors``."""
+        return super().to_dict() | {"errors": [error.to_dict() for error in self.errors]}
+
+
+def raise_all(errors: Sequence[NemotronError]) -> None:
+    """Raise what is in ``errors``: nothing, the one error, or all of them as one."""
+    if errors:
+        raise errors[0] if len(errors) == 1 else CombinedError(errors)

@@ -1,0 +1,112 @@
+"""How every step starts and ends: read ``--config``, run, report one error, exit with its code.
+
+The launcher hands a step one file, its resolved config. A step answers with its exit code and, when
+it failed, with the error as JSON in the file that ``NEMOTRON_ERROR_FILE`` names: torchrun turns
+every failure into exit code 1, so the file is how the real code reaches the launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import nemotron
+from nemotron.artifacts import Producer, sha256_json
+from nemotron.config import Schema, load_config
+from nemotron.errors import ExitCode, NemotronError
+
+STEPS_ROOT = Path(__file__).parent
+S = TypeVar("S", bound=Schema)
+
+
+def run_step(
+    step: str,
+    schema: type[S],
+    run: Callable[[S, Producer], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run one step from its command line and return the exit code.
+
+    Args:
+        step: Step id, such as ``peft/megatron_bridge``.
+        schema: Schema of the step's config.
+        run: The step itself; gets the config and what to write as producer into artifacts.
+        argv: Command line without the program; ``sys.argv`` by default.
+    """
+    parser = argparse.ArgumentParser(prog=step, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, help="resolved config of the step")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, schema)
+        digest = sha256_json(config.model_dump(mode="json"))
+        run(config, Producer(step=step, config_sha256=digest, code_version=nemotron.__version__))
+    except NemotronError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+    except Exception as error:
+        return _report(_unexpected(error), details=traceback.format_exc())
+    return int(ExitCode.OK)
+
+
+def step_error(step: str, name: str, problem: str, *, where: str = "") -> NemotronError:
+    """Return the error ``name`` of a step's manifest, with its cause, recovery and exit code.
+
+    Raises:
+        KeyError: The manifest of ``step`` has no ``[[errors]]`` entry of that name.
+    """
+    manifest = tomllib.loads((STEPS_ROOT / step / "step.toml").read_text(encoding="utf-8"))
+    entries = {entry["name"]: entry for entry in manifest["errors"]}
+    entry = entries[name]
+    return NemotronError(
+        name,
+        problem,
+        where=where,
+        why=entry["cause"],
+        fix=entry["recovery"],
+        exit_code=ExitCode(entry["exit_code"]),
+    )
+
+
+def _unexpected(error: Exception) -> NemotronError:
+    return NemotronError(
+        "unexpected",
+        f"{type(error).__name__}: {error}",
+        where=_origin(error),
+        fix="this is a defect of nemotron or of its environment; report it with the lines above",
+        exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
+    )
+
+
+def _origin(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _report(error: NemotronError, details: str = "") -> int:
+    """Print an error once per job: the first rank to fail names it, the others stay silent."""
+    rank = os.environ.get("RANK")
+    record = error.to_dict() | {"rank": int(rank or 0)}
+    if _claim_error_file(json.dumps(record)):
+        prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{details}{prefix}{error}", file=sys.stderr, flush=True)
+    return int(error.exit_code)
+
+
+def _claim_error_file(text: str) -> bool:
+    path = os.environ.get("NEMOTRON_ERROR_FILE")
+    if not path:
+        return True
+    try:
+        with Path(path).open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        return False
+    return True
