@@ -1,0 +1,45 @@
+"""Dropout masks on the LoRA input that do not depend on the parallel layout.
+
+A mask is a function of (seed, iteration, row of the global batch, name of the linear, token,
+feature), never of the ambient generator: every rank draws the mask of the whole feature dimension
+for the rows it holds and takes its own columns. A sharded input thus costs T times the random
+numbers, and the same run at another T, PP or DP drops the same activations.
+
+S tokens of a micro batch, F features, T tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DropoutRows:
+    """What identifies the rows of one micro batch: one key and one token count a row."""
+
+    keys: Sequence[str]
+    num_tokens: Sequence[int]
+
+    def mask(self, x_SF: Tensor, *, name: str, features: int, columns: slice, p: float) -> Tensor:
+        """Return the factors for ``x_SF``: 0 with probability ``p``, else 1 / (1 - p).
+
+        Args:
+            x_SF: The input, [S, F / T] where it is sharded over features; gives dtype and device.
+            name: Name of the linear.
+            features: F, all features of the input.
+            columns: This rank's part of the features.
+            p: Probability of a drop, in [0, 1).
+        """
+        masks = []
+        for key, num_tokens in zip(self.keys, self.num_tokens, strict=True):
+            digest = hashlib.blake2b(f"{key}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator(device=x_SF.device)
+            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+            uniform = torch.rand((num_tokens, features), generator=generator, device=x_SF.device)
+            masks.append(uniform[:, columns] >= p)
+        return torch.cat(masks).to(x_SF.dtype) / (1.0 - p)

@@ -1,0 +1,146 @@
+"""The two ends of the model, split over the vocabulary: embedding, and linear + cross entropy.
+
+Rank r of T owns the contiguous rows [r ceil(V / T), (r + 1) ceil(V / T)) of the table; the last
+shard may be shorter, so a vocabulary need not be divisible by T and nothing is padded.
+
+S tokens, H hidden, V vocabulary, T tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
+
+# Bound on the logits that exist at one time, fp32 elements: 64 MiB.
+_LOGITS_AT_ONCE = 1 << 24
+
+
+def vocabulary_rows(vocab_size: int, group: ProcessGroup) -> slice:
+    """Return the rows of the vocabulary that this rank owns.
+
+    Raises:
+        ValueError: The vocabulary is so small that a rank would own none.
+    """
+    part = _rows_per_rank(vocab_size, group)
+    if (group.size - 1) * part >= vocab_size:
+        size = f"tensor_model_parallel_size {group.size}"
+        raise ValueError(f"vocab_size {vocab_size} leaves a rank without rows at {size}")
+    return slice(group.rank * part, min((group.rank + 1) * part, vocab_size))
+
+
+class VocabParallelEmbedding(nn.Module):
+    """A frozen embedding, split over the vocabulary: token ids [S] -> [S, H], one all-reduce."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, group: ProcessGroup, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.rows = vocabulary_rows(vocab_size, group)
+        self.weight: Tensor
+        shape = (self.rows.stop - self.rows.start, hidden_size)
+        self.register_buffer("weight", torch.empty(shape, dtype=dtype))
+
+    def forward(self, tokens_S: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return self.weight[tokens_S]
+        local_S = tokens_S - self.rows.start
+        mine_S = (local_S >= 0) & (local_S < len(self.weight))
+        out_SH = self.weight.new_zeros(len(tokens_S), self.weight.shape[1])
+        out_SH[mine_S] = self.weight[local_S[mine_S]]
+        return all_reduce(out_SH, self.group)
+
+
+def linear_cross_entropy(
+    x_SH: Tensor, weight_VH: Tensor, labels_S: Tensor, *, vocab_size: int, group: ProcessGroup
+) -> Tensor:
+    """Return the cross entropy of every token, [S] fp32, without ever holding the logits [S, V].
+
+    Args:
+        x_SH: Final hidden states, replicated over the group.
+        weight_VH: This rank's rows of the output layer, frozen.
+        labels_S: Target ids, int64, in [0, vocab_size).
+        vocab_size: V, of all ranks together.
+        group: The tensor-parallel group.
+    """
+    return _LinearCrossEntropy.apply(x_SH, weight_VH, labels_S, vocab_size, group)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross entropy of ``x W^T`` with W split over the vocabulary and frozen.
+
+    Per rank, chunk by chunk of C tokens:
+
+        logits  [C, V / T] = x W^T
+        stats   [T, C, 3]  = all_gather(max, sum exp(logits - max), logit of the label)
+        loss    [C]        = log sum exp over all ranks - logit of the label
+        dx      [C, H]     = (softmax(logits) - onehot) W          partial
+
+    and one all-reduce of dx [S, H] at the end. The gradient is taken in the forward pass, while the
+    chunk's logits exist, for an incoming gradient of one; backward scales it per token. Saved: dx.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SH: Tensor,
+        weight_VH: Tensor,
+        labels_S: Tensor,
+        vocab_size: int,
+        group: ProcessGroup,
+    ) -> Tensor:
+        needs_dx = ctx.needs_input_grad[0]
+        loss_S = x_SH.new_empty(len(x_SH), dtype=torch.promote_types(x_SH.dtype, torch.float32))
+        dx_SH = torch.empty_like(x_SH) if needs_dx else None
+        first_row = vocabulary_rows(vocab_size, group).start
+        # The same on every rank, also where the last shard is shorter: chunks are collectives.
+        chunk_tokens = max(1, _LOGITS_AT_ONCE // _rows_per_rank(vocab_size, group))
+        for start in range(0, len(x_SH), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            logits_CV = (x_SH[chunk] @ weight_VH.T).to(loss_S.dtype)
+            local_C = labels_S[chunk] - first_row
+            loss_S[chunk], log_sum_C = _loss_of_chunk(logits_CV, local_C, group)
+            if dx_SH is not None:
+                dlogits_CV = _softmax_minus_onehot(logits_CV, log_sum_C, local_C)
+                dx_SH[chunk] = dlogits_CV.to(x_SH.dtype) @ weight_VH
+        if dx_SH is not None:
+            ctx.save_for_backward(all_reduce(dx_SH, group))
+        return loss_S
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dx_SH,) = ctx.saved_tensors
+        scaled = dx_SH * grad_outputs[0].unsqueeze(1).to(dx_SH.dtype)
+        return scaled, None, None, None, None
+
+
+def _rows_per_rank(vocab_size: int, group: ProcessGroup) -> int:
+    return -(-vocab_size // group.size)
+
+
+def _loss_of_chunk(
+    logits_CV: Tensor, local_C: Tensor, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Return the loss [C] and the logarithm of the softmax's denominator [C], one all-gather."""
+    max_C = logits_CV.amax(dim=1)
+    sum_C = (logits_CV - max_C.unsqueeze(1)).exp_().sum(dim=1)
+    mine_C = (local_C >= 0) & (local_C < logits_CV.shape[1])
+    index_C = local_C.clamp(0, logits_CV.shape[1] - 1).unsqueeze(1)
+    label_C = logits_CV.gather(1, index_C).squeeze(1) * mine_C
+    stats = all_gather(torch.stack([max_C, sum_C, label_C]), group)
+    max_TC, sum_TC, label_TC = stats.unbind(dim=1)
+    top_C = max_TC.amax(dim=0)
+    log_sum_C = (sum_TC * (max_TC - top_C).exp()).sum(dim=0).log() + top_C
+    return log_sum_C - label_TC.sum(dim=0), log_sum_C
+
+
+def _softmax_minus_onehot(logits_CV: Tensor, log_sum_C: Tensor, local_C: Tensor) -> Tensor:
+    """Turn ``logits_CV`` into its softmax minus the onehot of the label, in place."""
+    dlogits_CV = logits_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
+    mine = ((local_C >= 0) & (local_C < logits_CV.shape[1])).nonzero().squeeze(1)
+    dlogits_CV[mine, local_C[mine]] -= 1.0
+    return dlogits_CV
