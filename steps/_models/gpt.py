@@ -1,0 +1,341 @@
+"""The decoder in plain torch, in Megatron's names: frozen base, LoRA where asked, packed rows.
+
+Activations are [S, H]: the tokens of a micro batch in one dimension, its documents one after the
+other, with ``cu_seqlens`` as their boundaries. Documents never attend to each other, and positions
+restart at each.
+
+S tokens, H hidden, N attention heads, G key/value heads, D head dimension, T tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup
+from nemotron.steps._tensor_parallel.dropout import DropoutRows
+from nemotron.steps._tensor_parallel.linear import (
+    ColumnParallelLinear,
+    LoraSpec,
+    RowParallelLinear,
+)
+from nemotron.steps._tensor_parallel.vocabulary import (
+    VocabParallelEmbedding,
+    linear_cross_entropy,
+)
+
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class LoraTargets:
+    """Which linears get an adapter, by Megatron's names, and its shape."""
+
+    modules: Collection[str]
+    spec: LoraSpec
+
+    def of(self, linear: str) -> LoraSpec | None:
+        """Return the adapter of a linear, None where it is not a target."""
+        return self.spec if linear in self.modules else None
+
+
+class GPTModel(nn.Module):
+    """A Llama-family decoder whose base is frozen.
+
+    Args:
+        config: Shape of the model.
+        lora: Adapters; None for the base alone.
+        group: The tensor-parallel group.
+        dtype: dtype of base weights and activations; the adapters' masters are fp32.
+        recompute: Keep only each layer's input and compute the layer again in the backward pass.
+
+    Raises:
+        ValueError: Heads, groups or features are not divisible by T.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        lora: LoraTargets | None,
+        group: ProcessGroup,
+        dtype: torch.dtype,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.group = group
+        self.recompute = recompute
+        self.word_embeddings = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, group=group, dtype=dtype
+        )
+        self.layers = nn.ModuleList(
+            TransformerLayer(index, config, lora=lora, group=group, dtype=dtype)
+            for index in range(config.num_layers)
+        )
+        self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon, dtype)
+        self.output_layer: Tensor | None
+        tied = config.share_embeddings_and_output_weights
+        shard = None if tied else torch.empty_like(self.word_embeddings.weight)
+        self.register_buffer("output_layer", shard)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer, [V / T, H]; the embedding's where they are tied."""
+        return self.word_embeddings.weight if self.output_layer is None else self.output_layer
+
+    def forward(
+        self, tokens_S: Tensor, cu_seqlens: Sequence[int], dropout: DropoutRows | None = None
+    ) -> Tensor:
+        """Return the final hidden states, [S, H], replicated over the tensor-parallel group.
+
+        Args:
+            tokens_S: Token ids, int64.
+            cu_seqlens: Boundaries of the documents, from 0 to S.
+            dropout: What identifies the rows, while training with LoRA dropout.
+        """
+        rotary = self._rotary(cu_seqlens, tokens_S.device)
+        x_SH = self.word_embeddings(tokens_S)
+        for layer in self.layers:
+            inputs = (x_SH, rotary, cu_seqlens, dropout)
+            # Reentrant checkpointing would lose the gradients of adapters on a frozen base.
+            recompute = self.recompute and torch.is_grad_enabled()
+            x_SH = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+        return self.final_layernorm(x_SH)
+
+    def loss(self, hidden_SH: Tensor, labels_S: Tensor) -> Tensor:
+        """Return the cross entropy of every token given, [S] fp32."""
+        return linear_cross_entropy(
+            hidden_SH,
+            self.output_weight,
+            labels_S,
+            vocab_size=self.config.vocab_size,
+            group=self.group,
+        )
+
+    def logits(self, hidden_SH: Tensor) -> Tensor:
+        """Return this rank's columns of the logits, [S, V / T]."""
+        return hidden_SH @ self.output_weight.T
+
+    def linears(self) -> Iterator[ColumnParallelLinear | RowParallelLinear]:
+        """Yield every parallel linear, layer by layer."""
+        for module in self.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                yield module
+
+    def adapted_linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
+        """Return the linears that carry an adapter."""
+        return [linear for linear in self.linears() if linear.lora is not None]
+
+    def _rotary(self, cu_seqlens: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+        positions_S = torch.cat([torch.arange(length, device=device) for length in lengths])
+        angles = positions_S.float().unsqueeze(1) * rotary_frequencies(self.config).to(device)
+        angles_SD = torch.cat([angles, angles], dim=1)
+        dtype = self.word_embeddings.weight.dtype
+        return angles_SD.cos().to(dtype), angles_SD.sin().to(dtype)
+
+
+class TransformerLayer(nn.Module):
+    """One decoder layer: norm, attention, residual, norm, SwiGLU, residual; [S, H] -> [S, H]."""
+
+    def __init__(
+        self,
+        index: int,
+        config: DecoderConfig,
+        *,
+        lora: LoraTargets | None,
+        group: ProcessGroup,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        hidden, epsilon = config.hidden_size, config.layernorm_epsilon
+        prefix = f"decoder.layers.{index}"
+        self.input_layernorm = RMSNorm(hidden, epsilon, dtype)
+        self.self_attention = SelfAttention(
+            f"{prefix}.self_attention", config, lora=lora, group=group, dtype=dtype
+        )
+        self.pre_mlp_layernorm = RMSNorm(hidden, epsilon, dtype)
+        self.mlp = MLP(f"{prefix}.mlp", config, lora=lora, group=group, dtype=dtype)
+
+    def forward(
+        self,
+        x_SH: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cu_seqlens: Sequence[int],
+        dropout: DropoutRows | None,
+    ) -> Tensor:
+        normed_SH = self.input_layernorm(x_SH)
+        x_SH = x_SH + self.self_attention(normed_SH, rotary, cu_seqlens, dropout)
+        return x_SH + self.mlp(self.pre_mlp_layernorm(x_SH), dropout)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions, heads split over the ranks by KV group.
+
+    linear_qkv's rows are Megatron's: for every KV group its query heads, then its key, its value.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: DecoderConfig,
+        *,
+        lora: LoraTargets | None,
+        group: ProcessGroup,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        if config.num_query_groups % group.size:
+            groups, size = config.num_query_groups, group.size
+            raise ValueError(
+                f"{name}: num_query_groups {groups} is not divisible by "
+                f"tensor_model_parallel_size {size}"
+            )
+        self.head_dim = config.kv_channels
+        self.queries_per_group = config.num_attention_heads // config.num_query_groups
+        attention_features = config.num_attention_heads * config.kv_channels
+        qkv_features = attention_features + 2 * config.num_query_groups * config.kv_channels
+        self.linear_qkv = ColumnParallelLinear(
+            f"{name}.linear_qkv",
+            config.hidden_size,
+            qkv_features,
+            lora=lora and lora.of("linear_qkv"),
+            group=group,
+            dtype=dtype,
+        )
+        self.linear_proj = RowParallelLinear(
+            f"{name}.linear_proj",
+            attention_features,
+            config.hidden_size,
+            lora=lora and lora.of("linear_proj"),
+            group=group,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x_SH: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cu_seqlens: Sequence[int],
+        dropout: DropoutRows | None,
+    ) -> Tensor:
+        heads_per_group = self.queries_per_group + 2
+        qkv = self.linear_qkv(x_SH, dropout).unflatten(1, (-1, heads_per_group, self.head_dim))
+        query, key_SGD, value_SGD = qkv.split([self.queries_per_group, 1, 1], dim=2)
+        query_SND = apply_rotary(query.flatten(1, 2), rotary)
+        key_SGD = apply_rotary(key_SGD.squeeze(2), rotary)
+        out_SND = packed_attention(query_SND, key_SGD, value_SGD.squeeze(2), cu_seqlens)
+        return self.linear_proj(out_SND.flatten(1, 2), dropout)
+
+
+class MLP(nn.Module):
+    """SwiGLU: ``linear_fc2(silu(gate) * up)``, where linear_fc1's rows are [gate ; up]."""
+
+    def __init__(
+        self,
+        name: str,
+        config: DecoderConfig,
+        *,
+        lora: LoraTargets | None,
+        group: ProcessGroup,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        hidden, ffn = config.hidden_size, config.ffn_hidden_size
+        self.linear_fc1 = ColumnParallelLinear(
+            f"{name}.linear_fc1",
+            hidden,
+            2 * ffn,
+            num_segments=2,
+            lora=lora and lora.of("linear_fc1"),
+            group=group,
+            dtype=dtype,
+        )
+        self.linear_fc2 = RowParallelLinear(
+            f"{name}.linear_fc2",
+            ffn,
+            hidden,
+            lora=lora and lora.of("linear_fc2"),
+            group=group,
+            dtype=dtype,
+        )
+
+    def forward(self, x_SH: Tensor, dropout: DropoutRows | None) -> Tensor:
+        gate, up = self.linear_fc1(x_SH, dropout).chunk(2, dim=1)
+        return self.linear_fc2(F.silu(gate) * up, dropout)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a frozen weight, computed in fp32; [S, H] -> [S, H].
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4.
+    """
+
+    def __init__(self, hidden_size: int, epsilon: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight: Tensor
+        self.register_buffer("weight", torch.ones(hidden_size, dtype=dtype))
+
+    def forward(self, x_SH: Tensor) -> Tensor:
+        wide_SH = x_SH.to(torch.promote_types(x_SH.dtype, torch.float32))
+        scale_S1 = torch.rsqrt(wide_SH.square().mean(dim=1, keepdim=True) + self.epsilon)
+        return self.weight * (wide_SH * scale_S1).to(x_SH.dtype)
+
+
+def packed_attention(
+    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
+) -> Tensor:
+    """Return causal attention within each document, [S, N, D].
+
+    One call per document: exact, and on a CPU several times faster than one call with a mask, which
+    also computes what it masks.
+    """
+    outs = []
+    for start, stop in pairwise(cu_seqlens):
+        query, key, value = (
+            heads[start:stop].transpose(0, 1).unsqueeze(0)
+            for heads in (query_SND, key_SGD, value_SGD)
+        )
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        outs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def apply_rotary(heads_SND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the halves of every head by its token's angles; [S, N, D] -> [S, N, D].
+
+    Source: Su et al. 2021 (arXiv:2104.09864), in the split-halves layout of Llama checkpoints.
+    """
+    cos, sin = (table_SD.unsqueeze(1) for table_SD in rotary)
+    first, second = heads_SND.chunk(2, dim=2)
+    return heads_SND * cos + torch.cat([-second, first], dim=2) * sin
+
+
+def rotary_frequencies(config: DecoderConfig) -> Tensor:
+    """Return the angle per position of every pair of features, [D / 2] fp32.
+
+    In fp32 as every peer computes them: a checkpoint was trained with their rounding.
+
+    Llama 3.1's ``rope_scaling`` keeps the high frequencies, divides the low ones by ``factor`` and
+    blends between.
+    """
+    pairs = torch.arange(0, config.kv_channels, 2, dtype=torch.float32)
+    frequencies = 1.0 / config.rotary_base ** (pairs / config.kv_channels)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    original = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = original * frequencies / (2.0 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling["factor"])

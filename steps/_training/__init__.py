@@ -1,0 +1,1 @@
+"""The training loop: batches, gradients in flat buffers, schedule, metrics, saves."""

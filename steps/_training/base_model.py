@@ -1,0 +1,84 @@
+"""The frozen base: each rank reads its own slices of the checkpoint, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.gpt import GPTModel, LoraTargets, TransformerLayer
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup
+from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear
+
+
+class WeightReader(Protocol):
+    """What a base model is read from: whole or sliced tensors by Megatron's names on disk."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Shape of the model."""
+        ...
+
+    def read(
+        self,
+        name: str,
+        *,
+        layer: int | None = None,
+        rows: slice | None = None,
+        columns: slice | None = None,
+    ) -> Tensor:
+        """Return one tensor, or the slice asked for."""
+        ...
+
+
+def load_base_model(
+    reader: WeightReader,
+    *,
+    lora: LoraTargets | None,
+    group: ProcessGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: bool = False,
+) -> GPTModel:
+    """Return the model of a checkpoint on ``device``, this rank's shards loaded, adapters zero.
+
+    Raises:
+        ValueError: A dimension is not divisible by the size of ``group``.
+    """
+    with torch.device(device):
+        model = GPTModel(reader.config, lora=lora, group=group, dtype=dtype, recompute=recompute)
+    rows = model.word_embeddings.rows
+    model.word_embeddings.weight.copy_(reader.read("embedding.word_embeddings.weight", rows=rows))
+    if model.output_layer is not None:
+        model.output_layer.copy_(reader.read("output_layer.weight", rows=rows))
+    model.final_layernorm.weight.copy_(reader.read("decoder.final_layernorm.weight"))
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, TransformerLayer)
+        _load_layer(layer, index, reader)
+    return model
+
+
+def _load_layer(layer: TransformerLayer, index: int, reader: WeightReader) -> None:
+    attention, mlp = layer.self_attention, layer.mlp
+    norms = {
+        "self_attention.linear_qkv.layer_norm_weight": layer.input_layernorm,
+        "mlp.linear_fc1.layer_norm_weight": layer.pre_mlp_layernorm,
+    }
+    for name, norm in norms.items():
+        norm.weight.copy_(reader.read(f"decoder.layers.{name}", layer=index))
+    linears = {
+        "self_attention.linear_qkv": attention.linear_qkv,
+        "self_attention.linear_proj": attention.linear_proj,
+        "mlp.linear_fc1": mlp.linear_fc1,
+        "mlp.linear_fc2": mlp.linear_fc2,
+    }
+    for name, linear in linears.items():
+        on_disk = f"decoder.layers.{name}.weight"
+        if isinstance(linear, ColumnParallelLinear):
+            parts = [reader.read(on_disk, layer=index, rows=rows) for rows in linear.local_rows()]
+            linear.load_weight(torch.cat(parts))
+        else:
+            columns = linear.local_columns()
+            linear.load_weight(reader.read(on_disk, layer=index, columns=columns))

@@ -1,0 +1,188 @@
+"""Packed rows from Parquet to micro batches.
+
+A row is a pack: documents one after the other, ``seq_start_id`` their starts, ``loss_mask`` stored
+shifted, so that ``loss_mask[i]`` says whether the prediction made at token i is trained. A document
+of L stored tokens gives L - 1 predictions: tokens ``ids[s:e-1]``, labels ``ids[s+1:e]``.
+
+Source: the collate contract of Megatron-Bridge's packed Parquet dataset.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from nemotron.steps._tensor_parallel.dropout import DropoutRows
+
+# Row groups kept decoded: a permuted epoch touches them in random order.
+_CACHED_GROUPS = 8
+_COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
+
+
+class BadRowError(ValueError):
+    """A packed row or file breaks the contract; the message says which and how."""
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One pack: ids and shifted mask of all documents, and where each starts."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    seq_start_id: np.ndarray
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of one forward pass, their documents one after the other.
+
+    Attributes:
+        tokens: Token ids, [S] int64.
+        labels: Ids to predict at the supervised tokens only, [K] int64.
+        supervised: Positions of those tokens, [K] int64.
+        cu_seqlens: Boundaries of the documents, from 0 to S.
+        row_tokens: Tokens of each row; their sum is S.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    supervised: Tensor
+    cu_seqlens: tuple[int, ...]
+    row_tokens: tuple[int, ...]
+
+    def dropout_rows(self, keys: Sequence[str]) -> DropoutRows:
+        """Return what identifies the rows, one key each, for layout-independent dropout."""
+        return DropoutRows(keys=keys, num_tokens=self.row_tokens)
+
+
+class PackedSplit:
+    """The rows of one split, read row group by row group.
+
+    Args:
+        directory: Holds the split's ``*.parquet`` shards.
+        vocab_size: Ids must be below it.
+
+    Raises:
+        BadRowError: A shard has no such columns, or is cut short.
+    """
+
+    def __init__(self, directory: Path, *, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._groups: list[tuple[Path, int]] = []
+        self._first_rows = [0]
+        self._cache: OrderedDict[int, list[PackedRow]] = OrderedDict()
+        for path in sorted(directory.glob("*.parquet")):
+            metadata = _open(path).metadata
+            missing = set(_COLUMNS) - set(metadata.schema.to_arrow_schema().names)
+            if missing:
+                raise BadRowError(f"{path} has no column {sorted(missing)[0]}")
+            for group in range(metadata.num_row_groups):
+                self._groups.append((path, group))
+                rows = metadata.row_group(group).num_rows
+                self._first_rows.append(self._first_rows[-1] + rows)
+
+    def __len__(self) -> int:
+        return self._first_rows[-1]
+
+    def __getitem__(self, index: int) -> PackedRow:
+        group = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        return self._read_group(group)[index - self._first_rows[group]]
+
+    def _read_group(self, group: int) -> list[PackedRow]:
+        if group not in self._cache:
+            path, number = self._groups[group]
+            table = _open(path).read_row_group(number, columns=list(_COLUMNS))
+            columns = [_list_values(table.column(name)) for name in _COLUMNS]
+            rows = [PackedRow(*values) for values in zip(*columns, strict=True)]
+            for offset, row in enumerate(rows):
+                _check_row(row, self._vocab_size, f"{path} row {self._first_rows[group] + offset}")
+            self._cache[group] = rows
+        self._cache.move_to_end(group)
+        if len(self._cache) > _CACHED_GROUPS:
+            self._cache.popitem(last=False)
+        return self._cache[group]
+
+
+def global_batch(iteration: int, *, num_rows: int, global_batch_size: int, seed: int) -> list[int]:
+    """Return the row numbers of an iteration's global batch; the same at every layout.
+
+    Rows come in a permutation per epoch, ``torch.randperm(num_rows, seed + epoch)``, of which the
+    incomplete last batch is dropped.
+    """
+    batches_per_epoch = num_rows // global_batch_size
+    epoch, batch = divmod(iteration, batches_per_epoch)
+    generator = torch.Generator().manual_seed(seed + epoch)
+    permutation = torch.randperm(num_rows, generator=generator)
+    return permutation[batch * global_batch_size :][:global_batch_size].tolist()
+
+
+def split_batch(
+    rows: Sequence[int], *, micro_batch_size: int, data_rank: int, data_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield a rank's micro batches as (position in the global batch, row number)."""
+    mine = list(enumerate(rows))[data_rank::data_size]
+    for start in range(0, len(mine), micro_batch_size):
+        yield mine[start : start + micro_batch_size]
+
+
+def collate(rows: Sequence[PackedRow], *, device: torch.device) -> MicroBatch:
+    """Return the micro batch of some rows: every document without its last token."""
+    tokens, labels, masks, lengths, row_tokens = [], [], [], [0], []
+    for row in rows:
+        bounds = [*row.seq_start_id.tolist(), len(row.input_ids)]
+        documents = [(start, stop) for start, stop in pairwise(bounds) if stop - start > 1]
+        for start, stop in documents:
+            tokens.append(row.input_ids[start : stop - 1])
+            labels.append(row.input_ids[start + 1 : stop])
+            masks.append(row.loss_mask[start : stop - 1])
+            lengths.append(stop - start - 1)
+        row_tokens.append(sum(stop - start - 1 for start, stop in documents))
+    supervised = np.flatnonzero(np.concatenate(masks))
+    return MicroBatch(
+        tokens=_to_tensor(np.concatenate(tokens), device),
+        labels=_to_tensor(np.concatenate(labels)[supervised], device),
+        supervised=_to_tensor(supervised, device),
+        cu_seqlens=tuple(np.cumsum(lengths).tolist()),
+        row_tokens=tuple(row_tokens),
+    )
+
+
+def _to_tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(device)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadRowError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def _list_values(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """Return a list column as one numpy view per row, without copying."""
+    array = column.combine_chunks()
+    values = array.values.to_numpy(zero_copy_only=False)
+    offsets = array.offsets.to_numpy()
+    return [values[start:stop] for start, stop in pairwise(offsets)]
+
+
+def _check_row(row: PackedRow, vocab_size: int, where: str) -> None:
+    starts, num_tokens = row.seq_start_id, len(row.input_ids)
+    if num_tokens == 0 or len(row.loss_mask) != num_tokens:
+        raise BadRowError(f"{where}: {num_tokens} input_ids, {len(row.loss_mask)} loss_mask")
+    is_rising = bool((np.diff(starts) > 0).all())
+    if len(starts) == 0 or starts[0] != 0 or starts[-1] >= num_tokens or not is_rising:
+        raise BadRowError(f"{where}: seq_start_id does not rise from 0 to below {num_tokens}")
+    if num_tokens == len(starts):
+        raise BadRowError(f"{where}: no document has two tokens, so there is nothing to predict")
+    if row.input_ids.min() < 0 or row.input_ids.max() >= vocab_size:
+        raise BadRowError(f"{where}: an id is outside of the vocabulary of {vocab_size}")

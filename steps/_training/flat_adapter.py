@@ -1,0 +1,90 @@
+"""All adapter factors of a rank in one flat buffer, their gradients in another.
+
+The buffers are laid out [partial | replicated | sharded] (``LoraParameter.kind``), so that one
+optimizer step needs one all-reduce for what the tensor-parallel ranks hold in parts (over all
+ranks) and one for the rest (over the data-parallel ranks), however many layers and micro batches
+there are. Being elementwise, AdamW on the flat buffer equals AdamW on the factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
+from nemotron.steps._tensor_parallel.linear import LoraParameter
+
+_ORDER = ("partial", "replicated", "sharded")
+
+
+class FlatAdapter:
+    """Owns the storage of all factors and of their gradients.
+
+    Args:
+        parameters: Every factor of this rank; their data and gradients become views.
+        tensor: Tensor-parallel group.
+        data: Data-parallel group.
+        world: Both together.
+
+    Attributes:
+        values: All factors, [P], fp32; its ``grad`` is the flat gradient.
+        gradients: The flat gradient, [P].
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[LoraParameter],
+        *,
+        tensor: ProcessGroup,
+        data: ProcessGroup,
+        world: ProcessGroup,
+    ) -> None:
+        self._tensor, self._data, self._world = tensor, data, world
+        ordered = sorted(parameters, key=lambda each: _ORDER.index(each.kind))
+        flat = torch.cat([each.parameter.detach().flatten() for each in ordered])
+        self.values = nn.Parameter(flat)
+        self.gradients = torch.zeros_like(flat)
+        self.values.grad = self.gradients
+        sizes = dict.fromkeys(_ORDER, 0)
+        offset = 0
+        for each in ordered:
+            part = slice(offset, offset + each.parameter.numel())
+            shape = each.parameter.shape
+            each.parameter.data = self.values.data[part].view(shape)
+            # autograd adds into an existing gradient in place, so this view stays the gradient.
+            each.parameter.grad = self.gradients[part].view(shape)
+            offset = part.stop
+            sizes[each.kind] += each.parameter.numel()
+        self._num_partial = sizes["partial"]
+        self._num_whole = sizes["partial"] + sizes["replicated"]
+
+    def zero_gradients(self) -> None:
+        """Set all gradients to zero."""
+        self.gradients.zero_()
+
+    def reduce_gradients(self) -> None:
+        """Complete the gradients: sum over micro batches of all ranks. Two collectives at most."""
+        all_reduce(self.gradients[: self._num_partial], self._world)
+        all_reduce(self.gradients[self._num_partial :], self._data)
+
+    def gradient_norm(self) -> float:
+        """Return the L2 norm over all logical parameters, each counted once, at every layout."""
+        whole, sharded = self.gradients.double().split(
+            [self._num_whole, self.gradients.numel() - self._num_whole]
+        )
+        shared_square = sharded.square().sum().reshape(1)
+        return math.sqrt(float(whole.square().sum() + all_reduce(shared_square, self._tensor)))
+
+    def replica_difference(self) -> float:
+        """Return by how much the ranks' copies of a factor differ; anything but 0.0 is a defect."""
+        values = self.values.detach()
+        return max(_spread(values[: self._num_whole], self._tensor), _spread(values, self._data))
+
+
+def _spread(tensor: Tensor, group: ProcessGroup) -> float:
+    """Return the largest absolute difference to rank 0's copy of ``tensor``."""
+    replicas = all_gather(tensor, group)
+    return float((replicas - replicas[0]).abs().max()) if tensor.numel() else 0.0

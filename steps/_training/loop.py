@@ -1,0 +1,255 @@
+"""The training loop: batches in, one optimizer step after the other, losses and adapters out.
+
+The loss of an iteration is the sum over the supervised tokens of the global batch divided by their
+number, and every gradient is its gradient, however the batch and the model are split over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemotron.steps._models.gpt import GPTModel
+from nemotron.steps._tensor_parallel.collectives import all_reduce
+from nemotron.steps._training.batches import (
+    MicroBatch,
+    PackedSplit,
+    collate,
+    global_batch,
+    split_batch,
+)
+from nemotron.steps._training.distributed import Layout
+from nemotron.steps._training.flat_adapter import FlatAdapter
+from nemotron.steps._training.metrics import MetricsLog
+from nemotron.steps._training.schedule import Schedule
+
+
+class LossNotFiniteError(ArithmeticError):
+    """A loss or gradient is infinite or not a number; raised on every rank, before the step."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """Batch sizes in packed rows, and how the loss of a global batch is normalised.
+
+    ``calculate_per_token_loss``: over all its supervised tokens; otherwise the mean over its micro
+    batches of each one's mean.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    calculate_per_token_loss: bool
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """AdamW with decoupled weight decay, and the bound on the global gradient norm (0: none)."""
+
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    weight_decay: float
+    clip_grad: float
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Optimizer steps of the run, and steps between evaluations and saves.
+
+    An evaluation takes ``eval_iters`` global batches at most; every save is evaluated, and the last
+    step is saved.
+    """
+
+    train_iters: int
+    eval_interval: int
+    eval_iters: int
+    save_interval: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean loss per supervised token of the valid split, and over how many tokens."""
+
+    lm_loss: float
+    supervised_tokens: int
+
+
+class Trainer:
+    """Everything that one optimizer step needs, held together.
+
+    Args:
+        model: The model; its adapters are trained.
+        layout: This rank's groups.
+        train_rows: The train split.
+        valid_rows: The valid split, or None.
+        batch: Batch sizes.
+        schedule: Learning rate per iteration.
+        adam: Optimizer settings.
+        seed: Seed of the row order and of dropout.
+        metrics: Where losses go.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        *,
+        layout: Layout,
+        train_rows: PackedSplit,
+        valid_rows: PackedSplit | None,
+        batch: BatchSettings,
+        schedule: Schedule,
+        adam: AdamSettings,
+        seed: int,
+        metrics: MetricsLog,
+    ) -> None:
+        self.model, self.layout, self.batch = model, layout, batch
+        self.train_rows, self.valid_rows = train_rows, valid_rows
+        self.schedule, self.adam, self.seed, self.metrics = schedule, adam, seed, metrics
+        self.adapter = FlatAdapter(
+            (each for linear in model.adapted_linears() for each in linear.lora_parameters()),
+            tensor=layout.tensor,
+            data=layout.data,
+            world=layout.world,
+        )
+        self.optimizer = torch.optim.AdamW(
+            [self.adapter.values],
+            lr=schedule.at(0),
+            betas=(adam.adam_beta1, adam.adam_beta2),
+            eps=adam.adam_eps,
+            weight_decay=adam.weight_decay,
+        )
+
+    def run(
+        self,
+        intervals: Intervals,
+        save: Callable[[int, Validation | None, Validation | None], None],
+    ) -> None:
+        """Train; ``save(iteration, before, now)`` is called at every save on every rank.
+
+        Raises:
+            LossNotFiniteError: A loss or gradient is not finite.
+            RuntimeError: Copies of a factor differ between ranks.
+        """
+        self._check_replicas()
+        before = self._validate(0, intervals.eval_iters)
+        for iteration in range(1, intervals.train_iters + 1):
+            self.step(iteration)
+            is_last = iteration == intervals.train_iters
+            is_save = is_last or iteration % intervals.save_interval == 0
+            now = None
+            if is_save or iteration % intervals.eval_interval == 0:
+                now = self._validate(iteration, intervals.eval_iters)
+            if is_save:
+                self._check_replicas()
+                save(iteration, before, now)
+
+    def step(self, iteration: int) -> None:
+        """Take one optimizer step; ``iteration`` counts from 1."""
+        started = time.perf_counter()
+        self.adapter.zero_gradients()
+        totals = self._accumulate_gradients(iteration)
+        loss_sum, supervised_tokens, num_tokens = totals.tolist()
+        lm_loss = loss_sum / max(supervised_tokens, 1.0)
+        self.adapter.reduce_gradients()
+        if self.batch.calculate_per_token_loss:
+            self.adapter.gradients.div_(max(supervised_tokens, 1.0))
+        grad_norm = self.adapter.gradient_norm()
+        if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
+            raise LossNotFiniteError(f"iteration {iteration}: loss {lm_loss}, norm {grad_norm}")
+        learning_rate = self._update(iteration, grad_norm)
+        seconds = time.perf_counter() - started
+        self.metrics.step(
+            iteration,
+            {
+                "lm_loss": lm_loss,
+                "grad_norm": grad_norm,
+                "learning_rate": learning_rate,
+                "consumed_samples": iteration * self.batch.global_batch_size,
+                "tokens": int(num_tokens),
+                "supervised_tokens": int(supervised_tokens),
+                "seconds": seconds,
+                "tokens_per_second": num_tokens / seconds,
+                "supervised_tokens_per_second": supervised_tokens / seconds,
+            },
+        )
+
+    def _accumulate_gradients(self, iteration: int) -> Tensor:
+        """Return loss sum, supervised tokens and tokens of the global batch, [3] fp64."""
+        rows = global_batch(
+            iteration - 1,
+            num_rows=len(self.train_rows),
+            global_batch_size=self.batch.global_batch_size,
+            seed=self.seed,
+        )
+        micro_batches = split_batch(
+            rows,
+            micro_batch_size=self.batch.micro_batch_size,
+            data_rank=self.layout.data.rank,
+            data_size=self.layout.data.size,
+        )
+        totals = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
+        for positions_and_rows in micro_batches:
+            micro = self._collate(self.train_rows, [row for _, row in positions_and_rows])
+            keys = [f"{self.seed}/{iteration}/{position}" for position, _ in positions_and_rows]
+            totals += self._backward(micro, keys)
+        return all_reduce(totals, self.layout.data)
+
+    def _backward(self, micro: MicroBatch, keys: list[str]) -> Tensor:
+        supervised_tokens, num_tokens = len(micro.supervised), len(micro.tokens)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        if supervised_tokens:
+            loss_K = self._loss(micro, keys)
+            loss_sum += loss_K.detach().double().sum()
+            weight = 1.0
+            if not self.batch.calculate_per_token_loss:
+                num_micro_batches = self.batch.global_batch_size // self.batch.micro_batch_size
+                weight = 1.0 / (supervised_tokens * num_micro_batches)
+            loss_K.sum().mul(weight).backward()
+        return torch.stack(
+            [loss_sum, *loss_sum.new_tensor([supervised_tokens, num_tokens]).unbind()]
+        )
+
+    def _loss(self, micro: MicroBatch, keys: list[str] | None) -> Tensor:
+        """Return the loss of every supervised token, [K]; with dropout where ``keys`` are given."""
+        dropout = None if keys is None else micro.dropout_rows(keys)
+        hidden_SH = self.model(micro.tokens, micro.cu_seqlens, dropout)
+        return self.model.loss(hidden_SH[micro.supervised], micro.labels)
+
+    def _update(self, iteration: int, grad_norm: float) -> float:
+        """Clip, set the learning rate, step the optimizer; return the learning rate used."""
+        if self.adam.clip_grad:
+            coefficient = self.adam.clip_grad / (grad_norm + 1e-6)
+            self.adapter.gradients.mul_(min(1.0, coefficient))
+        learning_rate = self.schedule.at(iteration - 1)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        return learning_rate
+
+    @torch.no_grad()
+    def _validate(self, iteration: int, eval_iters: int) -> Validation | None:
+        """Return the loss on at most ``eval_iters`` global batches of the valid split."""
+        if self.valid_rows is None:
+            return None
+        num_rows = min(len(self.valid_rows), eval_iters * self.batch.global_batch_size)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
+        for row in range(self.layout.data.rank, num_rows, self.layout.data.size):
+            micro = self._collate(self.valid_rows, [row])
+            totals[0] += self._loss(micro, None).double().sum()
+            totals[1] += len(micro.supervised)
+        loss_sum, supervised_tokens = all_reduce(totals, self.layout.data).tolist()
+        result = Validation(loss_sum / max(supervised_tokens, 1.0), int(supervised_tokens))
+        self.metrics.validation(iteration, result.lm_loss, result.supervised_tokens)
+        return result
+
+    def _collate(self, split: PackedSplit, rows: list[int]) -> MicroBatch:
+        return collate([split[row] for row in rows], device=self.layout.device)
+
+    def _check_replicas(self) -> None:
+        difference = self.adapter.replica_difference()
+        if difference != 0.0:
+            raise RuntimeError(f"copies of an adapter differ between ranks by {difference}")

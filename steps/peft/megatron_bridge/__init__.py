@@ -1,0 +1,1 @@
+"""LoRA training of a Megatron checkpoint under tensor and data parallelism."""

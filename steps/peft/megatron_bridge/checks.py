@@ -1,0 +1,167 @@
+"""What can be refused before a process group exists: contradictions of config, data and base.
+
+Torch-free, because the launcher asks the same questions before it starts anything; inside the job
+they are asked again, of the files that the job really sees.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nemotron.artifacts import MANIFEST, Artifact, read_artifact
+from nemotron.errors import NemotronError
+from nemotron.steps._entry import step_error
+from nemotron.steps.peft.megatron_bridge.schema import Config
+
+STEP = "peft/megatron_bridge"
+
+
+def check(config: Config) -> list[NemotronError]:
+    """Return every contradiction; inputs that do not exist yet are passed over."""
+    errors = _check_layout(config)
+    packs = _existing(packed_root(config.packed_data), "packed_parquet", errors)
+    base = _existing(base_root(config.checkpoint.pretrained_checkpoint), None, errors)
+    if base is not None and base.type != "checkpoint_megatron":
+        errors.append(_paths_mixed(config, f"is of type {base.type}"))
+        base = None
+    if packs is not None:
+        errors += _check_packs(config, packs)
+    if packs is not None and base is not None:
+        errors += _check_tokenizer(config, packs, base)
+    if base is not None:
+        errors += _check_split(config, base_root(config.checkpoint.pretrained_checkpoint))
+    return errors
+
+
+def existing_inputs(config: Config) -> tuple[Path, Path]:
+    """Return the root of the packed data and the path of the base, which are there and fit.
+
+    Raises:
+        NemotronError: The first contradiction, or an input is missing.
+    """
+    errors = check(config)
+    if errors:
+        raise errors[0]
+    packs, base = packed_root(config.packed_data), config.checkpoint.pretrained_checkpoint
+    if packs is None:
+        problem = f"no packed data in {config.packed_data}"
+        raise step_error(STEP, "missing_packed_data", problem)
+    if base is None or not Path(base).exists():
+        raise step_error(STEP, "missing_base_checkpoint", f"no checkpoint in {base}")
+    return packs, Path(base)
+
+
+def packed_root(path: str | None) -> Path | None:
+    """Return the packing's output directory from itself, its splits/train or a glob of shards."""
+    if path is None:
+        return None
+    start = Path(path)
+    return next((p for p in (start, *start.parents[:4]) if (p / MANIFEST).is_file()), None)
+
+
+def base_root(path: str | None) -> Path | None:
+    """Return the root of a Megatron checkpoint from itself or from its iteration directory."""
+    if path is None:
+        return None
+    start = Path(path)
+    return next((p for p in (start, start.parent) if (p / MANIFEST).is_file()), None)
+
+
+def _existing(
+    root: Path | None, wanted: str | None, errors: list[NemotronError]
+) -> Artifact | None:
+    if root is None:
+        return None
+    try:
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        return read_artifact(root, wanted or str(manifest["type"]))
+    except NemotronError as error:
+        errors.append(error)
+    return None
+
+
+def _check_layout(config: Config) -> list[NemotronError]:
+    absent = {
+        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
+        "context_parallel_size": config.context_parallel_size,
+        "expert_model_parallel_size": config.expert_model_parallel_size,
+        "expert_tensor_parallel_size": config.model.expert_tensor_parallel_size or 1,
+    }
+    problems = [
+        (name, f"{name} is {value}; only 1 is supported so far")
+        for name, value in absent.items()
+        if value != 1
+    ]
+    if config.sequence_parallel:
+        problem = "sequence_parallel is true; only false is supported so far"
+        problems.append(("sequence_parallel", problem))
+    rows = config.train.micro_batch_size * config.recipe.data_parallel_size
+    if config.train.global_batch_size % rows:
+        problem = (
+            f"global_batch_size {config.train.global_batch_size} is not a multiple of "
+            f"micro_batch_size {config.train.micro_batch_size} x "
+            f"data_parallel_size {config.recipe.data_parallel_size}"
+        )
+        problems.append(("train.global_batch_size", problem))
+    return [
+        step_error(STEP, "layout_unsupported", problem, where=where) for where, problem in problems
+    ]
+
+
+def _check_packs(config: Config, packs: Artifact) -> list[NemotronError]:
+    errors = []
+    valid = config.dataset.packed_sequence_specs.packed_val_data_path
+    if valid is not None and packed_root(valid) != packed_root(config.packed_data):
+        problem = f"packed_val_data_path={valid} is not a part of {config.packed_data}"
+        errors.append(step_error(STEP, "missing_packed_data", problem))
+    pack_size = packs.properties["pack_size"]
+    if pack_size != config.seq_length:
+        problem = f"recipe.seq_length is {config.seq_length}; the rows were packed for {pack_size}"
+        errors.append(
+            step_error(STEP, "seq_length_mismatch", problem, where=str(config.packed_data))
+        )
+    rows, batch = packs.properties["splits"]["train"]["rows"], config.train.global_batch_size
+    if rows < batch:
+        problem = f"the train split has {rows} rows; train.global_batch_size is {batch}"
+        errors.append(step_error(STEP, "too_few_rows", problem, where=str(config.packed_data)))
+    return errors
+
+
+def _check_tokenizer(config: Config, packs: Artifact, base: Artifact) -> list[NemotronError]:
+    of_packs, of_base = (each.properties["tokenizer_sha256"] for each in (packs, base))
+    if of_packs == of_base:
+        return []
+    problem = (
+        f"{config.packed_data} was made with tokenizer {of_packs[:12]}, "
+        f"{config.checkpoint.pretrained_checkpoint} has tokenizer {of_base[:12]}"
+    )
+    return [step_error(STEP, "tokenizer_mismatch", problem, where=str(config.packed_data))]
+
+
+def _check_split(config: Config, base: Path | None) -> list[NemotronError]:
+    hf_config = base / "hf" / "config.json" if base else None
+    if hf_config is None or not hf_config.is_file():
+        return []
+    model = json.loads(hf_config.read_text(encoding="utf-8"))
+    size = config.tensor_model_parallel_size
+    heads = model["num_attention_heads"]
+    sizes = {
+        "num_query_groups": model.get("num_key_value_heads") or heads,
+        "ffn_hidden_size": model["intermediate_size"],
+    }
+    return [
+        step_error(
+            STEP,
+            "layout_unsupported",
+            f"{name} {value} is not divisible by tensor_model_parallel_size {size}",
+            where=str(hf_config),
+        )
+        for name, value in sizes.items()
+        if value % size
+    ]
+
+
+def _paths_mixed(config: Config, what: str) -> NemotronError:
+    problem = f"checkpoint.pretrained_checkpoint={config.checkpoint.pretrained_checkpoint} {what}"
+    return step_error(STEP, "base_and_adapter_paths_mixed", problem, where="checkpoint")

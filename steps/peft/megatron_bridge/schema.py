@@ -1,0 +1,367 @@
+"""The config of peft/megatron_bridge, in upstream's keys.
+
+Upstream spreads one fact over several sections (``recipe.seq_length``, ``model.seq_length``,
+``dataset.seq_length``). All of them are accepted; those that are set must agree, and the code reads
+the properties at the end of ``Config``, so that there is one truth. Keys of upstream whose other
+values ask for behaviour that does not exist here accept only the values that are honoured.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
+
+from nemotron.config import Schema
+
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+# Upstream selects defaults by importing these; here they are names, and nothing is imported.
+Recipe = Literal[
+    "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_peft_config",
+    "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_finetune_config",
+]
+
+
+class RecipeConfig(Schema):
+    """Layout and sequence length; the first place to override them."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    target: Recipe | None = Field(
+        default=None,
+        alias="_target_",
+        description="upstream's name of these defaults; nothing is imported",
+    )
+    packed_sequence: Literal[True] = Field(default=True, description="rows are always packed")
+    peft: Literal["lora"] = Field(default="lora", description="the recipe is always LoRA")
+    seq_length: PositiveInt | None = None
+    tensor_model_parallel_size: PositiveInt | None = None
+    pipeline_model_parallel_size: PositiveInt | None = None
+    context_parallel_size: PositiveInt | None = Field(
+        default=None, description="ranks that share a sequence in attention; only 1 so far"
+    )
+    expert_model_parallel_size: PositiveInt | None = Field(
+        default=None, description="ranks that share the experts; only 1 so far"
+    )
+    sequence_parallel: bool | None = Field(
+        default=None,
+        description="split activations between the linears over the sequence; only false so far",
+    )
+    data_parallel_size: PositiveInt = 1
+
+
+class ModelConfig(Schema):
+    """The same facts in Megatron's model section, the loss's normalisation and recomputation."""
+
+    seq_length: PositiveInt | None = Field(default=None, description="as recipe.seq_length")
+    tensor_model_parallel_size: PositiveInt | None = Field(
+        default=None, description="as recipe.tensor_model_parallel_size"
+    )
+    pipeline_model_parallel_size: PositiveInt | None = Field(
+        default=None, description="as recipe.pipeline_model_parallel_size"
+    )
+    context_parallel_size: PositiveInt | None = Field(
+        default=None, description="as recipe.context_parallel_size"
+    )
+    expert_model_parallel_size: PositiveInt | None = Field(
+        default=None, description="as recipe.expert_model_parallel_size"
+    )
+    expert_tensor_parallel_size: PositiveInt | None = Field(
+        default=None, description="ranks that share an expert; only 1 so far"
+    )
+    sequence_parallel: bool | None = Field(default=None, description="as recipe.sequence_parallel")
+    calculate_per_token_loss: bool = Field(
+        default=True,
+        description="mean over the global batch's supervised tokens; false: over its micro batches",
+    )
+    recompute_granularity: Literal["full"] | None = Field(
+        default=None,
+        description="full: keep only each layer's input, compute the rest again backward",
+    )
+    recompute_method: Literal["uniform"] | None = Field(
+        default=None, description="uniform: every layer alike; with recompute_granularity"
+    )
+    recompute_num_layers: Literal[1] | None = Field(
+        default=None, description="layers recomputed together; with recompute_granularity"
+    )
+
+
+class PackedSequenceSpecs(Schema):
+    """Upstream's other spelling of where the packs are: a directory or a glob of Parquet files."""
+
+    packed_sequence_size: PositiveInt | None = Field(
+        default=None, description="as recipe.seq_length"
+    )
+    packed_train_data_path: str | None = None
+    packed_val_data_path: str | None = Field(
+        default=None, description="the valid shards; must belong to the same packed data"
+    )
+
+
+class DatasetConfig(Schema):
+    """The packed data."""
+
+    nano3_packed_sft_dir: str | None = None
+    seq_length: PositiveInt | None = Field(default=None, description="as recipe.seq_length")
+    dataloader_type: Literal["batch"] = Field(
+        default="batch", description="global batches in the order of a permutation per epoch"
+    )
+    packed_sequence_specs: PackedSequenceSpecs = PackedSequenceSpecs()
+
+
+class TrainConfig(Schema):
+    """Length of the run and batch sizes, in packed rows."""
+
+    train_iters: PositiveInt = 1000
+    global_batch_size: PositiveInt = 4
+    micro_batch_size: PositiveInt = 1
+    eval_interval: PositiveInt = Field(
+        default=500, description="optimizer steps between evaluations; every save is evaluated too"
+    )
+    eval_iters: PositiveInt = Field(
+        default=32, description="global batches per evaluation, at most"
+    )
+
+
+class PeftConfig(Schema):
+    """The adapter. ``alpha / dim`` scales it; dropout acts on its input."""
+
+    type: Literal["lora"] = "lora"
+    dim: PositiveInt = 32
+    alpha: float = Field(default=32.0, gt=0.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    target_modules: tuple[str, ...] = ("linear_qkv", "linear_proj")
+
+    @model_validator(mode="after")
+    def _targets_exist(self) -> Self:
+        unknown = sorted(set(self.target_modules) - set(LINEARS))
+        if unknown or not self.target_modules:
+            raise ValueError(
+                f"target_modules {list(self.target_modules)} must name some of {list(LINEARS)}"
+            )
+        return self
+
+
+class OptimizerConfig(Schema):
+    """AdamW on fp32 masters of the adapter."""
+
+    lr: float = Field(default=1e-4, gt=0.0, description="learning rate after the warm-up")
+    min_lr: NonNegativeFloat = Field(
+        default=0.0, description="learning rate at the end of the decay"
+    )
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment")
+    adam_beta2: float = Field(
+        default=0.95, ge=0.0, lt=1.0, description="decay of the second moment"
+    )
+    adam_eps: float = Field(
+        default=1e-8, gt=0.0, description="added to the root of the second moment"
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.1, description="decoupled weight decay")
+    clip_grad: NonNegativeFloat = Field(
+        default=1.0, description="bound on the global gradient norm; 0: none"
+    )
+
+
+class SchedulerConfig(Schema):
+    """Learning rate over iterations: linear warm-up, then the decay style down to ``min_lr``."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="shape of the decay after the warm-up"
+    )
+    lr_warmup_iters: NonNegativeInt = Field(
+        default=50,
+        description="iterations of the warm-up, kept below lr_decay_iters; the first has rate 0",
+    )
+    lr_decay_iters: PositiveInt | None = Field(
+        default=None, description="iteration at which the decay ends; train.train_iters where null"
+    )
+
+
+class CheckpointConfig(Schema):
+    """Where the base is and where adapters go."""
+
+    save: str = Field(
+        default="./output/peft/megatron_bridge/default",
+        description="directory of the adapters and of metrics.jsonl",
+    )
+    pretrained_checkpoint: str | None = None
+    load: None = Field(default=None, description="resuming does not exist yet")
+    ckpt_step: None = Field(default=None, description="resuming does not exist yet")
+    save_interval: PositiveInt = Field(
+        default=50, description="optimizer steps between saves; the last step is saved in any case"
+    )
+    finetune: Literal[True] = Field(
+        default=True, description="a run starts at iteration 0 with a new adapter"
+    )
+    fully_parallel_save: Literal[False] = Field(
+        default=False, description="an adapter is small: one rank writes it"
+    )
+    async_save: Literal[False] = Field(
+        default=False, description="an adapter is small: a save takes milliseconds"
+    )
+    save_optim: Literal[False] = Field(default=False, description="resuming does not exist yet")
+    save_rng: Literal[False] = Field(default=False, description="resuming does not exist yet")
+
+
+class HfLoadConfig(Schema):
+    """Upstream's handling of its own checkpoint keys; nothing here clears or inherits them."""
+
+    clear_pretrained_checkpoint: Literal[False] = Field(default=False, description="not done")
+    inherit_save_as_load: Literal[False] = Field(default=False, description="not done")
+
+
+class CheckpointPatchConfig(Schema):
+    """How upstream starts its checkpoint writer; ours has no queue, so the value has no effect."""
+
+    use_spawn_queue_for_torch_dist: bool = Field(
+        default=True, description="accepted without effect"
+    )
+
+
+class LoggerConfig(Schema):
+    """How often a line is printed; ``metrics.jsonl`` always has every iteration."""
+
+    log_interval: PositiveInt = Field(
+        default=10, description="optimizer steps between printed lines"
+    )
+
+
+class RngConfig(Schema):
+    """The one seed: of the adapter's initial values, of dropout and of the order of the rows."""
+
+    seed: NonNegativeInt = Field(
+        default=1234, description="seed of the adapter, of dropout and of the order of the rows"
+    )
+
+
+class DistConfig(Schema):
+    """The process groups."""
+
+    distributed_timeout_minutes: PositiveInt = Field(
+        default=10, description="longest wait for another rank"
+    )
+
+
+class Config(Schema):
+    """Everything that ``peft/megatron_bridge`` reads."""
+
+    recipe: RecipeConfig = RecipeConfig()
+    model: ModelConfig = ModelConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    train: TrainConfig = TrainConfig()
+    peft: PeftConfig = PeftConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logger: LoggerConfig = LoggerConfig()
+    rng: RngConfig = RngConfig()
+    dist: DistConfig = DistConfig()
+    mixed_precision: Literal["fp32", "bf16_mixed"] = Field(
+        default="fp32",
+        description="fp32, or the base and activations in bf16 with fp32 masters of the adapter",
+    )
+    hf_model_path: str | None = Field(
+        default=None,
+        description="the base that PEFT reads in the adapter; by default where it came from",
+    )
+    hf_load: HfLoadConfig = HfLoadConfig()
+    checkpoint_patch: CheckpointPatchConfig = CheckpointPatchConfig()
+    load_hf_weights: Literal[False] = False
+    trust_remote_code: Literal[False] = Field(
+        default=False, description="code from a repository is never run"
+    )
+
+    @model_validator(mode="after")
+    def _one_truth(self) -> Self:
+        for name, values in self._spellings().items():
+            given = {key: value for key, value in values.items() if value is not None}
+            if len(set(given.values())) > 1:
+                stated = ", ".join(f"{key}={value}" for key, value in given.items())
+                raise ValueError(f"{name} is stated twice and differently: {stated}")
+        return self
+
+    @property
+    def seq_length(self) -> int:
+        """Longest packed row, tokens of the forward pass; the pack_size of the data."""
+        return self._stated("seq_length", 4096)
+
+    @property
+    def tensor_model_parallel_size(self) -> int:
+        """T: ranks that share every linear."""
+        return self._stated("tensor_model_parallel_size", 1)
+
+    @property
+    def pipeline_model_parallel_size(self) -> int:
+        """Stages that the layers are split over."""
+        return self._stated("pipeline_model_parallel_size", 1)
+
+    @property
+    def context_parallel_size(self) -> int:
+        """Ranks that share a sequence in attention."""
+        return self._stated("context_parallel_size", 1)
+
+    @property
+    def expert_model_parallel_size(self) -> int:
+        """Ranks that share the experts."""
+        return self._stated("expert_model_parallel_size", 1)
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between the linears are split over the sequence."""
+        return bool(self._stated("sequence_parallel", False))
+
+    @property
+    def lr_decay_iters(self) -> int:
+        """Iteration at which the learning rate stops to fall."""
+        return self.scheduler.lr_decay_iters or self.train.train_iters
+
+    @property
+    def lr_warmup_iters(self) -> int:
+        """Iterations of the warm-up; as in Megatron one that outlasts the decay is cut short."""
+        return min(self.scheduler.lr_warmup_iters, self.lr_decay_iters - 1)
+
+    @property
+    def packed_data(self) -> str | None:
+        """Where the packed data is, whichever key says so."""
+        specs = self.dataset.packed_sequence_specs
+        return self.dataset.nano3_packed_sft_dir or specs.packed_train_data_path
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the whole job: TP x PP x DP."""
+        shards = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return shards * self.recipe.data_parallel_size
+
+    def _stated(self, name: str, default: int) -> int:
+        values = self._spellings()[name].values()
+        return next((int(value) for value in values if value is not None), default)
+
+    def _spellings(self) -> dict[str, dict[str, int | None]]:
+        sections = {"recipe": self.recipe, "model": self.model, "dataset": self.dataset}
+        names = (
+            "seq_length",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "sequence_parallel",
+        )
+        spellings = {
+            name: {
+                f"{section}.{name}": getattr(values, name)
+                for section, values in sections.items()
+                if hasattr(values, name)
+            }
+            for name in names
+        }
+        packed_size = self.dataset.packed_sequence_specs.packed_sequence_size
+        key = "dataset.packed_sequence_specs.packed_sequence_size"
+        spellings["seq_length"][key] = packed_size
+        return spellings

@@ -1,0 +1,65 @@
+"""Entry of peft/megatron_bridge: config in, adapter out. One process per rank, under torchrun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nemotron.artifacts import Producer
+from nemotron.steps._entry import run_step
+from nemotron.steps._models.gpt import LoraTargets
+from nemotron.steps._tensor_parallel.linear import LoraSpec
+from nemotron.steps._training.distributed import open_layout
+from nemotron.steps._training.loop import AdamSettings, BatchSettings, Intervals
+from nemotron.steps._training.schedule import Schedule
+from nemotron.steps.peft.megatron_bridge.checks import STEP, existing_inputs
+from nemotron.steps.peft.megatron_bridge.schema import Config
+from nemotron.steps.peft.megatron_bridge.train import train_adapter
+
+
+def run(config: Config, produced_by: Producer) -> None:
+    """Check the inputs, open the process groups and train."""
+    packed_root, base_path = existing_inputs(config)
+    lora, optimizer, train = config.peft, config.optimizer, config.train
+    with open_layout(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        data_parallel_size=config.recipe.data_parallel_size,
+        timeout_minutes=config.dist.distributed_timeout_minutes,
+    ) as layout:
+        train_adapter(
+            layout=layout,
+            packed_root=packed_root,
+            base_path=base_path,
+            output=Path(config.checkpoint.save),
+            lora=LoraTargets(lora.target_modules, LoraSpec(lora.dim, lora.alpha, lora.dropout)),
+            batch=BatchSettings(
+                train.global_batch_size,
+                train.micro_batch_size,
+                config.model.calculate_per_token_loss,
+            ),
+            schedule=Schedule(
+                lr=optimizer.lr,
+                min_lr=optimizer.min_lr,
+                warmup_iters=config.lr_warmup_iters,
+                decay_iters=config.lr_decay_iters,
+                style=config.scheduler.lr_decay_style,
+            ),
+            adam=AdamSettings(**optimizer.model_dump(exclude={"lr", "min_lr"})),
+            intervals=Intervals(
+                train.train_iters,
+                train.eval_interval,
+                train.eval_iters,
+                config.checkpoint.save_interval,
+            ),
+            seed=config.rng.seed,
+            log_interval=config.logger.log_interval,
+            dtype=torch.bfloat16 if config.mixed_precision == "bf16_mixed" else torch.float32,
+            recompute=config.model.recompute_granularity == "full",
+            base_model_name_or_path=config.hf_model_path,
+            produced_by=produced_by,
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_step(STEP, Config, run))

@@ -1,0 +1,179 @@
+"""The run of peft/megatron_bridge: inputs checked, base loaded, adapter trained and saved."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron.artifacts import Artifact, Producer, describe_input, read_artifact, verify_files
+from nemotron.steps._entry import step_error
+from nemotron.steps._formats.megatron import MegatronCheckpoint, open_megatron
+from nemotron.steps._models.gpt import GPTModel, LoraTargets
+from nemotron.steps._training.base_model import load_base_model
+from nemotron.steps._training.batches import BadRowError, PackedSplit
+from nemotron.steps._training.checkpoint import save_adapter, start_directory
+from nemotron.steps._training.distributed import Layout
+from nemotron.steps._training.loop import (
+    AdamSettings,
+    BatchSettings,
+    Intervals,
+    LossNotFiniteError,
+    Trainer,
+    Validation,
+)
+from nemotron.steps._training.metrics import MetricsLog
+from nemotron.steps._training.schedule import Schedule
+
+STEP = "peft/megatron_bridge"
+
+
+def train_adapter(
+    *,
+    layout: Layout,
+    packed_root: Path,
+    base_path: Path,
+    output: Path,
+    lora: LoraTargets,
+    batch: BatchSettings,
+    schedule: Schedule,
+    adam: AdamSettings,
+    seed: int,
+    intervals: Intervals,
+    log_interval: int,
+    dtype: torch.dtype,
+    recompute: bool,
+    base_model_name_or_path: str | None,
+    produced_by: Producer,
+) -> None:
+    """Train a LoRA adapter and leave it under ``output`` as ``iter_NNNNNNN`` directories.
+
+    Args:
+        layout: This rank's groups.
+        packed_root: Output directory of data_prep/sft_packing.
+        base_path: Megatron checkpoint.
+        output: Where adapters and ``metrics.jsonl`` go.
+        lora: Adapters, and the linears that get one.
+        batch: Batch sizes.
+        schedule: Learning rate per iteration.
+        adam: Optimizer settings.
+        seed: Seed of the adapter, the row order and dropout.
+        intervals: Length of the run, and when it evaluates and saves.
+        log_interval: Steps between printed lines.
+        dtype: dtype of the base and of activations.
+        recompute: Whether layers are computed again in the backward pass.
+        base_model_name_or_path: What the adapter's config names as its base; the base's own
+            source where None.
+        produced_by: What to write as producer into artifacts.
+
+    Raises:
+        NemotronError: ``artifact_damaged``, ``bad_packed_rows`` or ``loss_not_finite``.
+    """
+    started = time.perf_counter()
+    packs = _verified(packed_root, "packed_parquet", layout)
+    base = open_megatron(base_path)
+    if base.artifact is not None:
+        _verified(base.root, "checkpoint_megatron", layout)
+    model = load_base_model(
+        base, lora=lora, group=layout.tensor, dtype=dtype, device=layout.device, recompute=recompute
+    )
+    for linear in model.adapted_linears():
+        linear.init_lora(seed)
+    if layout.is_first:
+        _announce(model, lora, output, start_directory(output), time.perf_counter() - started)
+    layout.barrier()
+    metrics = MetricsLog(
+        output if layout.is_first else None,
+        train_iters=intervals.train_iters,
+        log_interval=log_interval,
+    )
+    properties = _properties(packs, base, lora)
+    inputs = [
+        describe_input("packed_parquet", packed_root),
+        describe_input("checkpoint_megatron", base.root),
+    ]
+
+    def save(iteration: int, before: Validation | None, now: Validation | None) -> None:
+        losses = {
+            "valid_loss_before": before.lm_loss if before else None,
+            "valid_loss": now.lm_loss if now else None,
+        }
+        directory = save_adapter(
+            output,
+            model,
+            layout=layout,
+            iteration=iteration,
+            base_model_name_or_path=base_model_name_or_path or _source(base),
+            tokenizer_dir=base.hf_dir,
+            produced_by=produced_by,
+            inputs=inputs,
+            properties=properties | losses,
+        )
+        metrics.saved(iteration, directory)
+
+    vocab_size = base.config.vocab_size
+    try:
+        train_rows = PackedSplit(packed_root / "splits" / "train", vocab_size=vocab_size)
+        valid_rows = PackedSplit(packed_root / "splits" / "valid", vocab_size=vocab_size)
+        trainer = Trainer(
+            model,
+            layout=layout,
+            train_rows=train_rows,
+            valid_rows=valid_rows if len(valid_rows) else None,
+            batch=batch,
+            schedule=schedule,
+            adam=adam,
+            seed=seed,
+            metrics=metrics,
+        )
+        trainer.run(intervals, save)
+    except BadRowError as error:
+        raise step_error(STEP, "bad_packed_rows", str(error), where=str(packed_root)) from None
+    except LossNotFiniteError as error:
+        raise step_error(STEP, "loss_not_finite", str(error), where=str(output)) from None
+
+
+def _verified(directory: Path, artifact_type: str, layout: Layout) -> Artifact:
+    """Return an input's manifest; its files are hashed by one rank while the others wait."""
+    artifact = read_artifact(directory, artifact_type)
+    if layout.is_first:
+        verify_files(directory, artifact)
+    layout.barrier()
+    return artifact
+
+
+def _properties(packs: Artifact, base: MegatronCheckpoint, lora: LoraTargets) -> dict[str, Any]:
+    of_base = base.artifact.properties if base.artifact else {}
+    return {
+        "base_fingerprint": of_base.get("base_fingerprint"),
+        "tokenizer_sha256": packs.properties["tokenizer_sha256"],
+        "chat_template_sha256": packs.properties["chat_template_sha256"],
+        "lora": {
+            "dim": lora.spec.dim,
+            "alpha": lora.spec.alpha,
+            "dropout": lora.spec.dropout,
+            "target_modules": sorted(lora.modules),
+        },
+    }
+
+
+def _source(base: MegatronCheckpoint) -> str:
+    """Return where the base came from on the Hugging Face side, as far as its lineage says."""
+    inputs = base.artifact.inputs if base.artifact else ()
+    return next((each.path for each in inputs if each.type == "checkpoint_hf"), str(base.root))
+
+
+def _announce(
+    model: GPTModel, lora: LoraTargets, output: Path, previous: Path | None, seconds: float
+) -> None:
+    factors = [p for linear in model.adapted_linears() for p in (linear.lora_a, linear.lora_b)]
+    trained = sum(factor.numel() for factor in factors)
+    print(
+        f"base loaded in {seconds:.1f} s; {trained:,} adapter parameters on this rank in "
+        f"{', '.join(sorted(lora.modules))}",
+        flush=True,
+    )
+    if previous is not None:
+        print(f"the earlier run in {output} was kept as {previous}", flush=True)

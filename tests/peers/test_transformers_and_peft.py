@@ -1,0 +1,148 @@
+"""The model and the adapter against transformers and PEFT: logits, losses and every gradient."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nemotron.steps._formats.adapter import write_adapter
+from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
+from nemotron.steps._formats.megatron import open_megatron
+from nemotron.steps._formats.megatron_writer import write_megatron
+from nemotron.steps._models.gpt import GPTModel, LoraTargets
+from nemotron.steps._models.layouts import lora_to_hf
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup
+from nemotron.steps._tensor_parallel.linear import LoraSpec
+from nemotron.steps._training.base_model import load_base_model
+
+SPEC = LoraSpec(dim=4, alpha=8.0)
+TARGETS = LoraTargets(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), SPEC)
+CU_SEQLENS = (0, 11, 12, 40)
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "llama-3.1 rope"])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[GPTModel, PeftModel]:
+    """Our model with a random adapter, and PEFT's around transformers' with the same."""
+    root = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    default_rope = {"rope_type": "default", "rope_theta": 10000.0}
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=request.param == "tied",
+            initializer_range=0.2,
+            rope_parameters=LLAMA31_ROPE if request.param == "llama-3.1 rope" else default_rope,
+        )
+    )
+    base.save_pretrained(root / "hf")
+    (root / "base").mkdir()
+    write_megatron(
+        root / "base", HuggingFaceCheckpoint(root / "hf"), source=root / "hf", source_name="x"
+    )
+    ours = load_base_model(
+        open_megatron(root / "base"),
+        lora=TARGETS,
+        group=ProcessGroup(),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    factors = {}
+    for linear in ours.adapted_linears():
+        linear.load_lora(
+            torch.randn_like(linear.lora_a) * 0.1, torch.randn_like(linear.lora_b) * 0.1
+        )
+        factors[linear.name] = linear.full_lora()
+    (root / "adapter").mkdir()
+    write_adapter(
+        root / "adapter",
+        factors,
+        config=ours.config,
+        dim=SPEC.dim,
+        alpha=SPEC.alpha,
+        dropout=0.0,
+        base_model_name_or_path="x",
+    )
+    return ours, PeftModel.from_pretrained(base, root / "adapter", is_trainable=True)
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 97, (CU_SEQLENS[-1],), generator=torch.Generator().manual_seed(1))
+
+
+def test_packed_logits_equal_peft_on_each_document_alone(
+    pair: tuple[GPTModel, PeftModel],
+) -> None:
+    ours, peer = pair
+    with torch.no_grad():
+        got = ours.logits(ours(tokens(), CU_SEQLENS))
+        for start, stop in pairwise(CU_SEQLENS):
+            wanted = peer(tokens()[start:stop].unsqueeze(0)).logits[0]
+            # fp32 logits of size about 5: a few ulps of 5e-7.
+            assert (got[start:stop] - wanted).abs().max() < 1e-5
+
+
+def test_changing_one_document_leaves_the_logits_of_the_others_alone(
+    pair: tuple[GPTModel, PeftModel],
+) -> None:
+    ours, _ = pair
+    changed = tokens()
+    changed[:11] = changed[:11].flip(0)
+    with torch.no_grad():
+        before, after = (ours.logits(ours(each, CU_SEQLENS)) for each in (tokens(), changed))
+    assert torch.equal(before[11:], after[11:])
+    assert not torch.equal(before[:11], after[:11])
+
+
+def test_loss_and_every_adapter_gradient_equal_pefts(pair: tuple[GPTModel, PeftModel]) -> None:
+    ours, peer = pair
+    document = tokens()[:30]
+    supervised = torch.tensor([3, 4, 9, 20, 28])
+    labels = document[supervised + 1]
+    loss = ours.loss(ours(document, (0, 30))[supervised], labels).mean()
+    loss.backward()
+    peer.zero_grad()
+    logits = peer(document.unsqueeze(0)).logits[0, supervised]
+    wanted = torch.nn.functional.cross_entropy(logits, labels)
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    gradients = {n: p.grad for n, p in peer.named_parameters() if p.grad is not None}
+    compared = 0
+    for linear in ours.adapted_linears():
+        assert linear.lora_a.grad is not None
+        assert linear.lora_b.grad is not None
+        got = lora_to_hf(linear.name, linear.lora_a.grad, linear.lora_b.grad, ours.config)
+        # A fused linear has one lora_a where PEFT has one per part: their gradients add up.
+        a_names = [name for name in got if name.endswith("lora_A.weight")]
+        total_a = sum(gradients[peft_name(name)] for name in a_names)
+        assert isinstance(total_a, Tensor)
+        torch.testing.assert_close(linear.lora_a.grad, total_a, rtol=1e-4, atol=1e-6)
+        for name in got.keys() - set(a_names):
+            # Sums of 30 fp32 products in another order, relative to gradients of size 0.01 to 1.
+            torch.testing.assert_close(got[name], gradients[peft_name(name)], rtol=1e-4, atol=1e-6)
+            compared += 1
+    assert compared == 2 * 7
+
+
+def peft_name(name: str) -> str:
+    return name.replace(".weight", ".default.weight")

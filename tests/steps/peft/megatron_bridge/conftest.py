@@ -1,0 +1,190 @@
+"""A small random Llama as base, random packed rows, and the step itself under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nemotron.artifacts import Producer, publish, write_artifact
+from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
+from nemotron.steps._formats.megatron_writer import publish_megatron
+
+PACK_SIZE, VOCABULARY, NUM_TRAIN, NUM_VALID = 64, 97, 12, 3
+PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
+
+
+@dataclass(frozen=True)
+class World:
+    """Inputs of a run: the Hugging Face base, the same in Megatron's layout, the packs."""
+
+    hf: Path
+    base: Path
+    packs: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind; ``error`` is what it told its launcher."""
+
+    exit_code: int
+    stderr: str
+    error: dict[str, Any]
+    output: Path
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        text = (self.output / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every iteration."""
+        return [event["lm_loss"] for event in self.events if event["event"] == "step"]
+
+    @property
+    def adapter(self) -> Path:
+        """The last adapter."""
+        return sorted(self.output.glob("iter_*"))[-1]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
+        )
+    )
+    model.save_pretrained(root / "hf")
+    publish_megatron(
+        root / "base",
+        HuggingFaceCheckpoint(root / "hf"),
+        source=root / "hf",
+        source_name="random",
+        produced_by=PRODUCER,
+        inputs=[],
+    )
+    write_packs(root / "packs")
+    return World(hf=root / "hf", base=root / "base", packs=root / "packs")
+
+
+def write_packs(root: Path, *, pack_size: int = PACK_SIZE, tokenizer: str | None = None) -> None:
+    """Write random rows of two to five documents; some documents have nothing to train."""
+    generator = np.random.default_rng(0)
+    with publish(root) as directory:
+        for split, num_rows in (("train", NUM_TRAIN), ("valid", NUM_VALID)):
+            rows = [random_row(generator) for _ in range(num_rows)]
+            columns = list(zip(*rows, strict=True))
+            types = (pa.int32(), pa.uint8(), pa.int32())
+            table = pa.table(
+                [pa.array(c, pa.list_(t)) for c, t in zip(columns, types, strict=True)],
+                names=["input_ids", "loss_mask", "seq_start_id"],
+            )
+            (directory / "splits" / split).mkdir(parents=True)
+            shard = directory / "splits" / split / "shard-00000-of-00001.parquet"
+            pq.write_table(table, shard, row_group_size=4, write_page_checksum=True)
+        write_artifact(
+            directory,
+            artifact_type="packed_parquet",
+            produced_by=PRODUCER,
+            properties={
+                "pack_size": pack_size,
+                "tokenizer_sha256": tokenizer,
+                "chat_template_sha256": None,
+                "splits": {"train": {"rows": NUM_TRAIN}, "valid": {"rows": NUM_VALID}},
+            },
+        )
+
+
+def random_row(generator: np.random.Generator) -> tuple[list[int], list[int], list[int]]:
+    ids: list[int] = []
+    mask: list[int] = []
+    starts: list[int] = []
+    for document in range(int(generator.integers(2, 6))):
+        length = int(generator.integers(3, 13))
+        starts.append(len(ids))
+        ids += generator.integers(0, VOCABULARY, length).tolist()
+        trained = generator.integers(0, 2, length - 1).tolist() if document else [0] * (length - 1)
+        mask += [*trained, 0]
+    return ids, mask, starts
+
+
+@pytest.fixture(scope="session")
+def train(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Return a function that runs the step with some config values changed (dotted keys)."""
+
+    def run(**changes: Any) -> Run:
+        directory = tmp_path_factory.mktemp("run")
+        config = base_config(world, directory / "out")
+        for key, value in changes.items():
+            section = config
+            *parents, last = key.split(".")
+            for name in parents:
+                section = section.setdefault(name, {})
+            section[last] = value
+        path = directory / "train.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        recipe = config["recipe"]
+        num_ranks = recipe["tensor_model_parallel_size"] * recipe["data_parallel_size"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={num_ranks}", "-m"]
+        command += ["nemotron.steps.peft.megatron_bridge.step", "--config", str(path)]
+        error = directory / "error.json"
+        done = subprocess.run(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "NEMOTRON_ERROR_FILE": str(error)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        told = json.loads(error.read_text(encoding="utf-8")) if error.exists() else {}
+        return Run(done.returncode, done.stderr, told, Path(config["checkpoint"]["save"]))
+
+    return run
+
+
+def base_config(world: World, output: Path) -> dict[str, Any]:
+    return {
+        "recipe": {
+            "seq_length": PACK_SIZE,
+            "tensor_model_parallel_size": 1,
+            "data_parallel_size": 1,
+        },
+        "dataset": {"nano3_packed_sft_dir": str(world.packs)},
+        "train": {"train_iters": 8, "global_batch_size": 4, "eval_interval": 4},
+        "peft": {
+            "dim": 4,
+            "alpha": 8.0,
+            "dropout": 0.1,
+            "target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        },
+        "optimizer": {"lr": 0.01, "clip_grad": 0.5},
+        "scheduler": {"lr_warmup_iters": 1},
+        "checkpoint": {"save": str(output), "pretrained_checkpoint": str(world.base)},
+        "logger": {"log_interval": 1},
+    }

@@ -1,0 +1,181 @@
+"""What the step refuses: each by the name, the cause and the fix of its manifest's entry."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from nemotron.artifacts import read_artifact, write_artifact
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps.peft.megatron_bridge.checks import check, existing_inputs
+from nemotron.steps.peft.megatron_bridge.schema import Config
+
+Train = Callable[..., Any]
+
+
+def config(world: Any, **sections: Any) -> Config:
+    values = {
+        "recipe": {"seq_length": 64},
+        "dataset": {"nano3_packed_sft_dir": str(world.packs)},
+        "checkpoint": {"pretrained_checkpoint": str(world.base)},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return Config.model_validate(values)
+
+
+def codes(errors: list[NemotronError]) -> list[str]:
+    return [error.code for error in errors]
+
+
+def test_a_config_that_fits_has_no_errors(world: Any) -> None:
+    assert check(config(world)) == []
+
+
+def test_another_sequence_length_than_the_packs_is_refused(world: Any) -> None:
+    (error,) = check(config(world, recipe={"seq_length": 128}))
+    assert error.code == "seq_length_mismatch"
+    assert "128" in error.problem
+    assert "64" in error.problem
+    assert "recipe.seq_length" in error.fix
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"pipeline_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+        {"expert_model_parallel_size": 2},
+        {"sequence_parallel": True},
+        {"tensor_model_parallel_size": 8},  # the base has 4 query groups
+        {"data_parallel_size": 3},  # of a global batch of 4 rows
+    ],
+)
+def test_a_layout_that_cannot_run_is_refused_before_anything_starts(
+    world: Any, recipe: Any
+) -> None:
+    (error,) = check(config(world, recipe={"seq_length": 64, **recipe}))
+    assert error.code == "layout_unsupported"
+    assert error.exit_code == ExitCode.PREFLIGHT
+
+
+def test_less_rows_than_a_global_batch_are_refused(world: Any) -> None:
+    assert codes(check(config(world, train={"global_batch_size": 16}))) == ["too_few_rows"]
+
+
+def test_another_tokenizer_than_the_base_is_refused(world: Any, tmp_path: Path) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(world.packs, packs)
+    manifest = packs / "artifact.json"
+    text = manifest.read_text().replace('"tokenizer_sha256": null', '"tokenizer_sha256": "abc"')
+    manifest.write_text(text)
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    manifest = base / "artifact.json"
+    text = manifest.read_text().replace('"tokenizer_sha256": null', '"tokenizer_sha256": "def"')
+    manifest.write_text(text)
+    sections = {
+        "dataset": {"nano3_packed_sft_dir": str(packs)},
+        "checkpoint": {"pretrained_checkpoint": str(base)},
+    }
+    assert codes(check(config(world, **sections))) == ["tokenizer_mismatch"]
+
+
+def test_an_adapter_as_base_is_refused(world: Any) -> None:
+    mixed = config(world, checkpoint={"pretrained_checkpoint": str(world.packs)})
+    assert "base_and_adapter_paths_mixed" in codes(check(mixed))
+
+
+def test_packs_are_found_from_the_train_split_and_from_a_glob(world: Any) -> None:
+    for path in (world.packs / "splits" / "train", world.packs / "splits" / "train" / "*.parquet"):
+        specs = {"packed_sequence_specs": {"packed_train_data_path": str(path)}}
+        found = config(world, dataset={"nano3_packed_sft_dir": None, **specs})
+        assert existing_inputs(found)[0] == world.packs
+
+
+@pytest.mark.parametrize(
+    ("sections", "code"),
+    [
+        ({"dataset": {"nano3_packed_sft_dir": "/nowhere"}}, "missing_packed_data"),
+        ({"checkpoint": {"pretrained_checkpoint": "/nowhere"}}, "missing_base_checkpoint"),
+        ({"checkpoint": {"pretrained_checkpoint": None}}, "missing_base_checkpoint"),
+    ],
+)
+def test_a_missing_input_is_named(world: Any, sections: Any, code: str) -> None:
+    with pytest.raises(NemotronError) as caught:
+        existing_inputs(config(world, **sections))
+    assert caught.value.code == code
+    assert caught.value.fix.startswith("run ")
+
+
+def test_one_fact_stated_twice_and_differently_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"recipe\.seq_length=64, model\.seq_length=128"):
+        Config.model_validate({"recipe": {"seq_length": 64}, "model": {"seq_length": 128}})
+
+
+def test_a_target_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(ValueError, match=r"\['linear_q'\] must name some of \['linear_qkv'"):
+        Config.model_validate({"peft": {"target_modules": ["linear_q"]}})
+
+
+def test_a_truncated_shard_stops_the_run_with_exit_code_4(
+    world: Any, train: Train, tmp_path: Path
+) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(world.packs, packs)
+    shard = next((packs / "splits" / "train").glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    run = train(**{"dataset.nano3_packed_sft_dir": str(packs)})
+    assert (run.error["code"], run.error["exit_code"]) == ("artifact_damaged", ExitCode.DATA)
+    assert shard.name in run.error["problem"]
+    assert run.stderr.startswith("error[artifact_damaged]")
+
+
+def test_an_id_outside_of_the_vocabulary_is_a_bad_row(
+    world: Any, train: Train, tmp_path: Path
+) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(world.packs, packs)
+    shard = next((packs / "splits" / "train").glob("*.parquet"))
+    table = pq.read_table(shard)
+    rows = table.to_pylist()
+    rows[0]["input_ids"][0] = 97
+    bad = table.from_pylist(rows, schema=table.schema)
+    pq.write_table(bad, shard)
+    rewrite_manifest(packs)
+    run = train(**{"dataset.nano3_packed_sft_dir": str(packs), "recipe.data_parallel_size": 2})
+    assert (run.error["code"], run.error["exit_code"]) == ("bad_packed_rows", ExitCode.DATA)
+    assert "outside of the vocabulary of 97" in run.error["problem"]
+    assert run.stderr.count("error[") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(train: Train) -> None:
+    run = train(**{"optimizer.lr": 1e30, "recipe.tensor_model_parallel_size": 2})
+    assert (run.error["code"], run.error["exit_code"]) == ("loss_not_finite", ExitCode.NUMERIC)
+    assert run.error["problem"].startswith("iteration 3")
+
+
+def test_a_rerun_keeps_the_earlier_run_beside_it(train: Train, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    first = train(**{"checkpoint.save": str(output), "train.train_iters": 2})
+    second = train(**{"checkpoint.save": str(output), "train.train_iters": 3})
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert (output / "iter_0000003").is_dir()
+    assert (tmp_path / "out.previous" / "iter_0000002").is_dir()
+
+
+def rewrite_manifest(directory: Path) -> None:
+    """Write artifact.json again over changed files, as whoever made them would have."""
+    artifact = read_artifact(directory, "packed_parquet")
+    (directory / "artifact.json").unlink()
+    write_artifact(
+        directory,
+        artifact_type=artifact.type,
+        produced_by=artifact.produced_by,
+        properties=artifact.properties,
+    )

@@ -1,0 +1,78 @@
+"""The same run at every layout: losses, gradient norms and adapters agree to fp32 rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+Train = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def reference(train: Train) -> Any:
+    run = train()
+    assert run.exit_code == 0, run.stderr
+    return run
+
+
+@pytest.mark.parametrize(
+    ("tensor_size", "data_size", "micro_batch_size"), [(2, 1, 1), (4, 1, 2), (1, 2, 1), (2, 2, 2)]
+)
+def test_losses_and_adapter_do_not_depend_on_the_layout(
+    train: Train, reference: Any, tensor_size: int, data_size: int, micro_batch_size: int
+) -> None:
+    run = train(
+        **{
+            "recipe.tensor_model_parallel_size": tensor_size,
+            "recipe.data_parallel_size": data_size,
+            "train.micro_batch_size": micro_batch_size,
+        }
+    )
+    assert run.exit_code == 0, run.stderr
+    # Sums over ranks in another order move a loss by an fp32 ulp or two (1.2e-7); eight AdamW steps
+    # amplify that, measured at most 3e-7. The bound leaves an order of magnitude.
+    assert run.losses == pytest.approx(reference.losses, rel=5e-6)
+    wanted = load_file(reference.adapter / "adapter_model.safetensors")
+    got = load_file(run.adapter / "adapter_model.safetensors")
+    assert got.keys() == wanted.keys()
+    difference = max(float((got[name] - wanted[name]).abs().max()) for name in wanted)
+    # Adam divides by the gradient's own size, so a gradient near zero turns rounding into a step of
+    # up to the learning rate, 1e-2; a hundredth of one such step is allowed.
+    assert difference <= 1e-4
+
+
+def test_per_micro_batch_loss_does_not_depend_on_the_data_parallel_size(train: Train) -> None:
+    runs = [
+        train(**{"model.calculate_per_token_loss": False, "recipe.data_parallel_size": size})
+        for size in (1, 2)
+    ]
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=5e-6)
+
+
+def test_recomputing_layers_changes_no_loss(train: Train, reference: Any) -> None:
+    run = train(**{"model.recompute_granularity": "full"})
+    assert run.exit_code == 0, run.stderr
+    # The same operations on the same inputs: equal bits, unless a matmul picks another kernel.
+    assert run.losses == pytest.approx(reference.losses, rel=1e-6)
+
+
+def test_the_same_run_twice_gives_the_same_bytes(train: Train, reference: Any) -> None:
+    again = train()
+    name = "adapter_model.safetensors"
+    assert (again.adapter / name).read_bytes() == (reference.adapter / name).read_bytes()
+
+
+def test_training_lowers_the_loss_and_is_clipped(reference: Any) -> None:
+    steps = [event for event in reference.events if event["event"] == "step"]
+    assert min(step["grad_norm"] for step in steps) > 0.5  # the bound: every step was clipped
+    assert steps[0]["learning_rate"] == 0.0  # Megatron's first warm-up step
+    assert steps[-1]["lm_loss"] < steps[0]["lm_loss"] - 0.1
+
+
+def test_every_save_is_validated_and_says_so(reference: Any) -> None:
+    validations = [e["iteration"] for e in reference.events if e["event"] == "validation"]
+    assert validations == [0, 4, 8]
+    assert (reference.output / "latest_checkpointed_iteration.txt").read_text() == "8\n"
