@@ -1,0 +1,1 @@
+"""Steps that turn data into what a trainer reads."""

@@ -1,0 +1,1 @@
+"""Chat conversations in, packed Parquet rows with an assistant-only loss mask out."""

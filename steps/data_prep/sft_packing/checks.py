@@ -1,0 +1,80 @@
+"""What can be found wrong before the job starts, without torch, pyarrow or a tokenizer."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from nemotron.artifacts import refuse_overlap
+from nemotron.errors import NemotronError
+from nemotron.steps._entry import step_error
+from nemotron.steps.data_prep.sft_packing.blend import STEP, Dataset, read_blend
+from nemotron.steps.data_prep.sft_packing.schema import Config
+from nemotron.steps.data_prep.sft_packing.templates import is_inline, read_template
+
+
+def check(config: Config) -> list[NemotronError]:
+    """Return every problem of a config and of the inputs that exist."""
+    checks: tuple[Callable[[Config], None], ...] = (
+        _check_paths,
+        _check_template,
+        _check_context_length,
+    )
+    errors: list[NemotronError] = []
+    for run in checks:
+        try:
+            run(config)
+        except NemotronError as error:
+            errors.append(error)
+    return errors
+
+
+def datasets_of(config: Config) -> tuple[Dataset, ...]:
+    """Return the data sets that a config asks for.
+
+    Raises:
+        NemotronError: ``bad_blend``.
+    """
+    return read_blend(
+        config.blend_path,
+        messages_field=config.messages_field,
+        tools_field=config.tools_field,
+        max_rows=config.max_rows,
+    )
+
+
+def _check_paths(config: Config) -> None:
+    datasets = datasets_of(config)
+    for item in datasets:
+        for name in glob.glob(item.path, recursive=True):  # noqa: PTH207
+            refuse_overlap(config.output_dir, {item.name: Path(name)})
+    tokenizer = Path(config.tokenizer_options.model)
+    blend = Path(config.blend_path)
+    refuse_overlap(config.output_dir, {"blend_path": blend, "tokenizer": tokenizer})
+
+
+def _check_template(config: Config) -> None:
+    name = config.chat_template
+    if name is None or is_inline(name):
+        return
+    # A path that is not here may be on the machine where the job runs.
+    path = Path(name)
+    if path.is_file() or (path.suffix == "" and path.name == name):
+        read_template(name)
+
+
+def _check_context_length(config: Config) -> None:
+    path = Path(config.tokenizer_options.model) / "config.json"
+    if not path.is_file():
+        return
+    try:
+        model = json.loads(path.read_bytes())
+    except ValueError:
+        return  # the job says so when it loads the tokenizer
+    context = model.get("text_config", model).get("max_position_embeddings")
+    longest = config.max_stored_tokens - 1
+    if isinstance(context, int) and longest > context:
+        problem = f"documents of up to {longest} tokens; the model's context is {context}"
+        raise step_error(STEP, "seq_length_mismatch", problem, where=str(path))

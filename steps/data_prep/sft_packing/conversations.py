@@ -1,0 +1,193 @@
+"""Rows to conversations: three conventions in, the messages that chat templates read out.
+
+OpenAI (``messages`` of role and content), ShareGPT (``conversations`` of from and value) and Alpaca
+(``instruction``, ``input``, ``output``) that say the same give the same messages and the same uid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
+
+ALPACA = "instruction"
+DEFAULT_FIELD = "messages"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# What a conversation says: fields beyond these may differ between copies of one conversation.
+IDENTITY = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One conversation.
+
+    Attributes:
+        messages: As chat templates read them: ``role``, ``content`` (text) and what else was there.
+        tools: Tool definitions, or None.
+        uid: 64-bit hash of what the messages say; equal conversations have equal uids.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    uid: int
+
+
+def detect_field(row: Any, *, messages_field: str) -> str | None:
+    """Return the field that holds a row's conversation, or None if the row has none.
+
+    A ``messages_field`` other than the default is taken at its word; the default also finds
+    ShareGPT's ``conversations`` and Alpaca's ``instruction``.
+    """
+    if not isinstance(row, dict):
+        return None
+    if messages_field != DEFAULT_FIELD:
+        return messages_field if messages_field in row else None
+    known = (DEFAULT_FIELD, "conversations", ALPACA)
+    return next((name for name in known if name in row), None)
+
+
+def read_conversation(row: Any, *, field: str, tools_field: str) -> Conversation:
+    """Return the conversation in the field of a row that ``detect_field`` found.
+
+    Raises:
+        BadRowError: The row holds no conversation that can be trained on.
+    """
+    if not isinstance(row, dict):
+        raise BadRowError("not_an_object", f"the row is of type {type(row).__name__}")
+    if field not in row:
+        raise BadRowError("no_conversation", f"no field {field!r}")
+    raw = _alpaca_turns(row) if field == ALPACA else row[field]
+    if not isinstance(raw, list) or not raw:
+        raise BadRowError("no_conversation", f"{field!r} is not a list of messages")
+    messages = [_message(item, index) for index, item in enumerate(raw)]
+    system = row.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    _require_answer(messages)
+    return Conversation(messages, _tools(row.get(tools_field)), _uid(messages))
+
+
+def _alpaca_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The input follows the instruction on a line of its own, as LLaMA-Factory joins them."""
+    parts = [row.get(name) for name in ("instruction", "input")]
+    turns: list[dict[str, Any]] = []
+    for pair in row.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRowError("bad_message", "history is not a list of [question, answer]")
+        turns.append({"role": "user", "content": pair[0]})
+        turns.append({"role": "assistant", "content": pair[1]})
+    if any(part is not None and not isinstance(part, str) for part in parts):
+        raise BadRowError("bad_message", "instruction or input is not text")
+    turns.append({"role": "user", "content": "\n".join(part for part in parts if part)})
+    turns.append({"role": "assistant", "content": row.get("output")})
+    return turns
+
+
+def _message(raw: Any, index: int) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise BadRowError("bad_message", f"message {index} is of type {type(raw).__name__}")
+    is_sharegpt = "role" not in raw and "from" in raw
+    role = raw["from"] if is_sharegpt else raw.get("role")
+    known = SHAREGPT_ROLES.get(role) if is_sharegpt and isinstance(role, str) else role
+    if known not in ROLES:
+        raise BadRowError("unknown_role", f"message {index} has the role {str(role)[:40]!r}")
+    own = ("from", "value") if is_sharegpt else ("role", "content")
+    content = _text(raw.get(own[1]), index)
+    others = {key: value for key, value in raw.items() if key not in own and value is not None}
+    message = {"role": known, "content": content, **others}
+    if role == "function_call":
+        message |= {"content": "", "tool_calls": [_parsed(content)]}
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(message["tool_calls"], index)
+    return _with_reasoning(message)
+
+
+def _text(content: Any, index: int) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRowError("bad_message", f"content of message {index} is not text")
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        for part in content
+    ]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRowError("not_text", f"message {index} holds parts that are not text")
+    return "".join(text for text in texts if text)
+
+
+def _tool_calls(calls: Any, index: int) -> list[Any]:
+    """Arguments that are JSON inside a string become objects, as chat templates expect them."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise BadRowError("bad_message", f"tool_calls of message {index} is not a list of objects")
+    parsed: list[Any] = []
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or "name" not in function:
+            raise BadRowError("bad_message", f"a tool call of message {index} names no function")
+        arguments = function.get("arguments", {})
+        function = function | {"arguments": _parsed(arguments)}
+        parsed.append({"type": "function"} | call | {"function": function})
+    return parsed
+
+
+def _parsed(text: Any) -> Any:
+    """Return JSON in a string as data, anything else as it is."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Templates read reasoning_content, some read thinking; data sets use three names for it."""
+    found = next((message[name] for name in REASONING_FIELDS if name in message), None)
+    if found is None:
+        return message
+    return {"thinking": found, **message, "reasoning_content": found}
+
+
+def _require_answer(messages: list[dict[str, Any]]) -> None:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise BadRowError("no_assistant_turn", "no message has the role assistant")
+    said = ("content", "tool_calls", "reasoning_content")
+    if not any(answer.get(key) for answer in answers for key in said):
+        raise BadRowError("empty_answer", "the assistant says nothing")
+
+
+def _tools(value: Any) -> list[Any] | None:
+    tools = _parsed(value) or None
+    if tools is not None and not isinstance(tools, list):
+        raise BadRowError("bad_tools", "the tool definitions are not a list")
+    return tools
+
+
+def _uid(messages: list[dict[str, Any]]) -> int:
+    said = [{key: message[key] for key in IDENTITY if key in message} for message in messages]
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

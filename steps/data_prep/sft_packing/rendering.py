@@ -1,0 +1,277 @@
+"""Chat templates in a sandbox: a conversation in, its text and what the assistant says in it out.
+
+Templates are rendered as ``transformers`` renders them (same globals, filters and whitespace), with
+its ``{% generation %}`` tag, but without importing it: that costs seconds and is no part of a job.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
+
+Messages = Sequence[Mapping[str, Any]]
+QUESTION, ANSWER = "What is asked?", "This is answered."
+PROBE: Messages = [
+    {"role": "user", "content": QUESTION},
+    {"role": "assistant", "content": ANSWER},
+]
+# What a template that meets data it was not written for can raise.
+RENDER_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+class Rendered(NamedTuple):
+    """A rendered conversation.
+
+    Attributes:
+        text: The whole text.
+        spans: Ascending (start, end) character ranges of ``text`` that are trained.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+
+    @property
+    def trained(self) -> str:
+        """The trained text, spans joined."""
+        return "".join(self.text[start:end] for start, end in self.spans)
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        text: Jinja source.
+        variables: What the template sees beside the conversation, such as ``eos_token``.
+        special_tokens: Texts of the tokenizer's special tokens; one of them ends a turn.
+
+    Raises:
+        jinja2.TemplateSyntaxError: The source does not parse.
+        BadRowError: It cannot render ``PROBE``; see ``render``.
+
+    Attributes:
+        text: The source.
+        stop: The special token that ends an assistant's turn, or None where none does. It is what
+            follows the answer of ``PROBE``: after a last turn nothing else can.
+    """
+
+    def __init__(
+        self, text: str, *, variables: Mapping[str, str], special_tokens: Sequence[str]
+    ) -> None:
+        self.text = text
+        environment, self._tracker = _environment()
+        self._template = environment.from_string(text)
+        self._variables = dict(variables)
+        self._has_markers = _has_generation_tag(environment.parse(text))
+        self.stop: str | None = None
+        self.stop = self._find_stop(special_tokens)
+
+    def render(self, messages: Messages, tools: Sequence[Any] | None = None) -> Rendered:
+        """Return the text of a conversation and the spans that the assistant says.
+
+        With ``{% generation %}`` in the template the spans are what it encloses, from one render.
+        Without it a turn is what the conversation up to and including it adds to the conversation
+        before it plus the generation prompt: two renders per turn, and each must be a prefix of the
+        whole text, or the spans would be guesses.
+
+        The token that ends a turn is always in its span: a model that never trained on it does not
+        stop. Some templates leave it outside of ``{% generation %}``.
+
+        Raises:
+            BadRowError: ``template_error``, ``template_not_prefix_stable``, ``generation_moved``,
+                ``invalid_unicode``.
+        """
+        try:
+            rendered = self._render(messages, tools)
+        except RENDER_ERRORS as error:
+            raise BadRowError("template_error", f"{type(error).__name__}: {error}"[:200]) from None
+        if not rendered.text.isascii():
+            _require_unicode(rendered.text)
+        return rendered
+
+    def _render(self, messages: Messages, tools: Sequence[Any] | None) -> Rendered:
+        if self._has_markers:
+            text, spans = self._render_marked(messages, tools)
+        else:
+            text, spans = self._render_prefixes(messages, tools)
+        return Rendered(text, [self._with_stop(text, span) for span in spans])
+
+    def _render_marked(
+        self, messages: Messages, tools: Sequence[Any] | None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        tracker = self._tracker
+        tracker.start()
+        text = self._text(messages, tools, on_piece=tracker.advance)
+        for start, said in tracker.marked:
+            # Inside a macro or a set block the tag cannot know where its text will land.
+            if not text.startswith(said, start):
+                raise BadRowError(
+                    "generation_moved", "{% generation %} stands inside a macro or block"
+                )
+        return text, [(start, start + len(said)) for start, said in tracker.marked if said]
+
+    def _render_prefixes(
+        self, messages: Messages, tools: Sequence[Any] | None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        text = self._text(messages, tools)
+        spans: list[tuple[int, int]] = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._text(messages[:index], tools, add_generation_prompt=True)
+            turn = self._text(messages[: index + 1], tools)
+            if not (text.startswith(prompt) and text.startswith(turn) and turn.startswith(prompt)):
+                raise BadRowError(
+                    "template_not_prefix_stable",
+                    f"message {index} renders otherwise when the conversation ends there; "
+                    "mark the assistant's turn with {% generation %}",
+                )
+            spans.append((len(prompt), len(turn)))
+        return text, spans
+
+    def _text(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None,
+        *,
+        add_generation_prompt: bool = False,
+        on_piece: Callable[[str], None] | None = None,
+    ) -> str:
+        pieces: list[str] = []
+        for piece in self._template.generate(
+            **self._variables,
+            messages=messages,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+        ):
+            pieces.append(piece)
+            if on_piece is not None:
+                on_piece(piece)
+        return "".join(pieces)
+
+    def _with_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """Grow a span over the stop token after it, or cut the blanks after the stop token in it.
+
+        Blanks that a template puts into ``{% generation %}`` itself stay: its author wants them.
+        """
+        start, end = span
+        if self.stop is None:
+            return span
+        said = text[start:end].rstrip()
+        if said.endswith(self.stop):
+            return (start, end) if self._has_markers else (start, start + len(said))
+        after = re.compile(r"\s*" + re.escape(self.stop)).match(text, end)
+        return (start, after.end()) if after else span
+
+    def _find_stop(self, special_tokens: Sequence[str]) -> str | None:
+        text, spans = self.render(PROBE)
+        answer = text.find(ANSWER, spans[0][0]) if spans else -1
+        if answer < 0 or not special_tokens:
+            return None
+        longest_first = sorted(special_tokens, key=len, reverse=True)
+        pattern = r"\s*(" + "|".join(map(re.escape, longest_first)) + ")"
+        after = re.compile(pattern).match(text, answer + len(ANSWER))
+        return after.group(1) if after else None
+
+
+class _Tracker:
+    """Where in the output the template is, and what ``{% generation %}`` gave out there."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.marked: list[tuple[int, str]] = []
+
+    def start(self) -> None:
+        self.position = 0
+        self.marked = []
+
+    def advance(self, piece: str) -> None:
+        self.position += len(piece)
+
+    def mark(self, said: str) -> None:
+        self.marked.append((self.position, said))
+
+
+class _Generation(Extension):
+    """The tag ``{% generation %} ... {% endgeneration %}``: its body, noted by the tracker."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a plain set)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+    def _note(self, caller: Callable[[], str]) -> str:
+        said = caller()
+        self.environment.tracker.mark(said)  # pyright: ignore[reportAttributeAccessIssue]
+        return said
+
+
+def _environment() -> tuple[ImmutableSandboxedEnvironment, _Tracker]:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    tracker = _Tracker()
+    environment.extend(tracker=tracker)
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment, tracker
+
+
+def _has_generation_tag(tree: nodes.Template) -> bool:
+    calls = (block.call.node for block in tree.find_all(nodes.CallBlock))
+    return any(isinstance(node, nodes.ExtensionAttribute) for node in calls)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML characters, which would change what models read."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _require_unicode(text: str) -> None:
+    """JSON can name half a surrogate pair; no tokenizer can encode that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError("invalid_unicode", f"lone surrogate at character {error.start}") from None

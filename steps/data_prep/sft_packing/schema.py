@@ -1,0 +1,184 @@
+"""The config of ``data_prep/sft_packing``: every key, its type, its default and what it does.
+
+Keys that upstream's Ray engine reads and that mean nothing here are accepted, so that its configs
+keep working; each says so. A value that asks for something this step does not do is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from nemotron.config import Schema
+
+Algorithm = Literal["first_fit_shuffle", "first_fit_decreasing", "concatenative"]
+
+
+class TokenizerConfig(Schema):
+    """The tokenizer of the model to train."""
+
+    model: str = Field(description="Hugging Face directory or repository id")
+    type: Literal["huggingface"] = "huggingface"
+    add_bos: bool = Field(
+        default=False, description="put the BOS token first where the template did not"
+    )
+    add_eos: bool = Field(
+        default=True,
+        description="end a document with the EOS token where the template ends turns with none",
+    )
+    trust_remote_code: Literal[False] = Field(
+        default=False, description="code from a repository is never run"
+    )
+
+
+class PlanConfig(Schema):
+    """Accepted for upstream's configs; without effect, one process plans the run."""
+
+    planner_cpus: float = 0.5
+
+
+class DownloadConfig(Schema):
+    """Accepted for upstream's configs; without effect, only local files are read."""
+
+    batch_size: int = 1
+    stage_cpus: float = 0.5
+    hf_xet_high_performance: bool = True
+    hf_xet_concurrent_range_gets: int = 32
+    max_retries: int = 3
+    timeout_sec: int = 300
+
+
+class TokenizationConfig(Schema):
+    """Accepted for upstream's configs; without effect, the tokenizer uses the cores it finds."""
+
+    cpus_per_worker: float = 1.0
+
+
+class ObservabilityConfig(Schema):
+    """How often the run says how far it is; the ``wandb_*`` keys are accepted without effect."""
+
+    pipeline_logging_interval_s: float = Field(
+        default=5.0, gt=0, description="seconds between progress lines"
+    )
+    wandb_log_pipeline_stats: bool = False
+    wandb_log_downloads: bool = False
+    wandb_download_log_interval_sec: int = 30
+
+
+class Config(Schema):
+    """Config of ``data_prep/sft_packing``."""
+
+    blend_path: str = Field(
+        description="conversations (.jsonl or .json file, directory or glob) or a blend file"
+    )
+    output_dir: Path = Field(description="directory of the packed_parquet artifact")
+    config_name: str = Field(default="default", description="a name for people; without effect")
+
+    tokenizer: TokenizerConfig | str = Field(
+        description="a Hugging Face directory or repository id, or a mapping with more options"
+    )
+    chat_template: str | None = Field(
+        default="nano3",
+        description="chatml, nano3, a template file, inline template text; null: the tokenizer's",
+    )
+    messages_field: str = Field(
+        default="messages",
+        description="field of a conversation; the default also finds ShareGPT and Alpaca rows",
+    )
+    tools_field: str = Field(default="tools", description="field of the tool definitions")
+
+    used_in_filter: str | None = Field(
+        default=None, description="keep only rows whose used_in_field names this"
+    )
+    used_in_field: str = "used_in"
+    max_rows: int | None = Field(
+        default=None, ge=1, description="at most this many conversations of each dataset, by hash"
+    )
+    sample: str | None = Field(
+        default=None,
+        pattern=r"^(100|\d{1,2})(\.\d+)?%$",
+        description="share of each dataset's documents, such as 10%",
+    )
+    sample_seed: int = Field(default=42, description="decides which documents sample takes")
+    max_bad_fraction: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of a dataset's rows that may be unusable before the run ends",
+    )
+
+    pack_size: int = Field(default=4096, ge=2, description="tokens of a row at training time")
+    algorithm: Algorithm = "first_fit_shuffle"
+    max_doc_tokens: int | None = Field(
+        default=None, ge=2, description="stored tokens of a document, at most pack_size + 1"
+    )
+    seed: int | None = Field(default=None, description="seed of packing; null: sample_seed")
+
+    train_ratio: float = Field(default=0.98, ge=0, le=1)
+    valid_ratio: float = Field(default=0.01, ge=0, le=1)
+    test_ratio: float = Field(default=0.01, ge=0, le=1)
+    num_shards: int = Field(default=128, ge=1, description="files of the train split")
+    valid_shards: int | None = Field(
+        default=None, ge=0, description="with test_shards: shards of num_shards, beats the ratios"
+    )
+    test_shards: int | None = Field(default=None, ge=0)
+
+    dtype: Literal["int32"] = Field(default="int32", description="what input_ids are stored as")
+    parquet_row_group_size: int = Field(default=64, ge=1, description="rows of a row group")
+    parquet_compression: Literal["zstd", "snappy", "none"] = "zstd"
+
+    force: bool = Field(default=False, description="without effect: every run packs anew")
+    execution_mode: Literal["auto"] = Field(default="auto", description="one process")
+    plan: PlanConfig = PlanConfig()
+    download: DownloadConfig = DownloadConfig()
+    tokenization: TokenizationConfig = TokenizationConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.valid_shards is None and self.test_shards is None:
+            total = self.train_ratio + self.valid_ratio + self.test_ratio
+            if abs(total - 1.0) > 1e-6:
+                raise ValueError(
+                    f"train_ratio + valid_ratio + test_ratio is {total:.6g}; must be 1"
+                )
+        elif self.split_shards["train"] < 1:
+            raise ValueError(
+                f"valid_shards {self.valid_shards} and test_shards {self.test_shards} leave no "
+                f"shard of num_shards {self.num_shards} to the train split"
+            )
+        return self
+
+    @property
+    def tokenizer_options(self) -> TokenizerConfig:
+        """The tokenizer as a mapping, whichever way it was given."""
+        if isinstance(self.tokenizer, str):
+            return TokenizerConfig(model=self.tokenizer)
+        return self.tokenizer
+
+    @property
+    def split_shards(self) -> dict[str, int]:
+        """Files of each split that is not empty."""
+        if self.valid_shards is None and self.test_shards is None:
+            return {"train": self.num_shards, "valid": 1, "test": 1}
+        valid, test = self.valid_shards or 0, self.test_shards or 0
+        return {"train": self.num_shards - valid - test, "valid": valid, "test": test}
+
+    @property
+    def split_ratios(self) -> dict[str, float]:
+        """Share of the documents in each split, in [0, 1]."""
+        if self.valid_shards is None and self.test_shards is None:
+            return {"train": self.train_ratio, "valid": self.valid_ratio, "test": self.test_ratio}
+        return {name: shards / self.num_shards for name, shards in self.split_shards.items()}
+
+    @property
+    def max_stored_tokens(self) -> int:
+        """Longest document, stored tokens: training drops the last token, hence the + 1."""
+        return min(self.pack_size + 1, self.max_doc_tokens or self.pack_size + 1)
+
+    @property
+    def packing_seed(self) -> int:
+        """The seed of packing: ``seed``, or ``sample_seed`` where that is null."""
+        return self.sample_seed if self.seed is None else self.seed

@@ -1,0 +1,65 @@
+"""Blend files: strict keys, and one .json suffix for blends and for data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron.errors import NemotronError
+from nemotron.steps.data_prep.sft_packing.blend import Dataset, read_blend
+
+
+def read(path: Path | str) -> tuple[Dataset, ...]:
+    return read_blend(str(path), messages_field="messages", tools_field="tools", max_rows=9)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_read_blend_fills_in_what_a_dataset_does_not_say(tmp_path: Path) -> None:
+    datasets = [
+        {"name": "a", "path": "a.jsonl", "weight": 2, "max_rows": 5, "messages_field": "chat"},
+        {"name": "b", "path": "/data/b.jsonl"},
+    ]
+    first, second = read(write(tmp_path / "blend.json", {"datasets": datasets}))
+    assert first.path == str(tmp_path / "a.jsonl")
+    assert (first.weight, first.max_rows, first.messages_field) == (2, 5, "chat")
+    assert second.path == "/data/b.jsonl"
+    assert (second.weight, second.max_rows, second.messages_field) == (1, 9, "messages")
+
+
+@pytest.mark.parametrize("content", [[{"messages": []}], {"messages": []}, {"instruction": "Q"}])
+def test_read_blend_takes_json_with_conversations_as_data(tmp_path: Path, content: Any) -> None:
+    path = write(tmp_path / "chat.json", content)
+    assert [(item.name, item.path) for item in read(path)] == [("chat", str(path))]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"dataset": []}, "datasets: Field required"),
+        ({"train": [], "datasets": [{"name": "a", "path": "a"}]}, "splits are made by ratio"),
+        ({"datasets": []}, "at least 1 item"),
+        ({"datasets": [{"name": "a", "path": "a", "wieght": 1}]}, "datasets.0.wieght"),
+        ({"datasets": [{"name": "a", "path": "a", "weight": -1}]}, "datasets.0.weight"),
+        ({"datasets": [{"name": "a", "path": "a", "weight": 0}]}, "every dataset has weight 0"),
+        ({"datasets": [{"name": "a", "path": "a"}] * 2}, "the name 'a'"),
+        ({"datasets": [{"name": "a", "path": "hf://x/y"}]}, "hf://x/y is not local"),
+    ],
+)
+def test_read_blend_names_the_entry_that_is_wrong(
+    tmp_path: Path, content: Any, problem: str
+) -> None:
+    with pytest.raises(NemotronError, match=problem) as caught:
+        read(write(tmp_path / "blend.json", content))
+    assert caught.value.code == "bad_blend"
+
+
+def test_read_blend_refuses_a_remote_path() -> None:
+    with pytest.raises(NemotronError, match="s3://bucket is not local"):
+        read("s3://bucket")

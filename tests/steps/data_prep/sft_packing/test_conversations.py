@@ -1,0 +1,122 @@
+"""Conventions: the same conversation in three shapes is one conversation; bad rows say why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemotron.steps.data_prep.sft_packing.conversations import (
+    Conversation,
+    detect_field,
+    read_conversation,
+)
+from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
+
+USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+def read(row: dict[str, Any]) -> Conversation:
+    field = detect_field(row, messages_field="messages")
+    assert field is not None
+    return read_conversation(row, field=field, tools_field="tools")
+
+
+def test_three_conventions_give_the_same_messages_and_uid() -> None:
+    openai = read(
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Add.\n1 and 2"},
+                {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
+            ]
+        }
+    )
+    sharegpt = read(
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "Add.\n1 and 2"},
+                {"from": "gpt", "value": "3"},
+            ]
+        }
+    )
+    alpaca = read({"instruction": "Add.", "input": "1 and 2", "output": "3", "system": "Be brief."})
+    assert openai.messages == sharegpt.messages == alpaca.messages
+    assert openai.uid == sharegpt.uid == alpaca.uid
+
+
+def test_alpaca_history_comes_before_the_instruction() -> None:
+    row = {"instruction": "Q2", "input": "", "output": "A2", "history": [["Q", "A"]]}
+    contents = [message["content"] for message in read(row).messages]
+    assert contents == ["Q", "A", "Q2", "A2"]
+
+
+def test_function_call_turns_of_sharegpt_become_tool_calls() -> None:
+    row = {
+        "conversations": [
+            {"from": "human", "value": "Weather?"},
+            {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "sky"}}'},
+            {"from": "observation", "value": "sun"},
+            {"from": "gpt", "value": "Sunny."},
+        ],
+        "tools": '[{"name": "look"}]',
+    }
+    conversation = read(row)
+    call = conversation.messages[1]["tool_calls"][0]
+    assert call["function"] == {"name": "look", "arguments": {"at": "sky"}}
+    assert conversation.messages[2]["role"] == "tool"
+    assert conversation.tools == [{"name": "look"}]
+
+
+def test_arguments_in_a_string_become_an_object() -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    message = read(row).messages[1]
+    assert message["content"] == ""
+    assert message["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_read_under_each_of_its_names(name: str) -> None:
+    row = {"messages": [USER, {"role": "assistant", "content": "A", name: "hm"}]}
+    assert read(row).messages[1]["reasoning_content"] == "hm"
+
+
+def test_uid_ignores_fields_that_say_nothing() -> None:
+    tagged = {"messages": [USER | {"id": 7}, ASSISTANT]}
+    assert read(tagged).uid == read({"messages": [USER, ASSISTANT]}).uid
+
+
+def test_detect_field_takes_a_named_field_at_its_word() -> None:
+    row = {"dialog": [USER, ASSISTANT], "messages": []}
+    assert detect_field(row, messages_field="dialog") == "dialog"
+    assert detect_field({"messages": []}, messages_field="dialog") is None
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": []}, "no_conversation"),
+        ({"messages": "Q"}, "no_conversation"),
+        ({"messages": ["Q"]}, "bad_message"),
+        ({"messages": [{"role": "user", "content": 3}, ASSISTANT]}, "bad_message"),
+        ({"messages": [{"content": "Q"}, ASSISTANT]}, "unknown_role"),
+        ({"messages": [{"role": "critic", "content": "Q"}, ASSISTANT]}, "unknown_role"),
+        ({"messages": [{"role": ["user"], "content": "Q"}, ASSISTANT]}, "unknown_role"),
+        ({"conversations": [{"from": "oracle", "value": "Q"}]}, "unknown_role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not_text"),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": ["f"]}]}, "bad_message"),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": [{"id": 1}]}]}, "bad_message"),
+        ({"messages": [USER]}, "no_assistant_turn"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "empty_answer"),
+        ({"messages": [USER, ASSISTANT], "tools": "look"}, "bad_tools"),
+        ({"instruction": "Q", "output": None}, "empty_answer"),
+        ({"instruction": ["Q"], "output": "A"}, "bad_message"),
+        ({"instruction": "Q", "output": "A", "history": ["Q"]}, "bad_message"),
+    ],
+)
+def test_read_conversation_says_why_a_row_cannot_be_used(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRowError) as caught:
+        read(row)
+    assert caught.value.reason == reason
