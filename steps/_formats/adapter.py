@@ -1,0 +1,288 @@
+"""LoRA adapters in PEFT's own layout: written from Megatron's factors, read with strict checks.
+
+``adapter_config.json`` and ``adapter_model.safetensors`` with Hugging Face names, so that PEFT and
+vLLM load the directory as it is. A fused Megatron module becomes one module per part: ``lora_A`` is
+repeated, ``lora_B`` split. Reading refuses anything that would make the adapter do less, or other,
+than its config says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.huggingface import read_json
+from nemotron.steps._formats.megatron import TRACKER
+from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
+from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.layouts import LORA_TARGETS, hf_tensors, lora_from_hf, lora_to_hf
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# What we would otherwise ignore, each with the value that means nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    "use_rslora": (False,),
+    "use_qalora": (False,),
+    "modules_to_save": ((), []),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "layers_to_transform": ((), []),
+    "layers_pattern": ((), []),
+    "layer_replication": ((), []),
+    "exclude_modules": ((), []),
+    "target_parameters": ((), []),
+    "trainable_token_indices": ((), [], {}),
+    "alora_invocation_tokens": ((), []),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter directory; factors are read when asked for.
+
+    Args:
+        directory: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        config: Sizes of the model it adapts.
+        dim: LoRA rank.
+        alpha: LoRA alpha; the adapter's output is scaled by ``alpha / dim``.
+        dropout: Dropout it was trained with.
+        target_modules: Hugging Face names of the adapted modules, last parts, sorted.
+        base_model_name_or_path: What it says it was trained on.
+        file: The opened weights.
+    """
+
+    directory: Path
+    config: DecoderConfig
+    dim: int
+    alpha: float
+    dropout: float
+    target_modules: tuple[str, ...]
+    base_model_name_or_path: str | None
+    file: SafetensorsFile
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.alpha / self.dim
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Adapted Hugging Face modules, such as ``model.layers.0.self_attn.q_proj``."""
+        end = ".lora_A.weight"
+        names = (name for name in self.file.entries if name.endswith(end))
+        return tuple(name.removeprefix(_PREFIX).removesuffix(end) for name in names)
+
+    def read(self, module: str) -> tuple[Tensor, Tensor]:
+        """Return lora_a [R, in features] and lora_b [out features, R] of one of ``modules``."""
+        lora_a, lora_b = (self.file.read(name) for name in _names(module))
+        return lora_a, lora_b
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return (lora_a, lora_b) by Megatron module, all at once.
+
+        Raises:
+            NemotronError: ``adapter_not_fused``, see ``lora_from_hf``.
+        """
+        tensors = {name: self.file.read(name) for name in self.file.entries}
+        return lora_from_hf(tensors, self.config)
+
+
+def write_adapter(
+    directory: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    config: DecoderConfig,
+    dim: int,
+    alpha: float,
+    dropout: float,
+    base_model_name_or_path: str,
+) -> None:
+    """Write an adapter as PEFT does, with the factors' own type.
+
+    Args:
+        directory: Where to write; exists.
+        factors: lora_a [R, in features] and lora_b [out features, R], whole, by Megatron module
+            (``decoder.layers.3.self_attention.linear_qkv``).
+        config: Sizes of the model.
+        dim: LoRA rank.
+        alpha: LoRA alpha.
+        dropout: Dropout of the adapter's input, in [0, 1).
+        base_model_name_or_path: The base, for PEFT's ``AutoPeftModel``.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, (lora_a, lora_b) in factors.items():
+        tensors |= lora_to_hf(name, lora_a.detach().cpu(), lora_b.detach().cpu(), config)
+    write_safetensors(
+        directory / ADAPTER_WEIGHTS,
+        names=sorted(tensors),
+        shape=lambda name: tuple(tensors[name].shape),
+        dtype=lambda name: tensors[name].dtype,
+        read=lambda name: tensors[name],
+    )
+    targets = {name.rsplit(".", 1)[-1] for name in factors}
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_name_or_path,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "r": dim,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": sorted(leaf for target in targets for leaf in LORA_TARGETS[target]),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
+    """Return the adapter in ``directory`` after checking it against the model it is to adapt.
+
+    Checked are: every field of the config that changes what an adapter does, the exact set of
+    tensors, their shapes, the rank, and that all values are finite.
+
+    Raises:
+        NemotronError: ``adapter_missing``, ``artifact_damaged``, ``adapter_config``,
+            ``adapter_keys_missing``, ``adapter_keys_unexpected``, ``adapter_shape``,
+            ``adapter_not_finite``.
+    """
+    path = directory / ADAPTER_CONFIG
+    if not path.is_file() or not (directory / ADAPTER_WEIGHTS).is_file():
+        file = ADAPTER_WEIGHTS if path.is_file() else ADAPTER_CONFIG
+        raise _error("missing", directory, f"{directory} has no {file}")
+    values = read_json(path)
+    dim, alpha, targets = _check_config(path, values)
+    file = SafetensorsFile(directory / ADAPTER_WEIGHTS)
+    wanted = _wanted_shapes(path, targets, dim=dim, config=config)
+    _check_keys(file, wanted)
+    for name, shape in wanted.items():
+        if file.entries[name].shape != shape:
+            got = list(file.entries[name].shape)
+            problem = f"{name} is {got}; r {dim} and the base ask for {list(shape)}"
+            raise _error("shape", file.path, problem)
+        if not torch.isfinite(file.read(name)).all():
+            raise _error("not_finite", file.path, f"{name} holds values that are not finite")
+    return Adapter(
+        directory=directory,
+        config=config,
+        dim=dim,
+        alpha=alpha,
+        dropout=float(values.get("lora_dropout") or 0.0),
+        target_modules=targets,
+        base_model_name_or_path=values.get("base_model_name_or_path"),
+        file=file,
+    )
+
+
+def find_adapter_dir(path: Path) -> Path | None:
+    """Return ``path`` if it is an adapter, else the save that its tracker file names, or None."""
+    if (path / ADAPTER_CONFIG).is_file():
+        return path
+    tracker = path / TRACKER
+    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
+    latest = path / f"iter_{int(text):07d}" if text.isdecimal() else None
+    return latest if latest and (latest / ADAPTER_CONFIG).is_file() else None
+
+
+def _names(module: str) -> tuple[str, str]:
+    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def _check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float, tuple[str, ...]]:
+    """Return rank, alpha and target modules of an adapter that is plain LoRA."""
+    if values.get("peft_type") != "LORA":
+        raise _error("config", path, f"peft_type is {values.get('peft_type')!r}; wanted LORA")
+    for key, neutral in _NEUTRAL.items():
+        value = values.get(key)
+        if value is not None and value not in neutral:
+            raise _error("config", path, f"{key} is {value!r}, which is not supported")
+    dim, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+        raise _error("config", path, f"r is {dim!r}; wanted a number of 1 or more")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise _error("config", path, f"lora_alpha is {alpha!r}; wanted a number")
+    if not isinstance(targets, list) or not targets:
+        raise _error("config", path, f"target_modules is {targets!r}; wanted a list of names")
+    return dim, float(alpha), tuple(sorted(str(target) for target in targets))
+
+
+def _wanted_shapes(
+    path: Path, targets: tuple[str, ...], *, dim: int, config: DecoderConfig
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that an adapter of these targets has."""
+    linears = {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in hf_tensors(config).items()
+        if tensor.layer is not None and len(tensor.shape) == 2
+    }
+    wanted: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        modules = [name for name in linears if re.search(rf"(^|\.){re.escape(target)}$", name)]
+        if not modules:
+            leaves = [leaf for group in LORA_TARGETS.values() for leaf in group]
+            close = get_close_matches(target, leaves, n=1)
+            hint = f" (closest: {close[0]})" if close else ""
+            raise _error("config", path, f"no module of the base is named {target}{hint}")
+        for module in modules:
+            name_a, name_b = _names(module)
+            wanted[name_a] = (dim, linears[module][1])
+            wanted[name_b] = (linears[module][0], dim)
+    return wanted
+
+
+def _check_keys(file: SafetensorsFile, wanted: Mapping[str, Any]) -> None:
+    missing = sorted(set(wanted) - set(file.entries))
+    unexpected = sorted(set(file.entries) - set(wanted))
+    if missing:
+        close = get_close_matches(missing[0], unexpected, n=1)
+        hint = f" (the file has {close[0]})" if close else ""
+        problem = f"{len(missing)} of {len(wanted)} tensors are missing, first {missing[0]}{hint}"
+        raise _error("keys_missing", file.path, problem)
+    if unexpected:
+        close = get_close_matches(unexpected[0], list(wanted), n=1)
+        hint = f" (closest: {close[0]})" if close else ""
+        problem = f"{len(unexpected)} tensors are unexpected, first {unexpected[0]}{hint}"
+        raise _error("keys_unexpected", file.path, problem)
+
+
+_FIXES = {
+    "missing": "pass a directory with adapter_config.json and adapter_model.safetensors",
+    "config": "use a plain LoRA adapter on linear layers of the decoder",
+    "keys_missing": "use the adapter as its trainer saved it",
+    "keys_unexpected": "use the adapter as its trainer saved it",
+    "shape": "use the base that the adapter was trained on, and the config it was saved with",
+    "not_finite": "take an earlier save of the adapter; this training diverged",
+}
+
+
+def _error(kind: str, where: Path, problem: str) -> NemotronError:
+    return NemotronError(
+        f"adapter_{kind}",
+        problem,
+        where=str(where),
+        fix=_FIXES[kind],
+        exit_code=ExitCode.DATA,
+    )

@@ -1,0 +1,237 @@
+"""Hugging Face checkpoint directories: safetensors (one file or shards with an index) and config.
+
+Weights are read one tensor at a time. Pickled weights (``.bin``, ``.pt``) are refused:
+loading one can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron.artifacts import sha256_file
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.safetensors_file import SafetensorsFile
+from nemotron.steps._formats.weights import (
+    check_names,
+    damaged,
+)
+from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.layouts import hf_tensors
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    CHAT_TEMPLATE,
+    "chat_template.json",
+)
+_CONFIG_FILES = ("config.json", "generation_config.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+class HuggingFaceCheckpoint:
+    """The weights of a Hugging Face directory, checked against its config; see ``Weights``.
+
+    Args:
+        directory: The checkpoint.
+
+    Raises:
+        NemotronError: ``checkpoint_missing``, ``pickled_weights``, ``artifact_damaged``,
+            ``model_unsupported``, ``weights_incomplete``, ``weights_unexpected`` or
+            ``weights_shape``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = DecoderConfig.from_hf(read_config(directory))
+        self._files = _index(directory)
+        self._tensors = hf_tensors(self.config)
+        check_names(self._model_names(), self._tensors, where=str(directory))
+        for name, tensor in self._tensors.items():
+            got = self._files[name].entries[name].shape
+            if got != tensor.shape:
+                raise _wrong_shape(self._files[name].path, name, got=got, wanted=tensor.shape)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._files[name].dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._files[name].read(name)
+
+    def _model_names(self) -> list[str]:
+        """Return the names in the files, less what is no weight of the model.
+
+        Old exporters saved the rotary frequencies, which follow from the config, and a copy of the
+        embedding as ``lm_head.weight`` of a tied model.
+        """
+        names = [name for name in self._files if not name.endswith(".rotary_emb.inv_freq")]
+        if self.config.share_embeddings_and_output_weights and "lm_head.weight" in names:
+            embedding = "model.embed_tokens.weight"
+            if not torch.equal(self.read("lm_head.weight"), self.read(embedding)):
+                raise NemotronError(
+                    "weights_unexpected",
+                    "config.json says tie_word_embeddings, but lm_head.weight is not the embedding",
+                    where=str(self._files["lm_head.weight"].path),
+                    fix="set tie_word_embeddings to false in config.json, or remove lm_head.weight",
+                    exit_code=ExitCode.DATA,
+                )
+            names.remove("lm_head.weight")
+        return names
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the ``config.json`` of a Hugging Face directory.
+
+    Raises:
+        NemotronError: ``checkpoint_missing`` or ``artifact_damaged``.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if directory.is_dir() else "does not exist"
+        raise _missing(directory, what)
+    return read_json(path)
+
+
+def copy_model_files(source: Path, target: Path, *, has_tokenizer: bool = True) -> None:
+    """Copy config, generation config and, unless told not to, tokenizer and chat template."""
+    copy_files(source, target, _CONFIG_FILES + (TOKENIZER_FILES if has_tokenizer else ()))
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copy those of ``names`` that ``source`` has; ``target`` is made."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def tokenizer_sha256(directory: Path) -> str | None:
+    """Return the digest of ``tokenizer.json``, or None where the directory has none."""
+    path = directory / "tokenizer.json"
+    return sha256_file(path) if path.is_file() else None
+
+
+def read_chat_template(directory: Path) -> str | None:
+    """Return the chat template of a model directory, or None where it has none.
+
+    As in transformers, ``chat_template.jinja`` comes before ``tokenizer_config.json``; of several
+    named templates it is the one named ``default``.
+    """
+    if (directory / CHAT_TEMPLATE).is_file():
+        return (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    path = directory / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def model_properties(directory: Path, config: DecoderConfig, fingerprint: str) -> dict[str, Any]:
+    """Return the artifact properties of a model: fingerprint, tokenizer digest, size, type."""
+    return {
+        "base_fingerprint": fingerprint,
+        "tokenizer_sha256": tokenizer_sha256(directory),
+        "vocab_size": config.vocab_size,
+        "model_type": read_config(directory)["model_type"],
+    }
+
+
+def _index(directory: Path) -> dict[str, SafetensorsFile]:
+    """Return the file that holds each tensor."""
+    if (directory / WEIGHTS_FILE).is_file():  # before the index, as in transformers
+        file = SafetensorsFile(directory / WEIGHTS_FILE)
+        return dict.fromkeys(file.entries, file)
+    if (directory / INDEX_FILE).is_file():
+        return _read_index(directory / INDEX_FILE)
+    if any(path for pattern in _PICKLES for path in directory.glob(pattern)):
+        raise _pickled(directory)
+    raise _missing(directory, f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+
+
+def _read_index(index_path: Path) -> dict[str, SafetensorsFile]:
+    directory = index_path.parent
+    places = read_json(index_path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise damaged(index_path, "it has no weight_map")
+    files: dict[str, SafetensorsFile] = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise damaged(index_path, f"{file!r} points outside the directory")
+        if not (directory / file).is_file():
+            raise damaged(directory / file, f"the file is missing; {INDEX_FILE} names it")
+        files[file] = SafetensorsFile(directory / file)
+    for name, file in places.items():
+        if name not in files[file].entries:
+            raise damaged(directory / file, f"{name} is not in it; {INDEX_FILE} says so")
+    return {name: files[file] for name, file in places.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint.
+
+    Raises:
+        NemotronError: ``artifact_damaged``.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise damaged(path, "this is not a JSON object")
+    return value
+
+
+def _missing(directory: Path, what: str) -> NemotronError:
+    return NemotronError(
+        "checkpoint_missing",
+        f"{directory} {what}; wanted a Hugging Face checkpoint directory",
+        where=str(directory),
+        fix="pass a directory with config.json and safetensors weights",
+        exit_code=ExitCode.DATA,
+    )
+
+
+def _pickled(directory: Path) -> NemotronError:
+    return NemotronError(
+        "pickled_weights",
+        f"{directory} holds pickled weights (.bin or .pt) and no safetensors",
+        where=str(directory),
+        why="loading a pickle can run code, so they are not read",
+        fix='convert it where you trust it: python -c "from transformers import '
+        f"AutoModelForCausalLM as M; M.from_pretrained('{directory}', torch_dtype='auto')"
+        f".save_pretrained('{directory}-safetensors')\", and copy the tokenizer files",
+        exit_code=ExitCode.DATA,
+    )
+
+
+def _wrong_shape(
+    path: Path, name: str, *, got: tuple[int, ...], wanted: tuple[int, ...]
+) -> NemotronError:
+    return NemotronError(
+        "weights_shape",
+        f"{name} is {list(got)}; config.json asks for {list(wanted)}",
+        where=str(path),
+        fix="use a checkpoint whose config.json and weights belong together",
+        exit_code=ExitCode.DATA,
+    )

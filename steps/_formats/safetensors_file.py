@@ -1,0 +1,166 @@
+"""One safetensors file: read single tensors by offset, write it tensor by tensor.
+
+The safetensors library needs a whole file's tensors in memory to write them; this writer needs one.
+The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape,
+[start, end) in the data), the data.
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, damaged
+
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: type name, shape, first byte and end in the file."""
+
+    dtype_name: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsFile:
+    """A safetensors file opened for reading; nothing but the header is read until asked for.
+
+    Raises:
+        NemotronError: ``artifact_damaged``: the header does not parse, or the file is shorter or
+            longer than the header says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as stream:
+            size_bytes = os.fstat(stream.fileno()).st_size
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if size_bytes < 8 or header_bytes > min(size_bytes - 8, _MAX_HEADER_BYTES):
+                raise damaged(path, "the header is cut short; this is not a safetensors file")
+            header = _parse_header(path, stream.read(header_bytes))
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.entries = {
+            name: _parse_entry(path, name, entry, data_start=8 + header_bytes)
+            for name, entry in header.items()
+        }
+        end = max((entry.end for entry in self.entries.values()), default=8 + header_bytes)
+        if end != size_bytes:
+            raise damaged(path, f"the file has {size_bytes} bytes; its header says {end}")
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, copied from the file.
+
+        Raises:
+            NemotronError: ``weights_dtype`` (as ``dtype``) or ``artifact_damaged``.
+        """
+        entry = self.entries[name]
+        dtype = self.dtype(name)
+        content = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        with self.path.open("rb") as stream:
+            stream.seek(entry.start)
+            if stream.readinto(content.numpy().data) != content.numel():
+                raise damaged(self.path, f"{name} is cut short")
+        return content.view(dtype).reshape(entry.shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of one tensor.
+
+        Raises:
+            NemotronError: ``weights_dtype``: it is not one of ``DTYPES``.
+        """
+        kind = self.entries[name].dtype_name
+        if kind not in DTYPES:
+            raise NemotronError(
+                "weights_dtype",
+                f"{name} is {kind}; wanted one of {', '.join(DTYPES)}",
+                where=str(self.path),
+                fix="use the checkpoint that is not quantized",
+                exit_code=ExitCode.DATA,
+            )
+        return DTYPES[kind]
+
+
+def write_safetensors(
+    path: Path,
+    *,
+    names: Sequence[str],
+    shape: Callable[[str], tuple[int, ...]],
+    dtype: Callable[[str], torch.dtype],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, reading and holding one tensor at a time.
+
+    Tensors of wider types come first, so that every tensor is aligned to its own width.
+
+    Args:
+        path: The file.
+        names: Tensors, in the order to write those of one type.
+        shape: Returns the shape of a tensor.
+        dtype: Returns the type of a tensor.
+        read: Returns a tensor; called once per name.
+        metadata: Text entries beside the obligatory ``format``.
+    """
+    ordered = sorted(names, key=lambda name: -dtype(name).itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for name in ordered:
+        end = offset + math.prod(shape(name)) * dtype(name).itemsize
+        kind = DTYPE_NAMES[dtype(name)]
+        header[name] = {
+            "dtype": kind,
+            "shape": list(shape(name)),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            tensor = read(name)
+            if tuple(tensor.shape) != shape(name) or tensor.dtype != dtype(name):
+                raise ValueError(f"{name} is not of the shape and type announced")
+            stream.write(raw_bytes(tensor))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, without a copy where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise damaged(path, "the header is not JSON; this is not a safetensors file")
+    return header
+
+
+def _parse_entry(path: Path, name: str, entry: Any, *, data_start: int) -> TensorEntry:
+    try:
+        kind, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+        start, end = (data_start + int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise damaged(path, f"the header's entry of {name} does not parse") from None
+    width = DTYPES[kind].itemsize if kind in DTYPES else None
+    is_valid = data_start <= start <= end and all(size >= 0 for size in shape)
+    if not is_valid or (width is not None and math.prod(shape) * width != end - start):
+        raise damaged(path, f"the header's entry of {name} contradicts itself")
+    return TensorEntry(kind, shape, start, end)

@@ -1,0 +1,330 @@
+"""Directories of torch.distributed.checkpoint (DCP), read and written without a process group.
+
+``.metadata`` is a pickle. It is read through an unpickler that knows the dozen classes such a file
+needs and refuses every other name, and each tensor by ``torch.load(weights_only=True)`` on its own
+byte range, so nothing in a checkpoint can run code. torch's own reader unpickles freely.
+
+A tensor is stored as chunks, each with its place in the global tensor; reading a slice opens only
+the chunks that intersect it. The writer puts one tensor after the other into a single file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.weights import damaged
+
+METADATA_FILE = ".metadata"
+DATA_FILE = "__0_0.distcp"
+_CHECKPOINT = "torch.distributed.checkpoint"
+_ALLOWED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    *(
+        (f"{_CHECKPOINT}.metadata", name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    *(
+        (f"{_CHECKPOINT}.planner", name)
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+    ),
+}
+# torch notes the directory of a save as it was given to it, often as a path object.
+_PATHS = {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor and the byte range that holds it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length_bytes: int
+
+
+class TorchDistReader:
+    """A DCP directory opened for reading: tensors by name, whole or sliced.
+
+    Args:
+        directory: Holds ``.metadata`` and the ``.distcp`` files.
+
+    Raises:
+        NemotronError: ``checkpoint_missing`` (no ``.metadata``), ``artifact_damaged`` (it does not
+            parse, or a file is missing or shorter than it says), ``unsafe_pickle`` (it asks for
+            anything but the classes of a checkpoint).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        metadata = _read_metadata(directory / METADATA_FILE)
+        try:
+            self._tensors = {
+                name: entry
+                for name, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            self._chunks = {
+                name: _locate_chunks(name, entry, metadata.storage_data)
+                for name, entry in self._tensors.items()
+            }
+        except (AttributeError, KeyError, TypeError) as error:
+            raise damaged(directory / METADATA_FILE, f"it contradicts itself: {error!r}") from None
+        self._check_files()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors (not of byte items such as ``_extra_state``)."""
+        return tuple(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the global shape of a tensor."""
+        return tuple(self._tensors[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor."""
+        return self._tensors[name].properties.dtype
+
+    def read(self, name: str, index: Sequence[slice] = ()) -> Tensor:
+        """Return a tensor, or the box of it that ``index`` cuts out.
+
+        Args:
+            name: One of ``names``.
+            index: Slices of step 1 for the leading dimensions; the others are whole.
+
+        Raises:
+            KeyError: There is no such tensor.
+            NemotronError: ``artifact_damaged``: a chunk does not load or is not what ``.metadata``
+                says, or the chunks do not cover the box.
+        """
+        shape = self.shape(name)
+        slices = [*index, *[slice(None)] * (len(shape) - len(index))]
+        bounds = [part.indices(size)[:2] for part, size in zip(slices, shape, strict=True)]
+        starts = tuple(start for start, _ in bounds)
+        sizes = tuple(max(stop - start, 0) for start, stop in bounds)
+        boxes = [(chunk, _intersect(chunk, starts, sizes)) for chunk in self._chunks[name]]
+        needed = [(chunk, *box) for chunk, box in boxes if box is not None]
+        if len(needed) == 1 and needed[0][0].sizes == sizes:
+            return self._load(name, needed[0][0]).contiguous()  # spares a copy of large tensors
+        result = torch.empty(sizes, dtype=self.dtype(name))
+        num_filled = 0
+        for chunk, source, target in needed:
+            result[target] = self._load(name, chunk)[source]
+            num_filled += result[target].numel()
+        if num_filled != result.numel():
+            raise damaged(self.directory, f"the chunks of {name} do not cover {starts} + {sizes}")
+        return result
+
+    def _load(self, name: str, chunk: Chunk) -> Tensor:
+        path = self.directory / chunk.file
+        with path.open("rb") as stream:
+            stream.seek(chunk.start)
+            content = stream.read(chunk.length_bytes)
+        try:
+            tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise damaged(path, f"{name} at byte {chunk.start} does not load: {error}") from None
+        is_tensor = isinstance(tensor, Tensor) and tensor.dtype == self.dtype(name)
+        if not is_tensor or tuple(tensor.shape) != chunk.sizes:
+            raise damaged(path, f"{name} at byte {chunk.start} is not what .metadata says")
+        return tensor
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for chunks in self._chunks.values():
+            for chunk in chunks:
+                ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length_bytes)
+        for file, end in sorted(ends.items()):
+            path = self.directory / file
+            if Path(file).name != file:
+                raise damaged(self.directory / METADATA_FILE, f"{file!r} points outside")
+            if not path.is_file():
+                raise damaged(path, "the file is missing; .metadata names it")
+            size_bytes = path.stat().st_size
+            if size_bytes < end:
+                problem = f"the file has {size_bytes} bytes; .metadata needs {end}"
+                raise damaged(path, problem)
+
+
+class TorchDistWriter:
+    """Writes a DCP directory chunk by chunk; the ``with`` block's end writes ``.metadata``.
+
+    torch's ``dcp.load`` and Megatron-Bridge read the result.
+
+    Args:
+        directory: Where to write; exists and holds no checkpoint.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        self._stream = (directory / DATA_FILE).open("wb")
+
+    def __enter__(self) -> TorchDistWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+        if kind is None:
+            metadata = Metadata(
+                state_dict_metadata=dict(self._tensors),
+                storage_data=self._storage,
+                storage_meta=StorageMeta(),
+                version="1.0.0",
+            )
+            content = pickle.dumps(metadata)
+            (self._directory / METADATA_FILE).write_bytes(content)
+
+    def write(
+        self,
+        name: str,
+        tensor: Tensor,
+        *,
+        offsets: Sequence[int] | None = None,
+        global_shape: Sequence[int] | None = None,
+    ) -> None:
+        """Append a tensor, or one chunk of it.
+
+        Args:
+            name: Name of the whole tensor.
+            tensor: The chunk; every chunk of a tensor has the same type.
+            offsets: Place of the chunk in the whole tensor; zeros by default.
+            global_shape: Shape of the whole tensor; that of ``tensor`` by default.
+        """
+        place = torch.Size(offsets or [0] * tensor.dim())
+        entry = self._tensors.setdefault(
+            name,
+            TensorStorageMetadata(
+                TensorProperties(dtype=tensor.dtype), torch.Size(global_shape or tensor.shape), []
+            ),
+        )
+        if not isinstance(entry, TensorStorageMetadata) or entry.properties.dtype != tensor.dtype:
+            raise ValueError(f"{name}: the chunks of one tensor must have one type")
+        entry.chunks.append(ChunkStorageMetadata(place, tensor.shape))
+        tensor = tensor.contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()  # torch.save would write the whole storage behind a view
+        self._append(MetadataIndex(name, place), tensor)
+
+    def write_object(self, name: str, value: Any) -> None:
+        """Append an item that is not a tensor, such as Megatron's ``_extra_state``."""
+        self._tensors[name] = BytesStorageMetadata()
+        self._append(MetadataIndex(name), value)
+
+    def _append(self, index: MetadataIndex, value: Any) -> None:
+        start = self._stream.tell()
+        torch.save(value, self._stream)
+        length_bytes = self._stream.tell() - start
+        self._storage[index] = _StorageInfo(DATA_FILE, start, length_bytes)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Finds only the classes that a DCP ``.metadata`` consists of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        if (module, name) in _PATHS:
+            return PurePosixPath
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise _UnsafeNameError(f"{module}.{name}")
+
+
+class _UnsafeNameError(Exception):
+    pass
+
+
+def _read_metadata(path: Path) -> Metadata:
+    if not path.is_file():
+        raise NemotronError(
+            "checkpoint_missing",
+            f"{path.parent} has no .metadata; wanted a torch_dist checkpoint",
+            where=str(path.parent),
+            fix="pass the directory that a torch_dist checkpoint was saved to",
+            exit_code=ExitCode.DATA,
+        )
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except _UnsafeNameError as name:
+        raise NemotronError(
+            "unsafe_pickle",
+            f"{path} refers to {name}, which no checkpoint needs",
+            where=str(path),
+            why="loading it could run code; nothing of it was run",
+            fix="do not use this checkpoint unless you know who wrote it",
+            exit_code=ExitCode.DATA,
+        ) from None
+    except Exception as error:  # a cut or changed pickle fails in any way it likes
+        raise damaged(path, f"it does not unpickle: {error!r}") from None
+    if not isinstance(metadata, Metadata):
+        raise damaged(path, "it is not the metadata of a torch_dist checkpoint")
+    return metadata
+
+
+def _locate_chunks(
+    name: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, _StorageInfo]
+) -> list[Chunk]:
+    chunks = []
+    for chunk in entry.chunks:
+        place = storage[MetadataIndex(name, chunk.offsets)]
+        if getattr(place, "transform_descriptors", None):
+            raise KeyError(f"{name} is stored with {place.transform_descriptors}")
+        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        chunks.append(Chunk(offsets, sizes, place.relative_path, place.offset, place.length))
+    return chunks
+
+
+def _intersect(
+    chunk: Chunk, starts: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Return the common box in the chunk's and in the result's own coordinates, or None."""
+    source, target = [], []
+    for offset, length, start, size in zip(chunk.offsets, chunk.sizes, starts, sizes, strict=True):
+        low, high = max(offset, start), min(offset + length, start + size)
+        if low >= high:
+            return None
+        source.append(slice(low - offset, high - offset))
+        target.append(slice(low - start, high - start))
+    return tuple(source), tuple(target)

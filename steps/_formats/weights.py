@@ -1,0 +1,128 @@
+"""What all checkpoint formats have in common: weights by Hugging Face name, one tensor at a time.
+
+Converting, merging and fingerprinting are written against this protocol, so that they work the same
+on a Hugging Face directory, on a Megatron checkpoint and on a base with an adapter merged into it,
+and never hold more than a few tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from time import monotonic
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._models.config import DecoderConfig
+
+# Names that safetensors gives to the types a model may have, widest first.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PROGRESS_SECONDS = 5.0
+
+
+class Weights(Protocol):
+    """The weights of one model; a tied ``lm_head.weight`` is not among them."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Sizes of the model."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Hugging Face names, in the order of the model."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor without reading it."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, contiguous and on the CPU."""
+        ...
+
+
+def size_bytes(weights: Weights, name: str) -> int:
+    """Return the size of one tensor, without reading it."""
+    return math.prod(weights.shape(name)) * weights.dtype(name).itemsize
+
+
+class ReportedWeights:
+    """Weights that print one line to stderr every few seconds of being read; see ``Weights``.
+
+    Args:
+        weights: What to read.
+        label: Beginning of the lines: what the reading is for.
+    """
+
+    def __init__(self, weights: Weights, label: str) -> None:
+        self.config, self.names = weights.config, weights.names
+        self.shape, self.dtype = weights.shape, weights.dtype
+        self._weights = weights
+        self._label = label
+        self._num_read = 0
+        self._last = monotonic()
+
+    def read(self, name: str) -> Tensor:
+        self._num_read += 1
+        if monotonic() - self._last > _PROGRESS_SECONDS:
+            self._last = monotonic()
+            done = f"{self._num_read}/{len(self.names)} tensors"
+            print(f"{self._label}: {done}", file=sys.stderr, flush=True)
+        return self._weights.read(name)
+
+
+def check_names(got: Iterable[str], wanted: Iterable[str], *, where: str) -> None:
+    """Check that a checkpoint holds exactly the tensors of its model.
+
+    Raises:
+        NemotronError: ``weights_incomplete`` or ``weights_unexpected``, naming the first such
+            tensor and the closest name on the other side.
+    """
+    got, wanted = list(got), list(wanted)
+    missing = sorted(set(wanted) - set(got))
+    unexpected = sorted(set(got) - set(wanted))
+    if missing:
+        code, first, others = "weights_incomplete", missing[0], unexpected
+        problem = f"{len(missing)} tensors of the model are not there, first {first}"
+    elif unexpected:
+        code, first, others = "weights_unexpected", unexpected[0], wanted
+        problem = f"{len(unexpected)} tensors are not the model's, first {first}"
+    else:
+        return
+    close = get_close_matches(first, others, n=1)
+    raise NemotronError(
+        code,
+        problem + (f" (closest: {close[0]})" if close else ""),
+        where=where,
+        why="the weights are not those of the model that the config describes",
+        fix="use a checkpoint whose config.json and weights belong together",
+        exit_code=ExitCode.DATA,
+    )
+
+
+def damaged(path: object, problem: str) -> NemotronError:
+    """Return the error of a checkpoint file that cannot be what its writer wrote."""
+    return NemotronError(
+        "artifact_damaged",
+        f"{path}: {problem}",
+        where=str(path),
+        why="a file was cut short or changed after it was written",
+        fix="copy or produce the checkpoint again",
+        exit_code=ExitCode.DATA,
+    )

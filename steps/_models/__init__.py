@@ -1,0 +1,1 @@
+"""Architectures in plain torch, their configs, and the names and layouts of their weights."""

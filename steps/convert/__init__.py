@@ -1,0 +1,1 @@
+"""Steps that turn one kind of checkpoint into another."""

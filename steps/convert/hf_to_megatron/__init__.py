@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint in, Megatron checkpoint out."""

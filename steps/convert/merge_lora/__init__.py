@@ -1,0 +1,1 @@
+"""LoRA adapter and base in, merged Hugging Face checkpoint out."""

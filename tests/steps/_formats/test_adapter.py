@@ -1,0 +1,286 @@
+"""PEFT reads our adapters, we read PEFT's, and adapters that would do harm are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.adapter import find_adapter_dir, open_adapter, write_adapter
+from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
+from nemotron.steps._models.config import DecoderConfig
+
+SaveLlama = Callable[..., LlamaForCausalLM]
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+SHAPES = {  # [R, in features], [out features, R] of the model that save_llama makes
+    "self_attention.linear_qkv": (16, 32),
+    "self_attention.linear_proj": (16, 16),
+    "mlp.linear_fc1": (16, 48),
+    "mlp.linear_fc2": (24, 16),
+}
+
+
+def _factors(*targets: str, lora_rank: int = 3) -> dict[str, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"decoder.layers.{layer}.{name}": (
+            torch.randn(lora_rank, SHAPES[name][0], generator=generator),
+            torch.randn(SHAPES[name][1], lora_rank, generator=generator),
+        )
+        for layer in range(2)
+        for name in targets or SHAPES
+    }
+
+
+@pytest.fixture
+def config(tmp_path: Path, save_llama: SaveLlama) -> DecoderConfig:
+    save_llama(tmp_path / "hf")
+    return HuggingFaceCheckpoint(tmp_path / "hf").config
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, config: DecoderConfig) -> Path:
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    write_adapter(
+        directory,
+        _factors("self_attention.linear_qkv", "self_attention.linear_proj"),
+        config=config,
+        dim=3,
+        alpha=6,
+        dropout=0.1,
+        base_model_name_or_path="base",
+    )
+    return directory
+
+
+def _error(directory: Path, config: DecoderConfig) -> NemotronError:
+    with pytest.raises(NemotronError) as caught:
+        open_adapter(directory, config=config)
+    assert caught.value.exit_code == ExitCode.DATA
+    return caught.value
+
+
+def _change_weights(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors)
+    save_file(tensors, directory / WEIGHTS)
+
+
+def _change_config(directory: Path, **changes: Any) -> None:
+    path = directory / CONFIG
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_peft_loads_what_write_adapter_wrote(
+    tmp_path: Path, save_llama: SaveLlama, config: DecoderConfig
+) -> None:
+    factors = _factors()
+    write_adapter(
+        tmp_path,
+        factors,
+        config=config,
+        dim=3,
+        alpha=6,
+        dropout=0.0,
+        base_model_name_or_path=str(tmp_path / "hf"),
+    )
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    model = PeftModel.from_pretrained(base, tmp_path)
+    loaded = {
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+    written = load_file(tmp_path / WEIGHTS)
+    assert loaded.keys() == written.keys()
+    for name, tensor in written.items():
+        assert torch.equal(loaded[name], tensor)
+    q_proj: Any = base.get_submodule("model.layers.0.self_attn.q_proj")
+    assert q_proj.scaling == {"default": 2.0}
+    # The fused delta's rows of the first KV group: 2 query heads of 4 rows, then k.
+    lora_a, lora_b = factors["decoder.layers.0.self_attention.linear_qkv"]
+    fused = 2.0 * lora_b @ lora_a
+    delta = q_proj.get_delta_weight("default")
+    # Same products in another order of rows: fp32 rounding of 3 terms.
+    torch.testing.assert_close(delta[:8], fused[:8], rtol=0, atol=1e-5)
+
+
+def test_open_gives_back_what_write_adapter_got(tmp_path: Path, config: DecoderConfig) -> None:
+    factors = {name: (a.bfloat16(), b.bfloat16()) for name, (a, b) in _factors().items()}
+    write_adapter(
+        tmp_path,
+        factors,
+        config=config,
+        dim=3,
+        alpha=4.5,
+        dropout=0.1,
+        base_model_name_or_path="base",
+    )
+    adapter = open_adapter(tmp_path, config=config)
+    assert (adapter.dim, adapter.alpha, adapter.dropout, adapter.scale) == (3, 4.5, 0.1, 1.5)
+    assert adapter.base_model_name_or_path == "base"
+    assert adapter.target_modules == (
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    )
+    again = adapter.factors()
+    assert again.keys() == factors.keys()
+    for name, pair in factors.items():
+        assert torch.equal(again[name][0], pair[0])
+        assert torch.equal(again[name][1], pair[1])
+
+
+def test_open_reads_what_peft_saved(
+    tmp_path: Path, save_llama: SaveLlama, config: DecoderConfig
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    get_peft_model(model, lora).save_pretrained(str(tmp_path / "peft"))
+    adapter = open_adapter(tmp_path / "peft", config=config)
+    assert adapter.target_modules == ("down_proj", "q_proj")
+    assert adapter.scale == 2.0
+    assert set(adapter.modules) == {
+        f"model.layers.{layer}.{name}"
+        for layer in range(2)
+        for name in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    lora_a, lora_b = adapter.read("model.layers.1.mlp.down_proj")
+    down_proj: Any = model.get_submodule("model.layers.1.mlp.down_proj")
+    assert torch.equal(lora_a, down_proj.lora_A["default"].weight)
+    assert lora_b.shape == (16, 4)
+
+
+def test_open_names_a_missing_half(adapter: Path, config: DecoderConfig) -> None:
+    _change_weights(adapter, lambda tensors: tensors.pop(f"{Q_PROJ}.lora_B.weight"))
+    error = _error(adapter, config)
+    assert error.code == "adapter_keys_missing"
+    assert f"1 of 16 tensors are missing, first {Q_PROJ}.lora_B.weight" in error.problem
+
+
+def test_open_names_a_wrong_prefix_and_the_close_match(
+    adapter: Path, config: DecoderConfig
+) -> None:
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("base_model.model.")] = tensors.pop(name)
+
+    _change_weights(adapter, rename)
+    error = _error(adapter, config)
+    assert error.code == "adapter_keys_missing"
+    assert "(the file has model.layers.0.self_attn.k_proj.lora_A.weight)" in error.problem
+
+
+def test_open_names_an_extra_key(adapter: Path, config: DecoderConfig) -> None:
+    extra = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
+    _change_weights(adapter, lambda tensors: tensors.update({extra: torch.zeros(3, 16)}))
+    error = _error(adapter, config)
+    assert error.code == "adapter_keys_unexpected"
+    assert extra in error.problem
+    assert "closest: base_model.model.model.layers." in error.problem
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_open_names_values_that_are_not_finite(
+    adapter: Path, config: DecoderConfig, value: float
+) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q_PROJ}.lora_A.weight"][1, 2] = value
+
+    _change_weights(adapter, spoil)
+    error = _error(adapter, config)
+    assert error.code == "adapter_not_finite"
+    assert f"{Q_PROJ}.lora_A.weight" in error.problem
+
+
+def test_open_refuses_a_rank_that_is_not_that_of_the_tensors(
+    adapter: Path, config: DecoderConfig
+) -> None:
+    _change_config(adapter, r=4)
+    error = _error(adapter, config)
+    assert error.code == "adapter_shape"
+    assert "is [3, 16]; r 4 and the base ask for [4, 16]" in error.problem
+
+
+def test_open_names_a_tensor_of_another_shape(adapter: Path, config: DecoderConfig) -> None:
+    name = f"{Q_PROJ}.lora_B.weight"
+    _change_weights(adapter, lambda tensors: tensors.update({name: torch.zeros(15, 3)}))
+    error = _error(adapter, config)
+    assert error.code == "adapter_shape"
+    assert f"{name} is [15, 3]; r 3 and the base ask for [16, 3]" in error.problem
+
+
+def test_open_names_a_truncated_file(adapter: Path, config: DecoderConfig) -> None:
+    path = adapter / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-10])
+    error = _error(adapter, config)
+    assert error.code == "artifact_damaged"
+    assert str(path) in error.problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; wanted LORA"),
+        ({"r": 0}, "r is 0; wanted a number of 1 or more"),
+        ({"lora_alpha": None}, "lora_alpha is None; wanted a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"target_modules": "all-linear"}, "wanted a list of names"),
+        ({"target_modules": ["q_porj"]}, r"named q_porj \(closest: q_proj\)"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"use_rslora": True}, "use_rslora is True"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+    ],
+)
+def test_open_refuses_an_adapter_that_is_not_plain_lora(
+    adapter: Path, config: DecoderConfig, changes: dict[str, Any], message: str
+) -> None:
+    _change_config(adapter, **changes)
+    with pytest.raises(NemotronError, match=message) as caught:
+        open_adapter(adapter, config=config)
+    assert caught.value.code == "adapter_config"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_open_says_which_file_is_missing(adapter: Path, config: DecoderConfig, name: str) -> None:
+    (adapter / name).unlink()
+    error = _error(adapter, config)
+    assert error.code == "adapter_missing"
+    assert f"has no {name}" in error.problem
+
+
+def test_find_adapter_dir_follows_the_tracker_and_nothing_else(adapter: Path) -> None:
+    root = adapter.parent / "run"
+    saved = root / "iter_0000020"
+    saved.mkdir(parents=True)
+    assert find_adapter_dir(adapter) == adapter
+    assert find_adapter_dir(root) is None
+    tracker = root / "latest_checkpointed_iteration.txt"
+    tracker.write_text("20\n", encoding="utf-8")
+    assert find_adapter_dir(root) is None
+    (saved / CONFIG).write_text("{}", encoding="utf-8")
+    assert find_adapter_dir(root) == saved
+    assert find_adapter_dir(saved) == saved
+    tracker.write_text("30", encoding="utf-8")
+    assert find_adapter_dir(root) is None

@@ -1,0 +1,81 @@
+"""The fingerprint against its definition, computed here with the safetensors library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from nemotron.steps._formats.fingerprint import Fingerprint, base_fingerprint
+from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
+
+SaveLlama = Callable[..., LlamaForCausalLM]
+
+
+def _reference(path: Path) -> str:
+    entries = [
+        [
+            name,
+            {torch.float32: "F32", torch.bfloat16: "BF16"}[tensor.dtype],
+            list(tensor.shape),
+            hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest(),
+        ]
+        for name, tensor in sorted(load_file(path).items())
+    ]
+    return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
+
+
+def test_base_fingerprint_is_the_digest_of_names_types_shapes_and_bytes(
+    tmp_path: Path, save_llama: SaveLlama
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        directory = tmp_path / str(dtype)
+        save_llama(directory, dtype=dtype)
+        got = base_fingerprint(HuggingFaceCheckpoint(directory))
+        assert got == _reference(directory / "model.safetensors")
+
+
+def test_base_fingerprint_does_not_depend_on_sharding(
+    tmp_path: Path, save_llama: SaveLlama
+) -> None:
+    save_llama(tmp_path / "one")
+    save_llama(tmp_path / "many", max_shard_size="4KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = (HuggingFaceCheckpoint(tmp_path / name) for name in ("one", "many"))
+    assert base_fingerprint(one) == base_fingerprint(many)
+
+
+def test_base_fingerprint_leaves_out_a_tied_lm_head(tmp_path: Path, save_llama: SaveLlama) -> None:
+    save_llama(tmp_path, tie_word_embeddings=True)
+    before = base_fingerprint(HuggingFaceCheckpoint(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert base_fingerprint(HuggingFaceCheckpoint(tmp_path)) == before
+
+
+def test_fingerprint_sees_one_bit_a_name_a_type_and_a_shape_but_not_the_order() -> None:
+    x, y = torch.arange(4.0), torch.ones(2, 2)
+
+    def digest(**tensors: torch.Tensor) -> str:
+        fingerprint = Fingerprint()
+        for name, tensor in tensors.items():
+            fingerprint.add(name, tensor)
+        return fingerprint.hexdigest()
+
+    assert digest(x=x, y=y) == digest(y=y, x=x)
+    bit = x.view(torch.int32).clone()
+    bit[2] ^= 1
+    others = [
+        digest(x=bit.view(torch.float32), y=y),
+        digest(z=x, y=y),
+        digest(x=x.reshape(2, 2), y=y),
+        digest(x=x, y=y.view(torch.float64)),
+        digest(x=x),
+    ]
+    assert len({digest(x=x, y=y), *others}) == 6

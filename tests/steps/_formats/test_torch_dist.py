@@ -1,0 +1,223 @@
+"""Our reader and writer of DCP directories against torch's own, and against hostile ones."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.torch_dist import TorchDistReader, TorchDistWriter
+
+STACKED = "decoder.layers.mlp.linear_fc1.weight"
+
+
+def _stacked() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 6, 4, generator=generator)
+
+
+def _write(directory: Path) -> Tensor:
+    """Write a tensor as Megatron does at two tensor-parallel ranks: a chunk per layer and half."""
+    whole = _stacked()
+    directory.mkdir()
+    with TorchDistWriter(directory) as writer:
+        for layer, half in itertools.product(range(3), range(2)):
+            chunk = whole[layer : layer + 1, 3 * half : 3 * half + 3]
+            writer.write(STACKED, chunk, offsets=(layer, 3 * half, 0), global_shape=whole.shape)
+        writer.write("output_layer.weight", whole[0].bfloat16())
+        writer.write_object("decoder.layers.mlp.linear_fc1._extra_state/shard_0_3", [None])
+    return whole
+
+
+def _load_with_torch(directory: Path, state: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(state, storage_reader=FileSystemReader(directory), no_dist=True)
+
+
+def _error(directory: Path) -> NemotronError:
+    with pytest.raises(NemotronError) as caught:
+        TorchDistReader(directory)
+    assert caught.value.exit_code == ExitCode.DATA
+    return caught.value
+
+
+class Hostile:
+    """Unpickles by creating the file ``canary``."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.canary,)
+
+
+def test_torch_reads_what_we_write(tmp_path: Path) -> None:
+    whole = _write(tmp_path / "c")
+    state = {
+        STACKED: torch.zeros_like(whole),
+        "output_layer.weight": torch.zeros(6, 4, dtype=torch.bfloat16),
+    }
+    _load_with_torch(tmp_path / "c", state)
+    assert torch.equal(state[STACKED], whole)
+    assert torch.equal(state["output_layer.weight"], whole[0].bfloat16())
+
+
+def test_read_gives_what_torch_wrote(tmp_path: Path) -> None:
+    state = {"a": _stacked(), "b.c": torch.arange(5.0, dtype=torch.float64)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    reader = TorchDistReader(tmp_path)
+    assert set(reader.names) == {"a", "b.c"}
+    assert "a" in reader
+    for name, tensor in state.items():
+        assert reader.shape(name) == tuple(tensor.shape)
+        assert reader.dtype(name) == tensor.dtype
+        assert torch.equal(reader.read(name), tensor)
+
+
+def test_every_slice_is_that_of_the_whole_tensor(tmp_path: Path) -> None:
+    whole = _write(tmp_path / "c")
+    reader = TorchDistReader(tmp_path / "c")
+    cuts = [
+        [slice(first, last) for first, last in itertools.combinations(range(size + 1), 2)]
+        for size in whole.shape
+    ]
+    for index in itertools.product(*cuts):
+        assert torch.equal(reader.read(STACKED, index), whole[index])
+    assert torch.equal(reader.read(STACKED, [slice(1, 2)]), whole[1:2])
+    assert torch.equal(reader.read(STACKED, [slice(None), slice(-2, None)]), whole[:, -2:])
+
+
+def test_a_slice_opens_only_the_chunks_that_it_touches(tmp_path: Path) -> None:
+    whole = _write(tmp_path / "c")
+    reader = TorchDistReader(tmp_path / "c")
+    file = tmp_path / "c" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    last_chunk = content.rindex(b"PK\x03\x04", 0, content.index(whole[2, 3:].numpy().tobytes()))
+    content[last_chunk:] = bytes(len(content) - last_chunk)
+    file.write_bytes(content)
+    assert torch.equal(reader.read(STACKED, [slice(0, 2)]), whole[:2])
+    assert torch.equal(reader.read(STACKED, [slice(2, 3), slice(0, 3)]), whole[2:, :3])
+    with pytest.raises(NemotronError, match="does not load") as caught:
+        reader.read(STACKED, [slice(2, 3), slice(2, 4)])
+    assert caught.value.code == "artifact_damaged"
+
+
+def test_write_stores_a_view_without_the_storage_behind_it(tmp_path: Path) -> None:
+    big = torch.zeros(1000, 1000)
+    with TorchDistWriter(tmp_path) as writer:
+        writer.write("x", big[:2])
+        writer.write("y", big[:, :2])
+    assert (tmp_path / "__0_0.distcp").stat().st_size < 30_000
+    assert TorchDistReader(tmp_path).read("y").shape == (1000, 2)
+
+
+def test_write_refuses_chunks_of_another_type_and_leaves_no_metadata(tmp_path: Path) -> None:
+    writer = TorchDistWriter(tmp_path)
+    writer.write("x", torch.zeros(1), global_shape=(2,))
+    with pytest.raises(ValueError, match="x: the chunks of one tensor must have one type"), writer:
+        writer.write("x", torch.zeros(1).half(), offsets=(1,), global_shape=(2,))
+    assert _error(tmp_path).code == "checkpoint_missing"
+
+
+def test_open_runs_nothing_of_a_hostile_metadata(tmp_path: Path) -> None:
+    _write(tmp_path / "c")
+    canary = tmp_path / "canary"
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        content = pickle.dumps(Hostile(canary), protocol=protocol)
+        (tmp_path / "c" / ".metadata").write_bytes(content)
+        error = _error(tmp_path / "c")
+        assert error.code == "unsafe_pickle"
+        assert "touch" in error.problem or "getattr" in error.problem
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os\nsystem", "builtins\neval", "torch\nload", "torch\nfloat32.__class__", "pickle\nloads"],
+)
+def test_open_refuses_every_name_that_is_not_on_the_list(tmp_path: Path, name: str) -> None:
+    (tmp_path / ".metadata").write_bytes(b"c" + name.encode() + b"\n.")
+    assert _error(tmp_path).code == "unsafe_pickle"
+
+
+def test_read_runs_nothing_of_a_hostile_chunk(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    with TorchDistWriter(tmp_path) as writer:
+        writer.write("x", torch.zeros(2))
+        place = next(iter(writer._storage.values()))
+        place.offset = writer._stream.tell()
+        torch.save(Hostile(canary), writer._stream)
+        place.length = writer._stream.tell() - place.offset
+    with pytest.raises(NemotronError, match="does not load"):
+        TorchDistReader(tmp_path).read("x")
+    assert not canary.exists()
+
+
+def test_open_names_a_truncated_file(tmp_path: Path) -> None:
+    _write(tmp_path / "c")
+    file = tmp_path / "c" / "__0_0.distcp"
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size // 2)
+    error = _error(tmp_path / "c")
+    assert error.code == "artifact_damaged"
+    assert error.where == str(file)
+
+
+def test_open_names_a_missing_file(tmp_path: Path) -> None:
+    _write(tmp_path / "c")
+    (tmp_path / "c" / "__0_0.distcp").unlink()
+    assert "__0_0.distcp: the file is missing" in _error(tmp_path / "c").problem
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps({"a": 1})])
+def test_open_refuses_metadata_that_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".metadata").write_bytes(content)
+    error = _error(tmp_path)
+    assert error.code == "artifact_damaged"
+    assert ".metadata" in error.problem
+
+
+def test_open_refuses_files_outside_of_the_directory(tmp_path: Path) -> None:
+    with TorchDistWriter(tmp_path) as writer:
+        writer.write("x", torch.zeros(2))
+        next(iter(writer._storage.values())).relative_path = "../other.distcp"
+    assert "points outside" in _error(tmp_path).problem
+
+
+def test_open_refuses_a_chunk_without_a_place(tmp_path: Path) -> None:
+    with TorchDistWriter(tmp_path) as writer:
+        writer.write("x", torch.zeros(2))
+        writer._storage.clear()
+    assert "contradicts itself" in _error(tmp_path).problem
+
+
+def test_read_refuses_chunks_that_do_not_cover_the_slice(tmp_path: Path) -> None:
+    with TorchDistWriter(tmp_path) as writer:
+        writer.write("x", torch.zeros(2, 2), global_shape=(3, 2))
+    reader = TorchDistReader(tmp_path)
+    assert torch.equal(reader.read("x", [slice(0, 2)]), torch.zeros(2, 2))
+    with pytest.raises(NemotronError, match="do not cover"):
+        reader.read("x")
+
+
+def test_read_refuses_a_chunk_of_another_shape(tmp_path: Path) -> None:
+    with TorchDistWriter(tmp_path) as writer:
+        writer.write("x", torch.zeros(2, 2))
+        writer.write("y", torch.zeros(4))
+        first, second = writer._storage.values()
+        first.offset, first.length = second.offset, second.length
+    with pytest.raises(NemotronError, match=r"is not what \.metadata says"):
+        TorchDistReader(tmp_path).read("x")

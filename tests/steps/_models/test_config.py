@@ -1,0 +1,157 @@
+"""DecoderConfig against transformers' own configs and Megatron-Bridge's run configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from nemotron.errors import NemotronError
+from nemotron.steps._models.config import DecoderConfig
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+HF_4: dict[str, Any] = {
+    **SIZES,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "rope_theta": 500000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+HF_5: dict[str, Any] = {
+    key: value
+    for key, value in HF_4.items()
+    if key not in ("rope_theta", "rope_scaling", "torch_dtype")
+} | {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}, "dtype": "bfloat16"}
+MEGATRON: dict[str, Any] = {
+    "num_layers": 3,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 8,
+    "num_query_groups": 2,
+    "kv_channels": 4,
+    "vocab_size": 97,
+    "layernorm_epsilon": 1e-5,
+    "rotary_base": 500000.0,
+    "share_embeddings_and_output_weights": True,
+    "seq_length": 64,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": {"_call_": False, "_target_": "torch.nn.functional.silu"},
+}
+
+
+def test_from_hf_reads_every_size_of_a_transformers_config() -> None:
+    hf = LlamaConfig(**SIZES, head_dim=6, tie_word_embeddings=True)
+    assert DecoderConfig.from_hf(hf.to_dict()) == DecoderConfig(
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=8,
+        num_query_groups=2,
+        kv_channels=6,
+        vocab_size=97,
+        layernorm_epsilon=1e-5,
+        rotary_base=10000.0,
+        rope_scaling=None,
+        share_embeddings_and_output_weights=True,
+        max_position_embeddings=64,
+    )
+
+
+def test_from_hf_reads_transformers_4_and_5_spellings_alike() -> None:
+    assert DecoderConfig.from_hf(HF_4) == DecoderConfig.from_hf(HF_5)
+    assert DecoderConfig.from_hf(HF_4).rotary_base == 500000.0
+
+
+def test_from_hf_reads_llama3_scaling_in_both_spellings() -> None:
+    old = HF_4 | {"rope_scaling": {"type": "llama3", **LLAMA3}}
+    new = HF_5 | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}}
+    assert DecoderConfig.from_hf(old) == DecoderConfig.from_hf(new)
+    assert DecoderConfig.from_hf(old).rope_scaling == {"rope_type": "llama3", **LLAMA3}
+
+
+def test_from_hf_fills_in_what_old_configs_leave_out() -> None:
+    left_out = ("num_key_value_heads", "rope_theta", "tie_word_embeddings", "architectures")
+    config = DecoderConfig.from_hf({k: v for k, v in HF_4.items() if k not in left_out})
+    assert (config.num_query_groups, config.kv_channels, config.rotary_base) == (8, 4, 10000.0)
+    assert not config.share_embeddings_and_output_weights
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"attention_bias": True}, "attention_bias is True; only False"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no low_freq_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 8 is not divisible"),
+    ],
+)
+def test_from_hf_refuses_what_the_model_does_not_honour(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NemotronError, match=message) as caught:
+        DecoderConfig.from_hf(HF_4 | change)
+    assert caught.value.code == "model_unsupported"
+
+
+def test_from_run_config_agrees_with_the_hugging_face_config() -> None:
+    assert DecoderConfig.from_run_config({"model": MEGATRON}) == DecoderConfig.from_hf(HF_4)
+
+
+def test_from_run_config_reads_the_nested_form_of_builder_configs() -> None:
+    outer = {"vocab_size", "seq_length", "share_embeddings_and_output_weights", "rotary_base"}
+    nested = {key: value for key, value in MEGATRON.items() if key in outer}
+    inner = {key: value for key, value in MEGATRON.items() if key not in outer}
+    nested |= {"transformer": inner | {"activation_func": "silu"}}
+    assert DecoderConfig.from_run_config({"model": nested}) == DecoderConfig.from_hf(HF_4)
+
+
+def test_from_run_config_takes_megatrons_constants_of_llama3_scaling() -> None:
+    scaled = MEGATRON | {"rope_scaling": True, "rope_scaling_factor": 8.0}
+    config = DecoderConfig.from_run_config({"model": scaled})
+    assert config.rope_scaling == {"rope_type": "llama3", **LLAMA3}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qk_layernorm": True}, "qk_layernorm is True"),
+        ({"add_qkv_bias": True}, "add_qkv_bias is True"),
+        ({"num_moe_experts": 8}, "num_moe_experts is 8"),
+        ({"normalization": "LayerNorm"}, "normalization is 'LayerNorm'; only 'RMSNorm'"),
+        ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "gelu"),
+        ({"rotary_percent": 0.5}, "rotary_percent is 0.5"),
+        ({"vocab_size": None}, "no vocab_size"),
+    ],
+)
+def test_from_run_config_refuses_what_the_model_does_not_honour(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NemotronError, match=message) as caught:
+        DecoderConfig.from_run_config({"model": MEGATRON | change})
+    assert caught.value.code == "model_unsupported"

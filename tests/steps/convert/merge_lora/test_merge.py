@@ -1,0 +1,376 @@
+"""Merged checkpoints against PEFT, and every refusal by its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from nemotron.artifacts import Producer, read_artifact, verify_files, write_artifact
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats import safetensors_file
+from nemotron.steps._formats.fingerprint import base_fingerprint
+from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint, read_chat_template
+from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
+from nemotron.steps._formats.megatron_writer import publish_megatron
+from nemotron.steps.convert.merge_lora.merge import add_delta
+from nemotron.steps.convert.merge_lora.schema import Config
+from nemotron.steps.convert.merge_lora.step import run
+
+PRODUCER = Producer(step="convert/merge_lora", config_sha256="0" * 64, code_version="0")
+IDS = torch.arange(60).reshape(3, 20)
+SaveBase = Callable[..., LlamaForCausalLM]
+SaveAdapter = Callable[..., Path]
+
+
+def _merge(adapter: Path, base: Path, output: Path, **changes: Any) -> None:
+    """Merge into ``base``, of whichever format it is."""
+    key = "base_hf_path" if (base / "config.json").is_file() else "base_megatron_path"
+    values = {"lora_checkpoint": adapter, key: base, "output_hf_path": output}
+    run(Config.model_validate(values | changes), PRODUCER)
+
+
+def _error(adapter: Path, base: Path, output: Path, **changes: Any) -> NemotronError:
+    """Return the error of a merge, after checking that it wrote nothing."""
+    before = set(output.parent.rglob("*"))
+    with pytest.raises(NemotronError) as caught:
+        _merge(adapter, base, output, **changes)
+    written = {path for path in set(output.parent.rglob("*")) - before if path.suffix != ".lock"}
+    assert not written
+    return caught.value
+
+
+def _logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def _resign(directory: Path, **properties: Any) -> None:
+    """Write ``artifact.json`` anew over changed files, as a careless tool might."""
+    artifact = read_artifact(directory, "checkpoint_lora")
+    (directory / "artifact.json").unlink()
+    write_artifact(
+        directory,
+        artifact_type="checkpoint_lora",
+        produced_by=artifact.produced_by,
+        properties=artifact.properties | properties,
+    )
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_the_merged_checkpoint_answers_as_peft_with_the_adapter(
+    tmp_path: Path, save_base: SaveBase, save_adapter: SaveAdapter, is_tied: bool, kind: str
+) -> None:
+    base = tmp_path / "base"
+    model = save_base(base, tie_word_embeddings=is_tied)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    source = base
+    if kind == "megatron":
+        source = tmp_path / "megatron"
+        weights = HuggingFaceCheckpoint(base)
+        publish_megatron(
+            source, weights, source=base, source_name="", produced_by=PRODUCER, inputs=[]
+        )
+    output = tmp_path / "out"
+    _merge(adapter, source, output)
+    both: Any = LlamaForCausalLM.from_pretrained(output, output_loading_info=True)
+    merged, report = both
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    before = _logits(model)
+    wanted = _logits(PeftModel.from_pretrained(model, adapter))
+    assert (wanted - before).abs().max() > 0.1
+    # fp32; base and adapter apart round each product once more than the merged weight does.
+    torch.testing.assert_close(_logits(merged), wanted, rtol=0, atol=1e-5)
+
+
+def test_both_backends_write_the_same_weights(
+    tmp_path: Path, base_hf: Path, base_megatron: Path, adapter: Path
+) -> None:
+    _merge(adapter, base_hf, tmp_path / "a")
+    _merge(adapter, base_megatron, tmp_path / "b")
+    names = ("a", "b")
+    first, second = (HuggingFaceCheckpoint(tmp_path / name) for name in names)
+    assert base_fingerprint(first) == base_fingerprint(second)
+
+
+def test_the_output_is_complete_and_its_artifact_tells_where_it_comes_from(
+    tmp_path: Path, base_hf: Path, base_megatron: Path, adapter: Path
+) -> None:
+    output = tmp_path / "out"
+    _merge(adapter, base_megatron, output)
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (output / name).read_bytes() == (base_hf / name).read_bytes()
+    chat = [{"role": "user", "content": "a b"}]
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "a b"
+    artifact = read_artifact(output, "checkpoint_hf")
+    verify_files(output, artifact)
+    merged = HuggingFaceCheckpoint(output)
+    assert artifact.properties["base_fingerprint"] == base_fingerprint(merged)
+    origin = artifact.properties["merged_from"]
+    assert origin["base_fingerprint"] == base_fingerprint(HuggingFaceCheckpoint(base_hf))
+    assert (origin["dim"], origin["alpha"]) == (3, 6.0)
+    changes = [
+        (merged.read(name) - HuggingFaceCheckpoint(base_hf).read(name)).abs().max().item()
+        for name in merged.names
+    ]
+    # The change is taken before it is rounded into the sum: half an ulp of values near 8.
+    assert origin["largest_change"] == pytest.approx(max(changes), abs=1e-6)
+    assert [entry.type for entry in artifact.inputs] == ["checkpoint_lora", "checkpoint_megatron"]
+    assert all(entry.sha256 for entry in artifact.inputs)
+
+
+def test_a_megatron_output_holds_the_same_weights(
+    tmp_path: Path, base_megatron: Path, adapter: Path
+) -> None:
+    _merge(adapter, base_megatron, tmp_path / "hf", output_megatron_path=tmp_path / "megatron")
+    converted = open_megatron(tmp_path / "megatron")
+    merged = HuggingFaceCheckpoint(tmp_path / "hf")
+    assert base_fingerprint(MegatronWeights(converted)) == base_fingerprint(merged)
+    only = tmp_path / "only"
+    _merge(adapter, base_megatron, tmp_path / "no", export_hf=False, output_megatron_path=only)
+    assert open_megatron(only).artifact is not None
+    assert not (tmp_path / "no").exists()
+
+
+def test_bf16_weights_are_merged_in_fp32_and_cast_once(
+    tmp_path: Path, save_base: SaveBase, save_adapter: SaveAdapter
+) -> None:
+    base, output = tmp_path / "base", tmp_path / "out"
+    save_base(base, dtype=torch.bfloat16)
+    adapter = save_adapter(tmp_path / "adapter", base, alpha=0.3)
+    _merge(adapter, base, output)
+    name = "model.layers.1.mlp.up_proj"
+    factors = load_file(adapter / "adapter_model.safetensors")
+    lora_a, lora_b = (factors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    weight = HuggingFaceCheckpoint(base).read(f"{name}.weight")
+    wanted = (weight.float() + 0.1 * (lora_b @ lora_a)).bfloat16()
+    merged = HuggingFaceCheckpoint(output).read(f"{name}.weight")
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged, wanted)
+
+
+def test_add_delta_gives_the_same_in_blocks_of_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2500, 6, generator=generator, dtype=torch.float64)
+    lora_a = torch.randn(2, 6, generator=generator)
+    lora_b = torch.randn(2500, 2, generator=generator)
+    merged, largest = add_delta(weight.float(), lora_a, lora_b, scale=0.5)
+    delta = 0.5 * lora_b.double() @ lora_a.double()
+    # fp32 against fp64: rounding of sums of values below 16.
+    torch.testing.assert_close(merged.double(), weight + delta, rtol=0, atol=2e-6)
+    assert largest == pytest.approx(delta.abs().max().item(), rel=1e-6)
+
+
+def test_an_adapter_brings_the_chat_template_that_it_was_trained_with(
+    tmp_path: Path, base_hf: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = adapter / "iter_0000020"
+    digest = hashlib.sha256(b"other").hexdigest()
+    _resign(saved, chat_template_sha256=digest)
+    _merge(adapter, base_hf, tmp_path / "warned")
+    assert "was trained with another chat template" in capsys.readouterr().err
+    assert read_chat_template(tmp_path / "warned") == read_chat_template(base_hf)
+    (saved / "chat_template.jinja").write_text("other", encoding="utf-8")
+    _resign(saved)
+    _merge(adapter, base_hf, tmp_path / "out")
+    assert read_chat_template(tmp_path / "out") == "other"
+    _merge(adapter, base_hf, tmp_path / "bare", save_tokenizer=False)
+    assert read_chat_template(tmp_path / "bare") is None
+
+
+def test_debug_prints_the_change_of_every_adapted_tensor(
+    tmp_path: Path, base_hf: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _merge(adapter, base_hf, tmp_path / "out", debug=True)
+    out = capsys.readouterr().out
+    assert out.count("largest change") == 14 + 1
+    assert "14 of 21 tensors merged (r 3, alpha 6)" in out
+
+
+def test_another_base_is_refused(tmp_path: Path, save_base: SaveBase, adapter: Path) -> None:
+    save_base(tmp_path / "other", seed=7)
+    for changes in ({}, {"allow_unverified_base": True}):
+        error = _error(adapter, tmp_path / "other", tmp_path / "out" / "hf", **changes)
+        assert (error.code, error.exit_code) == ("base_model_mismatch", ExitCode.DATA)
+        assert "was trained on" in error.problem
+
+
+def test_another_megatron_base_is_refused(
+    tmp_path: Path, base_megatron: Path, save_base: SaveBase, save_adapter: SaveAdapter
+) -> None:
+    save_base(tmp_path / "other", seed=7)
+    adapter = save_adapter(tmp_path / "adapter", tmp_path / "other")
+    error = _error(adapter, base_megatron, tmp_path / "out" / "hf")
+    assert error.code == "base_model_mismatch"
+
+
+def test_an_adapter_that_records_no_base_is_refused_unless_told(
+    tmp_path: Path, base_hf: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = adapter / "iter_0000020"
+    (saved / "artifact.json").unlink()
+    error = _error(saved, base_hf, tmp_path / "out" / "hf")
+    assert error.code == "base_model_mismatch"
+    assert "does not record the fingerprint of its base" in error.problem
+    assert "allow_unverified_base=true" in error.fix
+    _merge(saved, base_hf, tmp_path / "out" / "hf", allow_unverified_base=True)
+    assert "does not record its base: not checked" in capsys.readouterr().err
+
+
+def test_an_adapter_that_was_never_validated_is_refused_unless_told(
+    tmp_path: Path, base_hf: Path, adapter: Path
+) -> None:
+    _resign(adapter / "iter_0000020", valid_loss=None)
+    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
+    assert (error.code, error.exit_code) == ("adapter_not_validated", ExitCode.DATA)
+    _merge(adapter, base_hf, tmp_path / "out" / "hf", allow_unvalidated=True)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, base_hf: Path, adapter: Path) -> None:
+    path = base_hf / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
+    assert error.code == "base_model_mismatch"
+    assert "tokenizer.json is not what" in error.problem
+
+
+def test_a_config_of_another_model_is_refused(
+    tmp_path: Path, base_megatron: Path, base_hf: Path, adapter: Path
+) -> None:
+    path = base_hf / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"rms_norm_eps": 1e-3}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    output = tmp_path / "out" / "hf"
+    error = _error(adapter, base_megatron, output, hf_model_path=base_hf)
+    assert error.code == "base_model_mismatch"
+    assert "describes another model than the base" in error.problem
+
+
+def test_a_megatron_base_of_others_takes_config_and_tokenizer_from_hf_model_path(
+    tmp_path: Path, base_megatron: Path, base_hf: Path, adapter: Path
+) -> None:
+    shutil.rmtree(base_megatron / "hf")
+    (base_megatron / "artifact.json").unlink()
+    output = tmp_path / "out" / "hf"
+    error = _error(adapter, base_megatron, output)
+    assert error.code == "missing_base_checkpoint"
+    assert "set hf_model_path" in error.problem
+    _merge(adapter, base_megatron, output, hf_model_path=base_hf)
+    assert (output / "tokenizer.json").is_file()
+
+
+def test_missing_inputs_are_named(tmp_path: Path, base_hf: Path, adapter: Path) -> None:
+    output = tmp_path / "out" / "hf"
+    error = _error(tmp_path / "no", base_hf, output)
+    assert (error.code, error.exit_code) == ("missing_adapter", ExitCode.PREFLIGHT)
+    error = _error(adapter, tmp_path / "no", output)
+    assert (error.code, error.exit_code) == ("missing_base_checkpoint", ExitCode.PREFLIGHT)
+
+
+@pytest.mark.parametrize("output", ["run/merged", "base_hf", "base_hf/merged"])
+def test_an_output_that_overlaps_an_input_is_refused(
+    tmp_path: Path, base_hf: Path, adapter: Path, output: str
+) -> None:
+    error = _error(adapter, base_hf, tmp_path / output)
+    assert error.code == "output_path_overlaps_inputs"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_changed_byte_of_the_adapter_is_found_by_its_digest(
+    tmp_path: Path, base_hf: Path, adapter: Path, name: str
+) -> None:
+    path = adapter / "iter_0000020" / name
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
+    assert (error.code, error.exit_code) == ("artifact_damaged", ExitCode.DATA)
+    assert name in error.problem
+
+
+def test_a_changed_alpha_is_found_by_its_digest(
+    tmp_path: Path, base_hf: Path, adapter: Path
+) -> None:
+    path = adapter / "iter_0000020" / "adapter_config.json"
+    text = path.read_text(encoding="utf-8").replace('"lora_alpha": 6', '"lora_alpha": 9')
+    path.write_text(text, encoding="utf-8")
+    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
+    assert error.code == "artifact_damaged"
+
+
+def test_a_changed_byte_of_a_megatron_base_is_found_by_its_digest(
+    tmp_path: Path, base_megatron: Path, adapter: Path
+) -> None:
+    path = base_megatron / "iter_0000000" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    error = _error(adapter, base_megatron, tmp_path / "out" / "hf")
+    assert error.code == "artifact_damaged"
+    assert "__0_0.distcp" in error.problem
+
+
+def test_a_changed_weight_of_a_base_without_digests_is_another_base(
+    tmp_path: Path, base_hf: Path, adapter: Path
+) -> None:
+    shard = sorted(base_hf.glob("model-*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-4] ^= 1
+    shard.write_bytes(content)
+    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
+    assert error.code == "base_model_mismatch"
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        ("adapter_keys_missing", lambda tensors, name: tensors.pop(name)),
+        ("adapter_keys_unexpected", lambda tensors, name: tensors.update(x=tensors[name] + 0)),
+        ("adapter_shape", lambda tensors, name: tensors.update({name: torch.zeros(4, 16)})),
+        ("adapter_not_finite", lambda tensors, name: tensors[name].fill_(float("nan"))),
+    ],
+)
+def test_a_harmful_adapter_is_refused_even_with_digests_that_fit(
+    tmp_path: Path, base_hf: Path, adapter: Path, code: str, change: Callable[..., object]
+) -> None:
+    saved = adapter / "iter_0000020"
+    tensors = load_file(saved / "adapter_model.safetensors")
+    change(tensors, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")
+    save_file(tensors, saved / "adapter_model.safetensors")
+    _resign(saved)
+    assert _error(adapter, base_hf, tmp_path / "out" / "hf").code == code
+
+
+def test_a_sum_that_does_not_fit_the_type_of_the_base_is_refused(
+    tmp_path: Path, save_base: SaveBase, save_adapter: SaveAdapter
+) -> None:
+    save_base(tmp_path / "base", dtype=torch.float16)
+    adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", alpha=3e7)
+    error = _error(adapter, tmp_path / "base", tmp_path / "out" / "hf")
+    assert (error.code, error.exit_code) == ("merged_not_finite", ExitCode.NUMERIC)
+    assert "model.layers.0" in error.problem
+
+
+def test_a_merge_that_reads_back_otherwise_is_not_published(
+    tmp_path: Path, base_hf: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_a_bit(tensor: Tensor) -> memoryview:
+        return (tensor * 1.0001).reshape(-1).view(torch.uint8).numpy().data
+
+    monkeypatch.setattr(safetensors_file, "raw_bytes", lose_a_bit)
+    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
+    assert error.code == "artifact_damaged"
+    assert "not those that were written" in error.problem
