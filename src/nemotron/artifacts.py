@@ -49,7 +49,7 @@ class Producer(_Frozen):
 
 
 class Input(_Frozen):
-    """One input of an artifact and the digest of that input's own ``artifact.json``, if it had one."""
+    """One input of an artifact, and the digest of its own ``artifact.json`` if it had one."""
 
     type: str
     path: str
@@ -157,7 +157,7 @@ def verify_files(directory: Path, artifact: Artifact, *, digests: bool = True) -
 
 @contextlib.contextmanager
 def publish(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory beside ``directory``; give it that name when the block has ended well.
+    """Yield an empty directory beside ``directory``; give it that name when the block ended well.
 
     An earlier artifact under that name stays readable until the swap and is then removed; when the
     block raises, or the process is killed, it is untouched.
@@ -190,7 +190,7 @@ def write_artifact(
     inputs: Sequence[Input] = (),
     properties: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Write ``artifact.json`` over all files now in ``directory`` (call it last, inside ``publish``).
+    """Write ``artifact.json`` over all files now in ``directory``; call it last, in ``publish``.
 
     Raises:
         ValueError: ``artifact_type`` is not in ``steps/types.toml``.

@@ -1,0 +1,118 @@
+"""The command tree, and the one place where errors become text and exit codes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+import nemotron
+from nemotron.cli import jobs, steps
+from nemotron.cli.invocation import Invocation
+from nemotron.errors import ExitCode, NemotronError
+
+COMMANDS = ("steps", "jobs", "list", "show", "run", "status", "logs")
+
+app = typer.Typer(
+    help=nemotron.__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(steps.app, name="steps")
+app.add_typer(jobs.app, name="jobs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: The arguments without the program; ``sys.argv`` by default.
+    """
+    invocation = Invocation(list(sys.argv[1:] if argv is None else argv))
+    try:
+        result = app(invocation.words, prog_name="nemotron", standalone_mode=False, obj=invocation)
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        return _reader_gone()
+    except Exception as error:
+        return _fail(error, invocation)
+    return result if isinstance(result, int) else int(ExitCode.OK)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(nemotron.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """The root takes no other option: all of them stand after a command."""
+
+
+def _fail(error: Exception, invocation: Invocation) -> int:
+    """Print an error and return its exit code."""
+    if invocation.is_debug:
+        traceback.print_exception(error)
+    if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: its text is the help
+        print(error, file=sys.stderr)
+        return int(ExitCode.USAGE)
+    if not isinstance(error, NemotronError):
+        # typer's own errors, whatever module its version keeps them in.
+        is_usage = hasattr(error, "format_message")
+        error = _usage_error(error, invocation) if is_usage else _unexpected(error)
+    if invocation.is_json:
+        print(json.dumps({"error": error.to_dict()}, indent=2))
+    else:
+        print(error, file=sys.stderr)
+    return int(error.exit_code)
+
+
+def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
+    """Return typer's complaint about the command line in our words."""
+    names = itertools.takewhile(lambda word: word in COMMANDS, invocation.words)
+    command = " ".join(["nemotron", *names])
+    if type(error).__name__ != "NoSuchOption":
+        return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
+    if command in ("nemotron", "nemotron steps", "nemotron jobs"):
+        fix = "options stand after the command: nemotron steps run STEP -c NAME"
+    else:
+        fix = f"{command} --help"
+        if error.possibilities:
+            fix = f"did you mean {' or '.join(error.possibilities)}?"
+        if command.endswith("run"):
+            fix += " (values are key=value; what is for the run module stands after --)"
+    return NemotronError("unknown_option", f"{command} has no option {error.option_name}", fix=fix)
+
+
+def _unexpected(error: Exception) -> NemotronError:
+    return NemotronError(
+        "unexpected",
+        f"{type(error).__name__}: {error}",
+        fix="this is a defect of nemotron; report it with the output of the same command "
+        "and --debug",
+        exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
+    )
+
+
+def _reader_gone() -> int:
+    """End quietly when the reader of a pipe has left (``| head``)."""
+    # Python would complain once more while it flushes at exit.
+    sys.stderr.close()
+    return int(ExitCode.OK)

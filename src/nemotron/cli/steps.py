@@ -1,0 +1,137 @@
+"""``nemotron steps list | show | run``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from nemotron import catalog, launch, plan, preflight
+from nemotron.cli import render
+from nemotron.cli.invocation import Invocation
+from nemotron.errors import NemotronError, raise_all
+from nemotron.profile import load_profile
+
+app = typer.Typer(help="The steps: list, show, run.", no_args_is_help=True, rich_markup_mode=None)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors included.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
+StepName = Annotated[
+    str, typer.Argument(metavar="STEP", help="Step id, or its last part if only one has it.")
+]
+
+
+@app.command("list")
+def list_steps(
+    category: Annotated[str | None, typer.Option(help="Only this category.")] = None,
+    consumes: Annotated[
+        str | None, typer.Option(help="Only steps that take this artifact type.")
+    ] = None,
+    produces: Annotated[
+        str | None, typer.Option(help="Only steps that make this artifact type.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Only steps with this tag.")] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Group by category.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the steps."""
+    steps = catalog.select(
+        catalog.find_steps(), category=category, consumes=consumes, produces=produces, tag=tag
+    )
+    if as_json:
+        print(json.dumps([render.step_data(step) for step in steps], indent=2))
+    elif tree:
+        print(render.step_tree(steps))
+    else:
+        print(render.step_table(steps))
+
+
+@app.command("show")
+def show_step(step: StepName, as_json: Json = False, debug: Debug = False) -> None:
+    """Show a step: its inputs, outputs, configs, parameters, strategies and errors."""
+    found = catalog.resolve(step)
+    if as_json:
+        print(json.dumps(render.step_details(found), indent=2))
+    else:
+        print(render.step_page(found))
+
+
+@app.command("run")
+def run_step(
+    context: typer.Context,
+    step: StepName,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the config."),
+    ] = None,
+    config: Annotated[
+        str, typer.Option("-c", "--config", metavar="NAME|PATH", help="Config of the step.")
+    ] = catalog.DEFAULT_CONFIG,
+    run: Annotated[
+        str | None, typer.Option("-r", "--run", metavar="PROFILE", help="Run there, attached.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("-b", "--batch", metavar="PROFILE", help="Run there, detached.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("-d", "--dry-run", help="Print the plan; write and start nothing.")
+    ] = False,
+    force_squash: Annotated[
+        bool, typer.Option("--force-squash", help="Import the container image again.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Run a step. What stands after -- goes to its run module as it is."""
+    if run is not None and batch is not None:
+        raise NemotronError(
+            "options_exclude", f"-r {run} and -b {batch} exclude each other", fix="give one of them"
+        )
+    invocation: Invocation = context.obj
+    name = run if run is not None else batch
+    job = plan.build(
+        catalog.resolve(step),
+        config=config,
+        overrides=overrides or [],
+        profile=None if name is None else load_profile(name),
+        is_detached=batch is not None,
+        force_squash=force_squash,
+        passthrough=invocation.passthrough,
+    )
+    if dry_run:
+        return _print_plan(job, as_json)
+    for note in job.notes:
+        _say(f"note: {note}")
+    # With --json, stdout holds the record alone.
+    shown = sys.stderr if as_json else sys.stdout
+    console = launch.Console(
+        argv=["nemotron", *invocation.argv],
+        say=_say,
+        stdout=shown.buffer,
+        stderr=sys.stderr.buffer,
+    )
+    submission = launch.submit(job, console)
+    if as_json:
+        print(submission.job.record.model_dump_json(indent=2))
+    elif submission.exit_code is None:
+        print(submission.job.record.id)
+    return submission.exit_code or 0
+
+
+def _print_plan(job: plan.JobPlan, as_json: bool) -> int:
+    checks = preflight.check(job, dry_run=True)
+    failures = preflight.failures(checks)
+    if as_json:
+        print(json.dumps(render.plan_data(job, checks), indent=2))
+        return int(failures[0].exit_code) if failures else 0
+    print(render.plan_text(job, checks))
+    sys.stdout.flush()
+    raise_all(failures)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

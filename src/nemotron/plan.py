@@ -1,0 +1,334 @@
+"""From a step, a config, a profile and arguments to one frozen ``JobPlan``; nothing is written.
+
+``--dry-run`` prints exactly this plan, and a real run executes exactly this plan.
+
+Lowest first, a config is composed of: the ``defaults:`` chain, the YAML, the profile (into
+``run.env``, where the YAML keeps ``YAML_KEEPS``), the ``key=value`` arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field
+
+from nemotron.catalog import DEFAULT_CONFIG, Step, find_config
+from nemotron.config import Schema, override, read_config
+from nemotron.errors import NemotronError, raise_all
+from nemotron.interpolation import resolve
+from nemotron.profile import EXECUTORS, Execution, LeptonExecution, Profile, SlurmExecution
+from nemotron.tree import Node, child_at, display, dotted, leaves, merge
+from nemotron.validation import refuse_secrets, validate
+
+YAML_KEEPS = (
+    "container_image",
+    "nodes",
+    "gpus_per_node",
+    "ntasks_per_node",
+    "nproc_per_node",
+)
+# Stands for the job's directory, which has a name only once the job is there.
+JOB_DIRECTORY = ".nemotron/jobs/<job>"
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Producer(Schema):
+    """Who makes an input that is missing: a step and the config that it runs with."""
+
+    step: str
+    config: str = DEFAULT_CONFIG
+
+
+class RunSection(Schema):
+    """The section ``run`` of a config; ``env`` has a schema of its own for each executor."""
+
+    env: dict[str, Any] = Field(default={})
+    producers: dict[str, Producer] = Field(default={})
+
+
+@dataclass(frozen=True)
+class PlannedInput:
+    """An artifact that the step reads; ``path`` is None where no key names it."""
+
+    type: str
+    key: str
+    path: str | None
+    is_required: bool
+    missing: str | None
+    producer: Producer | None
+
+
+@dataclass(frozen=True)
+class PlannedOutput:
+    """An artifact that the step writes."""
+
+    type: str
+    key: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written, and the place of the value that it replaced."""
+
+    place: str
+    overrides: str
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """All that a run needs to know, decided."""
+
+    step: Step
+    config_path: Path
+    config: BaseModel
+    values: dict[str, Any]
+    origins: dict[str, Origin]
+    executor: str
+    profile: Profile | None
+    is_detached: bool
+    execution: Execution
+    nodes: int
+    num_ranks: int
+    image: str | None
+    squash: str | None
+    mounts: tuple[str, ...]
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    inputs: tuple[PlannedInput, ...]
+    outputs: tuple[PlannedOutput, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def nproc_per_node(self) -> int:
+        """Processes on each node."""
+        return -(-self.num_ranks // self.nodes)
+
+    def command(self, directory: str = JOB_DIRECTORY) -> list[str]:
+        """Return the exact command of the job whose directory is ``directory``."""
+        command = [word.replace(JOB_DIRECTORY, directory) for word in self.arguments]
+        if self.executor != "local" or not self.execution.startup_commands:
+            return command
+        # One shell for all of them, so that what they export reaches the job.
+        script = "\n".join(["set -euo pipefail", *self.execution.startup_commands, 'exec "$@"'])
+        return ["bash", "-c", script, "bash", *command]
+
+
+def build(
+    step: Step,
+    *,
+    config: str = DEFAULT_CONFIG,
+    overrides: Sequence[str] = (),
+    profile: Profile | None = None,
+    is_detached: bool = False,
+    force_squash: bool = False,
+    passthrough: Sequence[str] = (),
+) -> JobPlan:
+    """Return the plan of one run.
+
+    Args:
+        step: The step to run.
+        config: Name of one of its configs, or a path.
+        overrides: ``key=value`` arguments.
+        profile: Where to run; None for this host.
+        is_detached: Return once the job has started.
+        force_squash: Import the container image again.
+        passthrough: Arguments for the run module, verbatim.
+
+    Raises:
+        NemotronError: Whatever is wrong in the config, the profile or the arguments, all at once.
+    """
+    path = find_config(step, config)
+    executor = profile.executor if profile else "local"
+    tree = _lay_profile(read_config(path), profile)
+    tree = resolve(override(tree, overrides))
+    refuse_secrets(tree)
+    execution, run, checked = _validate(tree, step, executor, display(path))
+    values = checked.model_dump(mode="json", by_alias=True)
+    is_torchrun = step.manifest.step.launch == "torchrun"
+    num_ranks = int(getattr(checked, "num_ranks", 1)) if is_torchrun else 1
+    nodes = 1 if executor == "local" else execution.nodes or step.manifest.step.nodes
+    image = None if executor == "local" else execution.container_image or step.manifest.step.image
+    squash, squash_note = _squash(execution, image, force_squash)
+    return JobPlan(
+        step=step,
+        config_path=path,
+        config=checked,
+        values=values,
+        origins={dotted(p): Origin(node.place, node.overrides) for p, node in leaves(tree)},
+        executor=executor,
+        profile=profile,
+        is_detached=is_detached,
+        execution=execution,
+        nodes=nodes,
+        num_ranks=num_ranks,
+        image=image,
+        squash=squash,
+        mounts=_mounts(execution),
+        arguments=(*_start(step, executor, nodes, num_ranks), *passthrough),
+        environment=_environment(execution, executor, num_ranks),
+        inputs=_inputs(step, values, run.producers),
+        outputs=_outputs(step, values),
+        notes=(*squash_note, *_without_effect(tree, executor)),
+    )
+
+
+def _lay_profile(tree: Node, profile: Profile | None) -> Node:
+    """Return the config with the profile in ``run.env``."""
+    env = child_at(tree, ("run", "env")) or Node({})
+    written = env.value if isinstance(env.value, dict) else {}
+    for key, node in written.items():
+        if key not in (*YAML_KEEPS, "env_vars"):
+            raise NemotronError(
+                "unknown_key",
+                f"unknown key run.env.{key} in a config",
+                where=node.place,
+                fix=f"put {key} into a profile, or pass run.env.{key}=...",
+            )
+    if profile is None:
+        return tree
+    kept = {
+        key: node for key, node in written.items() if key in YAML_KEEPS and node.value is not None
+    }
+    composed = merge(merge(env, profile.values), Node(kept))
+    return merge(tree, Node({"run": Node({"env": composed})}))
+
+
+def _validate(
+    tree: Node, step: Step, executor: str, source: str
+) -> tuple[Execution, RunSection, BaseModel]:
+    """Return ``run.env``, the rest of ``run`` and the step's own config, each as its schema."""
+    assert isinstance(tree.value, dict)  # noqa: S101 - a config is a mapping
+    own = Node({key: node for key, node in tree.value.items() if key != "run"}, tree.place)
+    run = tree.value.get("run", Node({}))
+    env = child_at(run, ("env",)) or Node({})
+    failures: list[NemotronError] = []
+
+    def checked(part: Node, model: type[M], prefix: tuple[str, ...] = ()) -> M | None:
+        try:
+            return validate(part, model, prefix=prefix, source=source)
+        except NemotronError as error:
+            failures.extend(getattr(error, "errors", (error,)))
+            return None
+
+    schema: type[BaseModel] = step.load_schema().Config
+    execution = checked(env, EXECUTORS[executor], ("run", "env"))
+    section = checked(run, RunSection, ("run",))
+    config = checked(own, schema)
+    if execution is None or section is None or config is None:
+        raise_all(failures)
+        raise AssertionError("a failed validation without errors")
+    return execution, section, config
+
+
+def _start(step: Step, executor: str, nodes: int, num_ranks: int) -> list[str]:
+    """Return the command that starts the run module on its config."""
+    module = f"{step.module}.step"
+    config = ["--config", f"{JOB_DIRECTORY}/train.yaml"]
+    python = sys.executable if executor == "local" else "python"
+    if step.manifest.step.launch == "python":
+        return [python, "-m", module, *config]
+    layout = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}"]
+    layout += ["--nproc-per-node", str(-(-num_ranks // nodes))]
+    return [python, "-m", "nemotron.steps._torchrun", *layout, "-m", module, *config]
+
+
+def _environment(execution: Execution, executor: str, num_ranks: int) -> dict[str, str]:
+    """Return the variables that the job gets on top of the environment it starts in."""
+    variables = {name: value for name, value in execution.env_vars.items() if value is not None}
+    if executor == "local" and "OMP_NUM_THREADS" not in {**os.environ, **variables}:
+        # Torch would start a thread per core in every rank.
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        variables["OMP_NUM_THREADS"] = str(max(1, num_cores // num_ranks))
+    return variables
+
+
+def _value_at(values: Mapping[str, Any], key: str) -> Any:
+    value: Any = values
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _inputs(
+    step: Step, values: Mapping[str, Any], producers: Mapping[str, Producer]
+) -> tuple[PlannedInput, ...]:
+    planned = []
+    for consumed in step.manifest.consumes:
+        named = [(key, _value_at(values, key)) for key in consumed.keys]
+        key, path = next(
+            ((key, value) for key, value in named if isinstance(value, str) and value),
+            (consumed.keys[0] if consumed.keys else "", None),
+        )
+        planned.append(
+            PlannedInput(
+                type=consumed.type,
+                key=key,
+                path=path,
+                is_required=consumed.required,
+                missing=consumed.missing,
+                producer=producers.get(consumed.type),
+            )
+        )
+    return tuple(planned)
+
+
+def _outputs(step: Step, values: Mapping[str, Any]) -> tuple[PlannedOutput, ...]:
+    return tuple(
+        PlannedOutput(produced.type, key, path)
+        for produced in step.manifest.produces
+        for key in produced.keys
+        if isinstance(path := _value_at(values, key), str) and path
+    )
+
+
+def _mounts(execution: Execution) -> tuple[str, ...]:
+    if isinstance(execution, SlurmExecution):
+        extra = (execution.lustre_mount,) if execution.lustre_mount else ()
+        return execution.mounts + extra
+    if isinstance(execution, LeptonExecution):
+        return tuple(
+            f"{mount.get('path', '')}:{mount.get('mount_path', '')}" for mount in execution.mounts
+        )
+    return ()
+
+
+def _squash(
+    execution: Execution, image: str | None, force: bool
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return the file that the image is imported to, if it is, and what to say about --force."""
+    is_imported = (
+        isinstance(execution, SlurmExecution)
+        and execution.tunnel == "ssh"
+        and execution.remote_job_dir is not None
+        and image is not None
+        and not image.endswith(".sqsh")
+    )
+    if not is_imported:
+        reason = "no container image is imported for this run"
+        return None, (f"--force-squash has no effect: {reason}",) if force else ()
+    name = re.sub(r"[^A-Za-z0-9]+", "_", str(image)).strip("_")
+    # Two images may have the same letters: the digest keeps their files apart.
+    digest = hashlib.sha256(str(image).encode()).hexdigest()[:8]
+    path = f"{getattr(execution, 'remote_job_dir', '')}/{name}_{digest}.sqsh"
+    return path, (f"--force-squash: {path} is imported again",) if force else ()
+
+
+def _without_effect(tree: Node, executor: str) -> list[str]:
+    """Return a line per argument that a local run has no use for."""
+    if executor != "local":
+        return []
+    notes = []
+    for key in ("container_image", "gpus_per_node", "ntasks_per_node"):
+        node = child_at(tree, ("run", "env", key))
+        if node is not None and node.place.startswith("argument"):
+            notes.append(f"run.env.{key} has no effect on a local run")
+    return notes

@@ -1,0 +1,242 @@
+"""Checks over a plan before anything starts: all failures at once, without torch.
+
+A check that cannot be decided from here is *pending*: in a dry run an input that is not there yet,
+on a remote profile an input that lies where the job will run. A contradiction fails in both.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nemotron.artifacts import refuse_overlap
+from nemotron.catalog import find_steps, producers_of, resolve
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.plan import JobPlan, PlannedInput, build
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result; ``producer`` is the plan that makes a missing input first."""
+
+    status: Literal["ok", "pending", "failed"]
+    text: str
+    error: NemotronError | None = None
+    producer: JobPlan | None = None
+
+
+def check(plan: JobPlan, *, dry_run: bool, ancestors: tuple[str, ...] = ()) -> list[Check]:
+    """Return what can be said about a plan before it runs.
+
+    Args:
+        plan: The plan.
+        dry_run: Whether a missing input, or an unset secret, is only pending.
+        ancestors: The plans that wait for this one, as ``step -c config``.
+    """
+    results = [
+        *_check_layout(plan),
+        *_check_secrets(plan, dry_run),
+        *_check_overlap(plan),
+        *_check_inputs(plan, dry_run, ancestors),
+        *_check_step(plan),
+    ]
+    # A step's own checks may find what these found: one error is said once.
+    once = {(result.status, result.text, str(result.error)): result for result in results}
+    return list(once.values())
+
+
+def failures(checks: list[Check]) -> list[NemotronError]:
+    """Return the errors among the results."""
+    return [result.error for result in checks if result.error is not None]
+
+
+def label(plan: JobPlan) -> str:
+    """Return a plan as people name it: ``data_prep/sft_packing -c tiny``."""
+    return f"{plan.step.id} -c {plan.config_path.stem}"
+
+
+def _check_layout(plan: JobPlan) -> list[Check]:
+    """Check ranks, nodes and image against each other."""
+    found: list[Check] = []
+    wanted = plan.execution.nproc_per_node
+    if plan.executor == "local":
+        if (plan.execution.nodes or 1) > 1:
+            problem = f"run.env.nodes is {plan.execution.nodes}; a local run has one node"
+            fix = "pass run.env.nodes=1, or choose a profile with -r"
+            found.append(_failed("layout_invalid", problem, "run.env.nodes", fix))
+    else:
+        found += _check_nodes(plan)
+    if wanted is not None and wanted * plan.nodes != plan.num_ranks:
+        problem = (
+            f"run.env.nproc_per_node is {wanted} on {plan.nodes} node(s); "
+            f"the config needs {plan.num_ranks} rank(s)"
+        )
+        fix = "leave nproc_per_node out, or change the parallel sizes of the config"
+        found.append(_failed("layout_invalid", problem, "run.env.nproc_per_node", fix))
+    if not any(result.error for result in found):
+        ranks = f"{plan.num_ranks} rank(s) on {plan.nodes} node(s)"
+        found.append(Check("ok", ranks))
+    return found
+
+
+def _check_nodes(plan: JobPlan) -> list[Check]:
+    found: list[Check] = []
+    info = plan.step.manifest.step
+    gpus = plan.execution.gpus_per_node
+    gpus = info.gpus_per_node if gpus is None else gpus
+    if plan.num_ranks % plan.nodes:
+        problem = f"{plan.num_ranks} rank(s) do not spread evenly over {plan.nodes} node(s)"
+        fix = "choose run.env.nodes to divide the product of the parallel sizes"
+        found.append(_failed("layout_invalid", problem, "run.env.nodes", fix))
+    elif info.launch == "torchrun" and gpus and plan.nproc_per_node > gpus:
+        problem = f"{plan.nproc_per_node} ranks per node do not fit on {gpus} GPU(s) per node"
+        nodes = -(-plan.num_ranks // gpus)
+        fix = f"pass run.env.nodes={nodes}, or lower the parallel sizes of the config"
+        found.append(_failed("layout_invalid", problem, "run.env.gpus_per_node", fix))
+    elif info.launch == "torchrun" and gpus and plan.nproc_per_node < gpus:
+        found.append(Check("ok", f"{plan.nproc_per_node} of {gpus} GPU(s) per node are used"))
+    if plan.image is None:
+        problem = f"no container image for {plan.step.id} on {plan.executor}"
+        fix = "set container_image in the profile"
+        found.append(_failed("image_missing", problem, "run.env.container_image", fix))
+    return found
+
+
+def _check_secrets(plan: JobPlan, dry_run: bool) -> list[Check]:
+    found: list[Check] = []
+    for name in plan.execution.secrets:
+        if os.environ.get(name):
+            found.append(Check("ok", f"secret {name} is set"))
+        elif dry_run:
+            found.append(Check("pending", f"secret {name} is not set here"))
+        else:
+            problem = f"the profile names the secret {name}, which is not set"
+            fix = f"export {name}=..., or remove it from secrets"
+            found.append(_failed("secret_missing", problem, "run.env.secrets", fix))
+    return found
+
+
+def _check_overlap(plan: JobPlan) -> list[Check]:
+    found: list[Check] = []
+    inputs = {item.key: _fixed_part(item.path) for item in plan.inputs if item.path}
+    for output in plan.outputs:
+        try:
+            refuse_overlap(Path(output.path), inputs)
+        except NemotronError as error:
+            own = plan.step.manifest.error(error.code, error.problem, where=error.where)
+            found.append(_refused(own or error))
+    if plan.outputs and not found:
+        found.append(Check("ok", "no output overlaps an input"))
+    return found
+
+
+def _check_inputs(plan: JobPlan, dry_run: bool, ancestors: tuple[str, ...]) -> list[Check]:
+    found: list[Check] = []
+    for item in plan.inputs:
+        if item.path is None and not item.is_required:
+            continue
+        if item.path is not None and _exists(item.path):
+            found.append(Check("ok", f"{item.type} is at {item.path}"))
+        elif plan.executor != "local":
+            found.append(Check("pending", f"{item.type} at {item.path}: not checked from here"))
+        elif item.path is not None and item.producer is not None:
+            found += _check_producer(plan, item, dry_run, ancestors)
+        elif dry_run:
+            place = f"at {item.path}" if item.path else f"({item.key} is not set)"
+            found.append(Check("pending", f"{item.type} {place}: not there yet"))
+        else:
+            found.append(_refused(_missing(plan, item)))
+    return found
+
+
+def _check_producer(
+    plan: JobPlan, item: PlannedInput, dry_run: bool, ancestors: tuple[str, ...]
+) -> list[Check]:
+    """Plan the run that makes a missing input, and check that it would make this one."""
+    assert item.producer is not None and item.path is not None  # noqa: S101, PT018 - caller
+    waiting = (*ancestors, label(plan))
+    maker = build(resolve(item.producer.step), config=item.producer.config, profile=plan.profile)
+    if label(maker) in waiting:
+        problem = f"the producers wait for each other: {' -> '.join((*waiting, label(maker)))}"
+        where = f"{plan.config_path}: run.producers"
+        return [_failed("producer_cycle", problem, where, "remove one of them")]
+    wanted = _fixed_part(item.path).resolve()
+    made = [output for output in maker.outputs if output.type == item.type]
+    if not any(wanted.is_relative_to(Path(output.path).resolve()) for output in made):
+        return [_refused(_other_output(item, maker, [output.path for output in made]))]
+    inner = check(maker, dry_run=dry_run, ancestors=waiting)
+    broken = [result for result in inner if result.error is not None]
+    text = f"{item.type} at {item.path}: produced first by {label(maker)}"
+    return [Check("pending", text, producer=maker), *broken]
+
+
+def _check_step(plan: JobPlan) -> list[Check]:
+    """Run the step's own ``checks.py`` over the config and the inputs that exist."""
+    module = plan.step.load_checks()
+    if module is None:
+        return []
+    run: Callable[..., list[NemotronError]] = module.check
+    try:
+        errors = run(plan.config)
+    except NemotronError as error:
+        errors = [error]
+    if not errors:
+        return [Check("ok", f"checks of {plan.step.id}")]
+    return [_refused(error) for error in errors]
+
+
+def _missing(plan: JobPlan, item: PlannedInput) -> NemotronError:
+    problem = f"no {item.type} at {item.path}" if item.path else f"{item.key} is not set"
+    if item.missing is not None:
+        own = plan.step.manifest.error(item.missing, problem, where=item.key)
+        assert own is not None  # noqa: S101 - the manifest was checked for it
+        return own
+    makers = producers_of(item.type, find_steps())
+    run = f"run {' or '.join(makers)} first, or " if makers else ""
+    return NemotronError(
+        "input_missing",
+        problem,
+        where=item.key,
+        fix=f"{run}pass {item.key}=PATH",
+        exit_code=ExitCode.PREFLIGHT,
+    )
+
+
+def _other_output(item: PlannedInput, maker: JobPlan, made: list[str]) -> NemotronError:
+    keys = [output.key for output in maker.outputs if output.type == item.type]
+    command = f"nemotron steps run {label(maker)} {keys[0] if keys else 'output'}={item.path}"
+    return NemotronError(
+        "producer_output_differs",
+        f"no {item.type} at {item.path}; {label(maker)} writes to {', '.join(made) or 'no place'}",
+        where=item.key,
+        fix=f"{command}, or pass {item.key}={made[0] if made else 'PATH'}",
+        exit_code=ExitCode.PREFLIGHT,
+    )
+
+
+def _exists(path: str) -> bool:
+    """Return whether something is at ``path``, or fits it; an empty directory is nothing."""
+    if glob.has_magic(path):
+        return next(glob.iglob(path), None) is not None  # noqa: PTH207 - Path.glob wants a root
+    place = Path(path)
+    return any(place.iterdir()) if place.is_dir() else place.exists()
+
+
+def _fixed_part(path: str) -> Path:
+    """Return the part of a path before the first component with a wildcard."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
+
+
+def _failed(code: str, problem: str, where: str, fix: str) -> Check:
+    return _refused(
+        NemotronError(code, problem, where=where, fix=fix, exit_code=ExitCode.PREFLIGHT)
+    )
+
+
+def _refused(error: NemotronError) -> Check:
+    return Check("failed", error.problem, error)

@@ -1,0 +1,287 @@
+"""Profiles: where a job runs, read from ``profiles/*.toml`` and ``env.toml``.
+
+Both are looked for upward from the working directory, up to the first directory with a
+``pyproject.toml``. Every table is a profile, apart from the reserved ones; a profile in
+``env.toml`` (or in the file that ``NEMOTRON_ENV_FILE`` names) stands before one of the same name in
+``profiles/``; ``local`` is there without any file. Each executor has its schema: unknown keys are
+errors; what the executor knows and the schema does not goes into ``extra``.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nemotron.errors import NemotronError
+from nemotron.interpolation import resolve
+from nemotron.tree import Node, child_at, display, from_plain, merge
+from nemotron.validation import did_you_mean, refuse_secrets, validate
+
+RESERVED = ("wandb", "cli", "cache", "artifacts")
+ENV_FILE_VARIABLE = "NEMOTRON_ENV_FILE"
+
+
+class Execution(BaseModel):
+    """What every executor knows; also the section ``run.env`` of a config, composed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    container_image: str | None = None
+    nodes: int | None = Field(default=None, ge=1)
+    gpus_per_node: int | None = Field(default=None, ge=0)
+    ntasks_per_node: int | None = Field(default=None, ge=1)
+    nproc_per_node: int | None = Field(default=None, ge=1)
+    env_vars: dict[str, str | None] = {}  # null: leave the variable out
+    secrets: tuple[str, ...] = ()
+    startup_commands: tuple[str, ...] = ()
+    extra: dict[str, Any] = {}
+
+
+class LocalExecution(Execution):
+    """This host."""
+
+
+class SlurmExecution(Execution):
+    """A Slurm cluster, reached from one of its login nodes or over ssh."""
+
+    account: str | None = None
+    partition: str | None = None
+    run_partition: str | None = None
+    batch_partition: str | None = None
+    time: str = Field(default="04:00:00", pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    mem: str | None = None
+    exclusive: bool = False
+    qos: str | None = None
+    gres: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    signal: str | None = None
+    dependency: str | None = None
+    requeue: bool = False
+    container_env: tuple[str, ...] = ()
+    mounts: tuple[str, ...] = ()
+    lustre_mount: str | None = None
+    remote_job_dir: str | None = None
+    tunnel: Literal["local", "ssh"] = "local"
+    host: str = "localhost"
+    user: str | None = None
+    identity: str | None = None
+    setup_lines: str | None = None
+    run_command: str | None = None
+    build_partition: str | None = None
+    build_time: str | None = None
+    build_include_gpus: bool = False
+    build_gpus_per_node: int | None = Field(default=None, ge=0)
+    build_image: str | None = None
+    build_cache_dir: str | None = None
+
+
+class LeptonExecution(Execution):
+    """A Lepton workspace."""
+
+    nemo_run_dir: str | None = None
+    nprocs_per_node: int | None = Field(default=None, ge=1)
+    resource_shape: str | None = None
+    node_group: str | None = None
+    node_reservation: str | None = None
+    shared_memory_size: int | None = Field(default=None, ge=1)
+    image_pull_secrets: tuple[str, ...] = ()
+    ray_version: str | None = None
+    custom_spec: dict[str, Any] = {}
+    pre_launch_commands: tuple[str, ...] = ()
+    launcher: str | None = None
+    mounts: tuple[dict[str, str], ...] = ()
+    workspace: str | None = None
+    pip_extras: tuple[str, ...] = ()
+    repo_root: str | None = None
+    existing_ray_cluster: str | None = None
+    run_command: str | None = None
+    can_be_preempted: bool | None = None
+    can_preempt: bool | None = None
+    queue_priority: str | None = None
+
+
+BUILT_IN = {"local": from_plain({"executor": "local"}, "built in")}
+
+EXECUTORS: dict[str, type[Execution]] = {
+    "local": LocalExecution,
+    "slurm": SlurmExecution,
+    "lepton": LeptonExecution,
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile: its executor, and its keys with their places, resolved and checked."""
+
+    name: str
+    executor: str
+    values: Node
+
+
+def load_profile(name: str, start: Path | None = None) -> Profile:
+    """Return the profile ``name`` of the files found from ``start`` (the working directory) upward.
+
+    Raises:
+        NemotronError: ``profile_unknown``, ``profile_invalid``, ``profile_cycle``, an unknown key,
+            a value that does not fit, a secret.
+    """
+    tables = read_tables(start or Path.cwd())
+    values = _extended(name, tables, ())
+    assert isinstance(values.value, dict)  # noqa: S101 - read_tables holds tables only
+    keys = dict(values.value)
+    executor = _executor_of(keys.pop("executor", None), name)
+    keys.pop("extends", None)
+    written = Node(keys, values.place)
+    tree = _without_empty_variables(resolve(written), written)
+    refuse_secrets(tree)
+    validate(tree, EXECUTORS[executor], source=values.place, what=f"{executor} profile key")
+    return Profile(name, executor, tree)
+
+
+def read_tables(start: Path) -> dict[str, Node]:
+    """Return every profile table that applies in ``start``, unresolved.
+
+    Raises:
+        NemotronError: ``profile_invalid`` (not TOML, or one name in two files of ``profiles/``).
+    """
+    tables: dict[str, Node] = {}
+    for path in _profile_files(start):
+        for name, table in _read_file(path):
+            if name in tables:
+                raise NemotronError(
+                    "profile_invalid",
+                    f"[{name}] stands in {tables[name].place} and in {display(path)}",
+                    where=display(path),
+                    fix="rename one of them",
+                )
+            tables[name] = table
+    env_file = _env_file(start)
+    return BUILT_IN | tables | (dict(_read_file(env_file)) if env_file else {})
+
+
+def _upward(start: Path) -> Iterator[Path]:
+    for directory in (start, *start.parents):
+        yield directory
+        if (directory / "pyproject.toml").is_file():
+            return
+
+
+def _profile_files(start: Path) -> list[Path]:
+    for directory in _upward(start):
+        files = sorted((directory / "profiles").glob("*.toml"))
+        if files:
+            return files
+    return []
+
+
+def _env_file(start: Path) -> Path | None:
+    named = os.environ.get(ENV_FILE_VARIABLE)
+    if not named:
+        candidates = (directory / "env.toml" for directory in _upward(start))
+        return next((path for path in candidates if path.is_file()), None)
+    path = Path(named).expanduser()
+    if not path.is_file():
+        raise NemotronError(
+            "profile_invalid",
+            f"there is no file {named}",
+            where=ENV_FILE_VARIABLE,
+            fix=f"point {ENV_FILE_VARIABLE} at a file with profiles, or unset it",
+        )
+    return path
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Node]]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise NemotronError(
+            "profile_invalid",
+            f"cannot read {display(path)}: {error}",
+            where=display(path),
+            fix="mend the file",
+        ) from None
+    for name, table in content.items():
+        if name in RESERVED:
+            continue
+        if not isinstance(table, dict):
+            raise NemotronError(
+                "profile_invalid",
+                f"{name} stands outside of a table",
+                where=display(path),
+                fix="put it below the [profile] that it belongs to",
+            )
+        yield name, from_plain(table, f"{display(path)} [{name}]")
+
+
+def _extended(name: str, tables: dict[str, Node], below: tuple[str, ...]) -> Node:
+    """Return a table laid on the one that it extends: tables merge, lists are replaced."""
+    if name in below:
+        circle = " -> ".join((*below, name))
+        raise NemotronError(
+            "profile_cycle",
+            f"profiles extend each other in a circle: {circle}",
+            where=tables[name].place,
+            fix="remove one of these extends",
+        )
+    if name not in tables:
+        raise _unknown(name, tables, below)
+    parent = child_at(tables[name], ("extends",))
+    if parent is None:
+        return tables[name]
+    if not isinstance(parent.value, str):
+        raise NemotronError(
+            "profile_invalid",
+            f"extends is {parent.value!r}; wanted the name of one profile",
+            where=parent.place,
+            fix='write extends = "name"',
+        )
+    return merge(_extended(parent.value, tables, (*below, name)), tables[name])
+
+
+def _unknown(name: str, tables: dict[str, Node], below: tuple[str, ...]) -> NemotronError:
+    there_are = f"there are: {', '.join(sorted(tables))}; more in profiles/NAME.toml or env.toml"
+    fix = did_you_mean(name, tables, there_are)
+    if below:
+        problem = f"[{below[-1]}] extends {name!r}, which is no profile"
+        return NemotronError("profile_unknown", problem, where=tables[below[-1]].place, fix=fix)
+    if name in RESERVED:
+        problem = f"[{name}] is reserved for settings; it is no profile"
+        return NemotronError("profile_unknown", problem, fix=fix)
+    return NemotronError("profile_unknown", f"no profile {name!r}", fix=fix)
+
+
+def _executor_of(node: Node | None, name: str) -> str:
+    if node is None:
+        return "local"
+    if not isinstance(node.value, str) or node.value not in EXECUTORS:
+        raise NemotronError(
+            "executor_unknown",
+            f"profile {name!r} has executor {node.value!r}",
+            where=node.place,
+            fix=did_you_mean(
+                str(node.value), EXECUTORS, f"executor is one of: {', '.join(EXECUTORS)}"
+            ),
+        )
+    return node.value
+
+
+def _without_empty_variables(resolved: Node, written: Node) -> Node:
+    """Drop ``env_vars`` that came out empty from a reference, so that none hides the real one."""
+    variables, before = child_at(resolved, ("env_vars",)), child_at(written, ("env_vars",))
+    if variables is None or before is None or not isinstance(variables.value, dict):
+        return resolved
+    kept = {
+        name: node
+        for name, node in variables.value.items()
+        if node.value != "" or "${" not in str(getattr(child_at(before, (name,)), "value", ""))
+    }
+    assert isinstance(resolved.value, dict)  # noqa: S101 - a table
+    return Node({**resolved.value, "env_vars": Node(kept, variables.place)}, resolved.place)

@@ -1,0 +1,99 @@
+"""``torchrun`` that ends with the exit code of the first rank that failed, and says it once.
+
+torchrun turns every failure into exit code 1 and prints an account of its own below the one error
+that the rank has reported. Here its arguments, its supervision and its ranks are unchanged; when a
+rank has left its error in ``NEMOTRON_ERROR_FILE``, torchrun's account of the same is left out. A
+rank that was killed cannot report: that is done here, and it outranks what the other ranks made of
+their lost connections.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from nemotron.artifacts import write_text
+from nemotron.errors import ExitCode, NemotronError
+
+ERROR_FILE = "NEMOTRON_ERROR_FILE"
+# Not SIGABRT: a collective library aborts when another rank has gone.
+_DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run torchrun on ``argv`` and return the exit code for the whole job."""
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
+        for logger in _with_children(name):
+            logger.addFilter(lambda record: _reported_code() is None)
+    try:
+        torchrun.main(argv)
+    except ChildFailedError as error:
+        return _report(error)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return int(ExitCode.OK)
+
+
+def _report(failed: ChildFailedError) -> int:
+    """Return the exit code of the rank that failed first; report it if the rank was killed."""
+    killed = _first_killed(failed)
+    if killed is not None and _reported_code() in (None, "unexpected"):
+        rank, name = killed
+        error = NemotronError(
+            "rank_died",
+            f"rank {rank} was killed by {name}",
+            fix="look at the log above; SIGKILL mostly means that memory ran out",
+            exit_code=ExitCode.RANK_DIED,
+        )
+        print(error, file=sys.stderr)
+        path = os.environ.get(ERROR_FILE)
+        if path:
+            write_text(Path(path), json.dumps(error.to_dict() | {"rank": rank}))
+        return int(error.exit_code)
+    if _reported_code() is None:
+        print(failed, file=sys.stderr)
+    _, failure = failed.get_first_failure()
+    return failure.exitcode if failure.exitcode > 0 else int(ExitCode.RANK_DIED)
+
+
+def _first_killed(failed: ChildFailedError) -> tuple[int, str] | None:
+    """Return a rank that something else killed, and the signal's name.
+
+    torchrun itself ends the other ranks of a failed job, by SIGTERM and 30 seconds later by
+    SIGKILL; times of failures are whole seconds.
+    """
+    first = min(failure.timestamp for failure in failed.failures.values())
+    for rank, failure in failed.failures.items():
+        if -failure.exitcode in _DEADLY and failure.timestamp <= first + 1:
+            return rank, failure.signal_name()
+    return None
+
+
+def _with_children(name: str) -> list[logging.Logger]:
+    """Return a logger and those below it: a filter does not see what children hand up."""
+    names = [name, *(child for child in logging.root.manager.loggerDict if child.startswith(name))]
+    return [logging.getLogger(child) for child in names]
+
+
+def _reported_code() -> str | None:
+    """Return the code of the error that a rank has reported, if one has."""
+    path = os.environ.get(ERROR_FILE)
+    if not path or not Path(path).exists():
+        return None
+    try:
+        return str(json.loads(Path(path).read_text(encoding="utf-8"))["code"])
+    except (ValueError, KeyError):
+        return "unexpected"  # its rank died while writing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""``nemotron jobs``: list, status and logs of real jobs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemotron.cli.app import main
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_list_status_and_logs_of_two_jobs(demo: Path, capsys: Captured) -> None:
+    assert main(["jobs", "list"]) == 0
+    assert capsys.readouterr().out == "No jobs here.\n"
+    main(["steps", "run", "demo/make"])
+    main(["steps", "run", "demo/make", "behaviour=refuse"])
+    capsys.readouterr()
+    assert main(["jobs", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["JOB", "STATUS", "EXIT", "STARTED"]
+    assert sorted(line.split()[1:3] for line in lines[1:]) == [["failed", "4"], ["succeeded", "0"]]
+    assert main(["jobs", "list", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    failed = next(record["id"] for record in records if record["status"] == "failed")
+    assert main(["jobs", "status", failed[-6:]]) == 0
+    text = capsys.readouterr().out
+    assert f"job        {failed}" in text
+    assert "[too_odd] that is odd" in text
+    assert main(["jobs", "logs", failed]) == 0
+    assert capsys.readouterr().out.startswith("making\n")

@@ -1,0 +1,206 @@
+"""nemotron.artifacts: a directory appears complete, and is checked before it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from nemotron.artifacts import (
+    MANIFEST,
+    Artifact,
+    Producer,
+    describe_input,
+    is_a,
+    load_types,
+    publish,
+    read_artifact,
+    refuse_overlap,
+    sha256_file,
+    sha256_json,
+    verify_files,
+    write_artifact,
+    write_text,
+)
+from nemotron.errors import ExitCode, NemotronError
+
+PRODUCER = Producer(step="demo/make", config_sha256="0" * 64, code_version="1")
+
+
+def make(directory: Path, artifact_type: str = "packed_parquet") -> Artifact:
+    with publish(directory) as partial:
+        (partial / "data").mkdir()
+        (partial / "data" / "a.txt").write_text("aaa")
+        return write_artifact(
+            partial,
+            artifact_type=artifact_type,
+            produced_by=PRODUCER,
+            properties={"pack_size": 8},
+        )
+
+
+def test_a_published_artifact_is_read_back_whole(tmp_path: Path) -> None:
+    written = make(tmp_path / "out")
+    artifact = read_artifact(tmp_path / "out", "packed_parquet")
+    assert artifact == written
+    assert artifact.properties == {"pack_size": 8}
+    assert [(entry.path, entry.size_bytes) for entry in artifact.files] == [("data/a.txt", 3)]
+    verify_files(tmp_path / "out", artifact)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+
+
+def test_publish_leaves_nothing_when_the_block_fails_and_keeps_the_earlier_one(
+    tmp_path: Path,
+) -> None:
+    def fail() -> None:
+        with publish(tmp_path / "out") as partial:
+            (partial / "half").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not (tmp_path / "out").exists()
+    make(tmp_path / "out")
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (tmp_path / "out" / "data" / "a.txt").read_text() == "aaa"
+
+
+def test_publish_replaces_an_earlier_artifact_as_a_whole(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    with publish(tmp_path / "out") as partial:
+        (partial / "b.txt").touch()
+        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [MANIFEST, "b.txt"]
+
+
+def test_publish_refuses_what_no_step_wrote(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    with pytest.raises(NemotronError, match="no step of nemotron wrote") as caught:
+        make(tmp_path / "thesis")
+    assert caught.value.code == "output_not_ours"
+    (tmp_path / "file").touch()
+    with pytest.raises(NemotronError, match="is not a directory"):
+        make(tmp_path / "file")
+
+
+def test_publish_refuses_a_second_writer_and_names_the_first(tmp_path: Path) -> None:
+    with publish(tmp_path / "out") as partial:
+        with pytest.raises(NemotronError, match=f"pid {os.getpid()}") as caught:
+            make(tmp_path / "out")
+        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+    assert caught.value.exit_code is ExitCode.LOCKED
+    make(tmp_path / "out")
+
+
+def test_published_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    with publish(tmp_path / "out") as partial:
+        private = partial / "private"
+        private.touch(mode=0o600)
+        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = stat.S_IMODE((tmp_path / "out" / "private").stat().st_mode)
+    assert mode == 0o666 & ~umask
+
+
+def test_verify_files_names_a_file_that_is_missing_short_or_changed(tmp_path: Path) -> None:
+    artifact = make(tmp_path / "out")
+    path = tmp_path / "out" / "data" / "a.txt"
+    path.write_text("bbb")
+    with pytest.raises(NemotronError, match="does not have the sha256"):
+        verify_files(tmp_path / "out", artifact)
+    verify_files(tmp_path / "out", artifact, digests=False)
+    path.write_text("a")
+    with pytest.raises(NemotronError, match=r"is 1 bytes; artifact\.json says 3") as caught:
+        verify_files(tmp_path / "out", artifact)
+    assert caught.value.exit_code is ExitCode.DATA
+    path.unlink()
+    with pytest.raises(NemotronError, match=r"a\.txt is missing"):
+        verify_files(tmp_path / "out", artifact)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret"])
+def test_verify_files_stays_inside_of_the_directory(tmp_path: Path, path: str) -> None:
+    artifact = make(tmp_path / "out")
+    entry = artifact.files[0].model_copy(update={"path": path})
+    with pytest.raises(NemotronError, match="points outside"):
+        verify_files(tmp_path / "out", artifact.model_copy(update={"files": (entry,)}))
+
+
+def test_read_artifact_says_what_is_missing_damaged_or_of_another_type(tmp_path: Path) -> None:
+    with pytest.raises(NemotronError, match="does not exist"):
+        read_artifact(tmp_path / "out", "packed_parquet")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(NemotronError, match=r"has no artifact\.json") as caught:
+        read_artifact(tmp_path / "out", "packed_parquet")
+    assert "--produces packed_parquet" in caught.value.fix
+    (tmp_path / "out" / MANIFEST).write_text('{"type": "packed_parquet", "typo": 1}')
+    with pytest.raises(NemotronError) as caught:
+        read_artifact(tmp_path / "out", "packed_parquet")
+    assert caught.value.code == "artifact_damaged"
+    make(tmp_path / "ours")
+    with pytest.raises(NemotronError, match="is of type packed_parquet; wanted checkpoint_hf"):
+        read_artifact(tmp_path / "ours", "checkpoint_hf")
+
+
+def test_is_a_follows_the_types_upward_only() -> None:
+    assert is_a("raw_jsonl", "training_jsonl")
+    assert is_a("training_jsonl", "training_jsonl")
+    assert not is_a("training_jsonl", "raw_jsonl")
+    assert not is_a("unheard_of", "training_jsonl")
+
+
+def test_every_parent_type_exists_and_no_type_is_its_own_ancestor() -> None:
+    types = load_types()
+    for name in types:
+        seen: list[str] = []
+        current: str | None = name
+        while current is not None:
+            assert current not in seen
+            seen.append(current)
+            current = types[current]
+
+
+def test_write_artifact_refuses_an_unknown_type(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoint_onnx"):
+        write_artifact(tmp_path, artifact_type="checkpoint_onnx", produced_by=PRODUCER)
+
+
+def test_describe_input_has_the_digest_of_the_manifest_if_there_is_one(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    described = describe_input("packed_parquet", tmp_path / "out")
+    assert described.sha256 == sha256_file(tmp_path / "out" / MANIFEST)
+    assert describe_input("training_jsonl", tmp_path / "chat.jsonl").sha256 is None
+
+
+@pytest.mark.parametrize("output", ["data", "data/inner/x", ".", "data/../data"])
+def test_refuse_overlap_refuses_equal_inner_and_outer_paths(tmp_path: Path, output: str) -> None:
+    (tmp_path / "data" / "inner").mkdir(parents=True)
+    with pytest.raises(NemotronError, match="overlaps the input packs=") as caught:
+        refuse_overlap(tmp_path / output, {"packs": tmp_path / "data" / "inner"})
+    assert caught.value.code == "output_path_overlaps_inputs"
+
+
+def test_refuse_overlap_looks_through_links_and_allows_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    with pytest.raises(NemotronError):
+        refuse_overlap(tmp_path / "link", {"packs": tmp_path / "data"})
+    refuse_overlap(tmp_path / "data2", {"packs": tmp_path / "data"})
+
+
+def test_write_text_leaves_no_partial_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "one")
+    write_text(tmp_path / "a.txt", "two")
+    assert (tmp_path / "a.txt").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_sha256_json_does_not_depend_on_the_order_of_keys() -> None:
+    assert sha256_json({"a": 1, "b": [2]}) == sha256_json(json.loads('{"b": [2], "a": 1}'))
+    assert sha256_json({"a": 1}) != sha256_json({"a": 2})

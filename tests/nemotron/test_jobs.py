@@ -1,0 +1,135 @@
+"""nemotron.jobs: the record that a run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import nemotron
+from nemotron import jobs
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.jobs import Job
+
+
+def create(step: str = "demo/make", **changes: object) -> Job:
+    facts: dict[str, object] = {
+        "step": step,
+        "profile": None,
+        "argv": ["nemotron", "steps", "run", step],
+        "command": ["python", "-m", "x"],
+        "values": {"a": 1},
+        "config_text": "a: 1\n",
+    }
+    return jobs.create(jobs.new_directory(step), **{**facts, **changes})  # type: ignore[arg-type]
+
+
+def test_a_job_is_recorded_whole(here: Path) -> None:
+    job = create()
+    record = json.loads((job.path / "job.json").read_text())
+    assert record["id"] == job.path.name
+    assert record["status"] == "queued"
+    assert record["versions"]["nemotron"] == nemotron.__version__
+    assert record["versions"]["torch"]
+    assert record["directory"] == str(here)
+    assert record["pid"] == os.getpid()
+    assert (job.path / "train.yaml").read_text() == "a: 1\n"
+    assert job.log.read_text() == ""
+
+
+def test_the_id_tells_time_and_step(here: Path) -> None:
+    name = jobs.new_directory("peft/megatron_bridge").name
+    date, time, *step, random = name.split("-")
+    assert (len(date), len(time), len(random)) == (8, 6, 6)
+    assert step == ["peft", "megatron", "bridge"]
+
+
+def test_two_jobs_of_the_same_second_do_not_collide(here: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(jobs.new_directory, ["demo/make"] * 64))
+    assert len(set(paths)) == 64
+
+
+def test_only_the_owner_can_read_a_job(here: Path) -> None:
+    job = create()
+    assert stat.S_IMODE(job.path.stat().st_mode) == 0o700
+    for path in job.path.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_secrets_are_in_no_file_of_the_record(here: Path) -> None:
+    job = create(
+        argv=["nemotron", "--", "--hf-token", "hunter2hunter2"],
+        command=["python", "--api-key=tiger", "x=hunter2hunter2"],
+        values={"tokenizer": "bpe", "note": "hunter2hunter2", "api_key": "tiger"},
+        known_secrets=frozenset({"hunter2hunter2"}),
+    )
+    job.end(1, {"problem": "cannot log in with hunter2hunter2"})
+    text = (job.path / "job.json").read_text()
+    assert "hunter2" not in text
+    assert "tiger" not in text
+    assert job.record.config["tokenizer"] == "bpe"
+
+
+def test_the_commit_of_the_code_is_recorded_only_for_a_checkout(
+    tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nemotron, "__file__", str(tmp_path / "__init__.py"))
+    assert create().record.git is None
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(0, "succeeded"), (1, "failed"), (4, "failed"), (75, "preempted"), (130, "interrupted")],
+)
+def test_the_end_is_recorded_with_its_exit_code(here: Path, code: int, status: str) -> None:
+    job = create()
+    job.start()
+    assert jobs.read_job(job.path).record.status == "running"
+    job.end(code, {"code": "x"} if code else None)
+    record = jobs.read_job(job.path).record
+    assert (record.status, record.exit_code) == (status, code)
+    assert record.started is not None
+    assert record.ended is not None
+
+
+def test_a_job_whose_launcher_is_gone_is_lost(here: Path) -> None:
+    job = create()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    job.update(status="running", pid=pid)
+    assert jobs.read_job(job.path).record.status == "lost"
+    job.update(host="elsewhere")
+    assert jobs.read_job(job.path).record.status == "running"
+
+
+def test_list_jobs_is_sorted_and_skips_what_is_no_job(here: Path) -> None:
+    assert jobs.list_jobs() == []
+    first, second = create("demo/a"), create("demo/b")
+    (here / ".nemotron" / "jobs" / "notes").mkdir()
+    assert {job.record.id for job in jobs.list_jobs()} == {first.record.id, second.record.id}
+
+
+def test_find_takes_an_id_or_a_part_that_only_one_has(here: Path) -> None:
+    first, second = create("demo/a"), create("demo/b")
+    assert jobs.find(first.record.id).record.id == first.record.id
+    assert jobs.find("demo-b").record.id == second.record.id
+    with pytest.raises(NemotronError, match="fits several jobs"):
+        jobs.find("demo")
+    with pytest.raises(NemotronError, match="no job 'zzz'") as caught:
+        jobs.find("zzz")
+    assert caught.value.code == "job_unknown"
+
+
+def test_a_damaged_record_is_named(here: Path) -> None:
+    job = create()
+    (job.path / "job.json").write_text("{")
+    with pytest.raises(NemotronError, match="cannot be read") as caught:
+        jobs.find(job.record.id)
+    assert caught.value.exit_code is ExitCode.IO

@@ -1,0 +1,185 @@
+"""nemotron.preflight: everything that can be known before a run, at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemotron.catalog import resolve
+from nemotron.errors import ExitCode
+from nemotron.plan import build
+from nemotron.preflight import Check, check, failures, label
+from nemotron.profile import load_profile
+
+
+def checks(
+    step: str, *overrides: str, config: str = "default", profile: str = "", dry_run: bool = True
+) -> list[Check]:
+    chosen = load_profile(profile) if profile else None
+    plan = build(resolve(step), config=config, overrides=overrides, profile=chosen)
+    return check(plan, dry_run=dry_run)
+
+
+def texts(found: list[Check], status: str) -> list[str]:
+    return [result.text for result in found if result.status == status]
+
+
+def cluster(directory: Path, text: str) -> None:
+    (directory / "env.toml").write_text(text)
+
+
+def test_a_missing_input_is_pending_in_a_dry_run_and_the_manifests_error_in_a_real_one(
+    demo: Path,
+) -> None:
+    assert texts(checks("demo/train"), "pending") == ["packed_parquet at ./out/make: not there yet"]
+    (error,) = failures(checks("demo/train", dry_run=False))
+    assert error.code == "missing_packs"
+    assert error.where == "data.packs"
+    assert (error.why, error.fix) == ("there are no packs", "run demo/make")
+    assert error.exit_code is ExitCode.PREFLIGHT
+
+
+def test_an_input_that_is_not_set_is_missing(demo: Path) -> None:
+    assert texts(checks("demo/train", "data.packs=null"), "pending") == [
+        "packed_parquet (data.packs is not set): not there yet"
+    ]
+    (error,) = failures(checks("demo/train", "data.packs=null", dry_run=False))
+    assert error.problem == "data.packs is not set"
+
+
+def test_an_optional_input_may_be_unset_but_not_wrong(demo: Path) -> None:
+    assert not failures(checks("demo/make", dry_run=False))
+    (error,) = failures(checks("demo/make", "source=gone.jsonl", dry_run=False))
+    assert error.problem == "no training_jsonl at gone.jsonl"
+
+
+def test_a_manifest_without_an_error_of_its_own_names_the_producers(demo: Path) -> None:
+    (error,) = failures(checks("demo/use", dry_run=False))
+    assert error.code == "input_missing"
+    assert error.fix == "run demo/loop or demo/make first, or pass packs=PATH"
+
+
+def test_an_input_that_is_there_is_ok_and_an_empty_directory_is_not(demo: Path) -> None:
+    (demo / "out" / "make").mkdir(parents=True)
+    assert failures(checks("demo/train", dry_run=False))
+    (demo / "out" / "make" / "a.parquet").touch()
+    assert not failures(checks("demo/train", dry_run=False))
+    glob = ("data.packs=null", "data.glob=out/make/*.parquet")
+    assert not failures(checks("demo/train", *glob, dry_run=False))
+    assert failures(checks("demo/train", "data.packs=null", "data.glob=out/*.csv", dry_run=False))
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_missing_input_with_a_producer_is_produced_first(demo: Path, dry_run: bool) -> None:
+    found = checks("demo/train", config="tiny", dry_run=dry_run)
+    assert not failures(found)
+    (pending,) = [result for result in found if result.status == "pending"]
+    assert pending.text == "packed_parquet at ./out/make: produced first by demo/make -c tiny"
+    assert pending.producer is not None
+    assert label(pending.producer) == "demo/make -c tiny"
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_producer_must_write_where_the_input_is_wanted(demo: Path, dry_run: bool) -> None:
+    found = checks("demo/train", "data.packs=elsewhere", config="tiny", dry_run=dry_run)
+    (error,) = failures(found)
+    assert error.code == "producer_output_differs"
+    assert error.fix == (
+        "nemotron steps run demo/make -c tiny output_dir=elsewhere, or pass data.packs=out/make"
+    )
+
+
+def test_an_input_may_lie_inside_of_what_the_producer_writes(demo: Path) -> None:
+    overrides = ("data.packs=null", "data.glob=./out/make/splits/*.parquet")
+    assert not failures(checks("demo/train", *overrides, config="tiny"))
+
+
+def test_errors_of_a_producer_are_found_before_anything_runs(demo: Path) -> None:
+    (demo / "mine.yaml").write_text(
+        "packs: ./out/make\nsave: ./x\n"
+        "run: {producers: {packed_parquet: {step: demo/make, config: ./bad.yaml}}}\n"
+    )
+    (demo / "bad.yaml").write_text("source: gone.jsonl\noutput_dir: ./out/make\n")
+    found = checks("demo/use", config="mine.yaml", dry_run=False)
+    assert [error.problem for error in failures(found)] == ["no training_jsonl at gone.jsonl"]
+
+
+def test_producers_that_wait_for_each_other_are_refused(demo: Path) -> None:
+    (error,) = failures(checks("demo/loop", config="one"))
+    assert error.code == "producer_cycle"
+    assert "demo/loop -c one -> demo/loop -c two -> demo/loop -c one" in error.problem
+
+
+@pytest.mark.parametrize("save", ["out/make", "out/make/inner", "out", "."])
+def test_an_output_over_an_input_fails_in_both(demo: Path, save: str) -> None:
+    (error,) = failures(checks("demo/train", f"save={save}"))
+    assert error.code == "output_path_overlaps_inputs"
+    assert error.fix == "choose another save"
+    assert error.exit_code is ExitCode.PREFLIGHT
+
+
+def test_checks_of_the_step_run_without_torch_and_fail_in_both(demo: Path) -> None:
+    (error,) = failures(checks("demo/train", "peft.dim=13"))
+    assert error.code == "unlucky"
+
+
+def test_all_failures_come_at_once(demo: Path) -> None:
+    found = checks("demo/train", "peft.dim=13", "save=out/make", "run.env.nodes=2")
+    assert [error.code for error in failures(found)] == [
+        "layout_invalid",
+        "output_path_overlaps_inputs",
+        "unlucky",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("run.env.nodes=2", "a local run has one node"),
+        ("run.env.nproc_per_node=3", "the config needs 2 rank(s)"),
+    ],
+)
+def test_a_local_layout_that_cannot_be_is_refused(demo: Path, override: str, problem: str) -> None:
+    (error,) = failures(checks("demo/train", override))
+    assert problem in error.problem
+    assert error.where.startswith("run.env.")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["run.env.nodes=3"], "2 rank(s) do not spread evenly over 3 node(s)"),
+        (["recipe.tensor_model_parallel_size=8"], "8 ranks per node do not fit on 4 GPU(s)"),
+        (["run.env.nproc_per_node=8"], "the config needs 2 rank(s)"),
+    ],
+)
+def test_a_remote_layout_that_cannot_be_is_refused(
+    demo: Path, overrides: list[str], problem: str
+) -> None:
+    cluster(demo, '[c]\nexecutor = "slurm"\n')
+    (error,) = failures(checks("demo/train", *overrides, profile="c"))
+    assert problem in error.problem
+
+
+def test_a_remote_step_needs_an_image(demo: Path) -> None:
+    cluster(demo, '[c]\nexecutor = "lepton"\n')
+    (error,) = failures(checks("demo/use", profile="c"))
+    assert error.code == "image_missing"
+
+
+def test_inputs_of_a_remote_run_are_not_decided_here(demo: Path) -> None:
+    cluster(demo, '[c]\nexecutor = "slurm"\n')
+    found = checks("demo/train", profile="c", dry_run=False)
+    assert texts(found, "pending") == ["packed_parquet at ./out/make: not checked from here"]
+
+
+def test_a_secret_must_be_set_for_a_real_run(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(demo, '[c]\nsecrets = ["HF_TOKEN"]\n')
+    assert texts(checks("demo/make", profile="c"), "pending") == ["secret HF_TOKEN is not set here"]
+    (error,) = failures(checks("demo/make", profile="c", dry_run=False))
+    assert error.code == "secret_missing"
+    monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
+    found = checks("demo/make", profile="c", dry_run=False)
+    assert not failures(found)
+    assert "hunter2" not in str(found)

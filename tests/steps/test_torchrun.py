@@ -1,0 +1,82 @@
+"""nemotron.steps._torchrun: real ranks that fail in every way, and the one exit code left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# No torch in the ranks: they only end.
+WORKER = """
+import json, os, signal, sys, time
+
+path = os.environ["NEMOTRON_ERROR_FILE"]
+
+def report(code, name):
+    with open(path + ".partial", "w") as stream:
+        json.dump({"code": name, "exit_code": code}, stream)
+    os.rename(path + ".partial", path)
+
+rank = int(os.environ["RANK"])
+ends = sys.argv[1 + rank]
+if ends == "well":
+    sys.exit(0)
+if ends == "waiting":
+    time.sleep(60)
+if ends == "refused":
+    report(4, "bad_rows")
+    sys.exit(4)
+if ends == "puzzled":
+    report(1, "unexpected")
+    time.sleep(60)
+if ends == "silent":
+    sys.exit(7)
+while ends == "killed late" and not os.path.exists(path):
+    time.sleep(0.01)
+if ends.startswith("killed"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "shown", "hidden"),
+    [
+        (["well", "well"], 0, "", "FAILED"),
+        # The rank said what is wrong: nothing is added to it.
+        (["waiting", "refused"], 4, "", "torch"),
+        # Nobody said anything: torchrun's account stays.
+        (["waiting", "silent"], 7, "exitcode  : 7", "Traceback"),
+        (["waiting", "killed"], 8, "error[rank_died]: rank 1 was killed by SIGKILL", "Traceback"),
+        # What the survivor makes of its lost connection is not the cause.
+        (
+            ["puzzled", "killed late"],
+            8,
+            "error[rank_died]: rank 1 was killed by SIGKILL",
+            "Traceback",
+        ),
+    ],
+)
+def test_the_exit_code_is_that_of_the_first_rank_that_failed(
+    tmp_path: Path, ends: list[str], code: int, shown: str, hidden: str
+) -> None:
+    worker, error_file = tmp_path / "worker.py", tmp_path / "error.json"
+    worker.write_text(WORKER)
+    command = [sys.executable, "-m", "nemotron.steps._torchrun", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(worker), *ends],
+        env={**os.environ, "NEMOTRON_ERROR_FILE": str(error_file), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stderr
+    assert shown in done.stderr
+    assert hidden not in done.stderr
+    if code == 8:
+        record = json.loads(error_file.read_text())
+        assert (record["code"], record["exit_code"], record["rank"]) == ("rank_died", 8, 1)
