@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,17 @@ from nemotron.steps._tensor_parallel.linear import (
 )
 from nemotron.steps._tensor_parallel.vocabulary import (
     VocabParallelEmbedding,
+    gather_sequence,
     linear_cross_entropy,
 )
 
-LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+class Split(TypedDict):
+    """How every part of the model is split, as the parts' constructors take it."""
+
+    group: ProcessGroup
+    dtype: torch.dtype
+    sequence_parallel: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class GPTModel(nn.Module):
         lora: Adapters; None for the base alone.
         group: The tensor-parallel group.
         dtype: dtype of base weights and activations; the adapters' masters are fp32.
+        sequence_parallel: Split activations between the linears over the sequence, [S / T, H]; S is
+            padded to a multiple of T.
         recompute: Keep only each layer's input and compute the layer again in the backward pass.
 
     Raises:
@@ -68,18 +78,20 @@ class GPTModel(nn.Module):
         lora: LoraTargets | None,
         group: ProcessGroup,
         dtype: torch.dtype,
+        sequence_parallel: bool = False,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.group = group
+        self.sequence_parallel = sequence_parallel and group.size > 1
+        split = Split(group=group, dtype=dtype, sequence_parallel=self.sequence_parallel)
         self.recompute = recompute
         self.word_embeddings = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, group=group, dtype=dtype
+            config.vocab_size, config.hidden_size, **split
         )
         self.layers = nn.ModuleList(
-            TransformerLayer(index, config, lora=lora, group=group, dtype=dtype)
-            for index in range(config.num_layers)
+            TransformerLayer(index, config, lora, split) for index in range(config.num_layers)
         )
         self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon, dtype)
         self.output_layer: Tensor | None
@@ -102,6 +114,9 @@ class GPTModel(nn.Module):
             cu_seqlens: Boundaries of the documents, from 0 to S.
             dropout: What identifies the rows, while training with LoRA dropout.
         """
+        num_tokens = len(tokens_S)
+        if self.sequence_parallel:
+            tokens_S, cu_seqlens, dropout = self._pad(tokens_S, cu_seqlens, dropout)
         rotary = self._rotary(cu_seqlens, tokens_S.device)
         x_SH = self.word_embeddings(tokens_S)
         for layer in self.layers:
@@ -109,7 +124,8 @@ class GPTModel(nn.Module):
             # Reentrant checkpointing would lose the gradients of adapters on a frozen base.
             recompute = self.recompute and torch.is_grad_enabled()
             x_SH = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
-        return self.final_layernorm(x_SH)
+        x_SH = self.final_layernorm(x_SH)
+        return gather_sequence(x_SH, self.group)[:num_tokens] if self.sequence_parallel else x_SH
 
     def loss(self, hidden_SH: Tensor, labels_S: Tensor) -> Tensor:
         """Return the cross entropy of every token given, [S] fp32."""
@@ -135,6 +151,19 @@ class GPTModel(nn.Module):
         """Return the linears that carry an adapter."""
         return [linear for linear in self.linears() if linear.lora is not None]
 
+    def _pad(
+        self, tokens_S: Tensor, cu_seqlens: Sequence[int], dropout: DropoutRows | None
+    ) -> tuple[Tensor, Sequence[int], DropoutRows | None]:
+        """Return the micro batch with a last document that makes S a multiple of T."""
+        num_missing = -len(tokens_S) % self.group.size
+        if num_missing == 0:
+            return tokens_S, cu_seqlens, dropout
+        if dropout is not None:
+            num_tokens = [*dropout.num_tokens, num_missing]
+            dropout = DropoutRows(keys=[*dropout.keys, "padding"], num_tokens=num_tokens)
+        padded = F.pad(tokens_S, (0, num_missing))
+        return padded, [*cu_seqlens, len(padded)], dropout
+
     def _rotary(self, cu_seqlens: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
         positions_S = torch.cat([torch.arange(length, device=device) for length in lengths])
@@ -145,26 +174,24 @@ class GPTModel(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """One decoder layer: norm, attention, residual, norm, SwiGLU, residual; [S, H] -> [S, H]."""
+    """One decoder layer: norm, attention, residual, norm, SwiGLU, residual; [S, H] -> [S, H].
+
+    Under sequence parallelism [S / T, H] -> [S / T, H]: only attention and MLP see the sequence.
+    """
 
     def __init__(
         self,
         index: int,
         config: DecoderConfig,
-        *,
         lora: LoraTargets | None,
-        group: ProcessGroup,
-        dtype: torch.dtype,
+        split: Split,
     ) -> None:
         super().__init__()
-        hidden, epsilon = config.hidden_size, config.layernorm_epsilon
-        prefix = f"decoder.layers.{index}"
-        self.input_layernorm = RMSNorm(hidden, epsilon, dtype)
-        self.self_attention = SelfAttention(
-            f"{prefix}.self_attention", config, lora=lora, group=group, dtype=dtype
-        )
-        self.pre_mlp_layernorm = RMSNorm(hidden, epsilon, dtype)
-        self.mlp = MLP(f"{prefix}.mlp", config, lora=lora, group=group, dtype=dtype)
+        prefix, dtype = f"decoder.layers.{index}", split["dtype"]
+        self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon, dtype)
+        self.self_attention = SelfAttention(f"{prefix}.self_attention", config, lora, split)
+        self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon, dtype)
+        self.mlp = MLP(f"{prefix}.mlp", config, lora, split)
 
     def forward(
         self,
@@ -188,14 +215,12 @@ class SelfAttention(nn.Module):
         self,
         name: str,
         config: DecoderConfig,
-        *,
         lora: LoraTargets | None,
-        group: ProcessGroup,
-        dtype: torch.dtype,
+        split: Split,
     ) -> None:
         super().__init__()
-        if config.num_query_groups % group.size:
-            groups, size = config.num_query_groups, group.size
+        groups, size = config.num_query_groups, split["group"].size
+        if groups % size:
             raise ValueError(
                 f"{name}: num_query_groups {groups} is not divisible by "
                 f"tensor_model_parallel_size {size}"
@@ -209,16 +234,14 @@ class SelfAttention(nn.Module):
             config.hidden_size,
             qkv_features,
             lora=lora and lora.of("linear_qkv"),
-            group=group,
-            dtype=dtype,
+            **split,
         )
         self.linear_proj = RowParallelLinear(
             f"{name}.linear_proj",
             attention_features,
             config.hidden_size,
             lora=lora and lora.of("linear_proj"),
-            group=group,
-            dtype=dtype,
+            **split,
         )
 
     def forward(
@@ -244,10 +267,8 @@ class MLP(nn.Module):
         self,
         name: str,
         config: DecoderConfig,
-        *,
         lora: LoraTargets | None,
-        group: ProcessGroup,
-        dtype: torch.dtype,
+        split: Split,
     ) -> None:
         super().__init__()
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
@@ -257,16 +278,14 @@ class MLP(nn.Module):
             2 * ffn,
             num_segments=2,
             lora=lora and lora.of("linear_fc1"),
-            group=group,
-            dtype=dtype,
+            **split,
         )
         self.linear_fc2 = RowParallelLinear(
             f"{name}.linear_fc2",
             ffn,
             hidden,
             lora=lora and lora.of("linear_fc2"),
-            group=group,
-            dtype=dtype,
+            **split,
         )
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None) -> Tensor:

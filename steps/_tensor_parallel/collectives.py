@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -23,49 +24,85 @@ class ProcessGroup:
     size: int = 1
 
 
+Wait = Callable[[], None]
+
+
 def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """Sum ``tensor`` over the group, in place, and return it.
 
     Raises:
         ValueError: The tensor is not contiguous.
     """
-    all_reduce_async(tensor, group)()
-    return tensor
+    return _finished(all_reduce_async(tensor, group))
 
 
-def all_reduce_async(tensor: Tensor, group: ProcessGroup) -> Callable[[], None]:
-    """Start summing ``tensor`` over the group, in place; call the result to wait for the sum.
+def all_reduce_async(tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
+    """Start summing ``tensor`` over the group, in place; call the second result to wait for it.
 
     Raises:
         ValueError: The tensor is not contiguous.
     """
     if group.size == 1:
-        return lambda: None
+        return tensor, _nothing
     if not tensor.is_contiguous():
         raise ValueError(f"all_reduce wants a contiguous tensor, got strides {tensor.stride()}")
-    work = dist.all_reduce(tensor, group=group.group, async_op=True)
-    assert work is not None  # only ranks outside the group get None
+    return tensor, _waiter(dist.all_reduce(tensor, group=group.group, async_op=True))
 
-    def wait() -> None:
-        work.wait()
 
-    return wait
+def gather_rows(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the rows of all ranks, one rank after the other: [S / T, C] becomes [S, C]."""
+    return _finished(gather_rows_async(rows, group))
+
+
+def gather_rows_async(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
+    """Start ``gather_rows``; call the second result before using the first."""
+    if group.size == 1:
+        return rows, _nothing
+    gathered = rows.new_empty(group.size * len(rows), *rows.shape[1:])
+    work = _all_gather_single(gathered, rows.contiguous(), group=group.group, async_op=True)
+    return gathered, _waiter(work)
+
+
+def scatter_sum_rows(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """Return this rank's part of the rows summed over the group: [S, C] becomes [S / T, C]."""
+    return _finished(scatter_sum_rows_async(rows, group))
+
+
+def scatter_sum_rows_async(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
+    """Start ``scatter_sum_rows``; call the second result before using the first."""
+    if group.size == 1:
+        return rows, _nothing
+    part = rows.new_empty(len(rows) // group.size, *rows.shape[1:])
+    work = _reduce_scatter_single(part, rows.contiguous(), group=group.group, async_op=True)
+    return part, _waiter(work)
 
 
 def all_gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """Return the group's tensors stacked: ``[...]`` on each rank becomes ``[T, ...]``."""
-    if group.size == 1:
-        return tensor.unsqueeze(0)
-    gathered = tensor.new_empty(group.size * tensor.numel())
-    _all_gather_single(gathered, tensor.reshape(-1), group=group.group)
-    return gathered.view(group.size, *tensor.shape)
+    return gather_rows(tensor.unsqueeze(0), group)
 
 
-_all_gather_single = (
-    dist.all_gather_single  # pyright: ignore[reportAttributeAccessIssue]
-    if hasattr(dist, "all_gather_single")
-    else dist.all_gather_into_tensor
-)
+def _either(name: str, old_name: str) -> Any:
+    """Return torch's function under its new name, or under the one it had before torch 2.13."""
+    return getattr(dist, name, None) or getattr(dist, old_name)
+
+
+_all_gather_single = _either("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter_single = _either("reduce_scatter_single", "reduce_scatter_tensor")
+
+
+def _finished(started: tuple[Tensor, Wait]) -> Tensor:
+    tensor, wait = started
+    wait()
+    return tensor
+
+
+def _waiter(work: Any) -> Wait:
+    return lambda: work.wait() and None
+
+
+def _nothing() -> None:
+    """Wait for nothing: a group of one has no collectives."""
 
 
 def partition(size: int, group: ProcessGroup, what: str) -> slice:

@@ -25,13 +25,16 @@ class DropoutRows:
     keys: Sequence[str]
     num_tokens: Sequence[int]
 
-    def mask(self, x_SF: Tensor, *, name: str, features: int, columns: slice, p: float) -> Tensor:
+    def mask(
+        self, x_SF: Tensor, *, name: str, features: int, tokens: slice, columns: slice, p: float
+    ) -> Tensor:
         """Return the factors for ``x_SF``: 0 with probability ``p``, else 1 / (1 - p).
 
         Args:
-            x_SF: The input, [S, F / T] where it is sharded over features; gives dtype and device.
+            x_SF: The input, this rank's tokens and columns of it; gives dtype and device.
             name: Name of the linear.
             features: F, all features of the input.
+            tokens: This rank's part of the tokens.
             columns: This rank's part of the features.
             p: Probability of a drop, in [0, 1).
         """
@@ -42,4 +45,4 @@ class DropoutRows:
             generator.manual_seed(int.from_bytes(digest, "little") >> 1)
             uniform = torch.rand((num_tokens, features), generator=generator, device=x_SF.device)
             masks.append(uniform[:, columns] >= p)
-        return torch.cat(masks).to(x_SF.dtype) / (1.0 - p)
+        return torch.cat(masks)[tokens].to(x_SF.dtype) / (1.0 - p)

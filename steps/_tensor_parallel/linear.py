@@ -1,38 +1,30 @@
-"""Column- and row-parallel linears: frozen base plus LoRA, with one collective each.
+"""Column- and row-parallel linears: modules that hold a base shard and LoRA factors.
 
-The base weight and ``lora_a`` lie in one extended matrix ``[W ; A]``, so that one GEMM gives the
-base output and the rank-R activations ``h``. Base shard and LoRA shard are added locally; then one
-collective: the column-parallel input gradient in the backward pass, the row-parallel output, with
-``h`` riding along as R extra columns, in the forward pass.
+The modules own shapes, shards, initial values and what completes each gradient; the arithmetic and
+the collectives are in ``fused``.
 
-S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T tensor-parallel size;
-``scale = alpha / R``.
-
-Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), equation 3; tensor parallelism, Shoeybi et al. 2019
-(arXiv:1909.08053), section 3.
+S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T tensor-parallel size.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from nemotron.steps._tensor_parallel.collectives import (
-    ProcessGroup,
-    all_gather,
-    all_reduce,
-    all_reduce_async,
-    partition,
-)
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, partition
 from nemotron.steps._tensor_parallel.dropout import DropoutRows
-
-Mask = Callable[[Tensor], Tensor]
+from nemotron.steps._tensor_parallel.fused import (
+    FusedLora,
+    Mask,
+    SequenceParallelColumn,
+    SequenceParallelRow,
+)
 
 
 @dataclass(frozen=True)
@@ -57,103 +49,6 @@ class LoraParameter:
     kind: Literal["partial", "replicated", "sharded"]
 
 
-class _LoraLinear(torch.autograd.Function):
-    """Base shard + LoRA shard, added locally, with one all-reduce: forward or backward.
-
-    Column-parallel, W and B split over their output features. Per rank:
-
-        x        [S, H]            replicated
-        extended [F / T + R, H]    [W ; A]: base shard, and the replicated lora_a
-        b        [F / T, R]        lora_b shard
-        y        [S, F / T]        features sharded
-
-        forward  [y | h] = x [W ; A]^T ;  y += scale h B^T                      no collective
-        dgrad    dh = scale dy B ;  dx = all_reduce(dy W + dh A)                the one collective
-        adapter  dB = scale dy^T h, complete for the shard ;  dA = dh^T x, partial
-
-    dh sees this rank's features only, so dA is a partial sum. It is completed once per optimizer
-    step, in one flat all-reduce for all layers. Both adapter gradients are computed while the
-    all-reduce of dx is in flight.
-
-    Row-parallel, W and A split over their input features. Per rank:
-
-        x        [S, H / T]        features sharded
-        extended [F + R, H / T]    [W ; A]: base shard, and the lora_a shard
-        b        [F, R]            lora_b, replicated
-        y        [S, F]            replicated
-
-        forward  [y | h] = all_reduce(x [W ; A]^T) ;  y += scale h B^T          the one collective
-        dgrad    dh = scale dy B ;  dx = dy W + dh A                            no collective
-        adapter  dA = dh^T x, complete for the shard ;  dB = scale dy^T h, complete
-
-    h rides in the collective of the base output, for R / F more bytes, and is complete afterwards:
-    every rank computes the whole dB, bit for bit the same, and nothing is left to synchronise.
-
-    With dropout, ``x`` of the adapter's lines is ``x * mask``. Saved: x (for dA) and h (for dB);
-    masks are drawn again; nothing is saved and nothing computed for a gradient of the frozen base.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_SH: Tensor,
-        lora_a_RH: Tensor,
-        lora_b_FR: Tensor,
-        extended: Tensor,
-        scale: float,
-        mask: Mask | None,
-        forward_group: ProcessGroup,
-        backward_group: ProcessGroup,
-    ) -> Tensor:
-        y_ext = all_reduce(_extended_gemm(x_SH, lora_a_RH, extended, mask), forward_group)
-        y_SF, h_SR = y_ext.split([len(lora_b_FR), len(lora_a_RH)], dim=1)
-        y_SF.addmm_(h_SR, lora_b_FR.to(x_SH.dtype).T, alpha=scale)
-        ctx.save_for_backward(x_SH, h_SR.contiguous(), lora_b_FR)
-        ctx.extended, ctx.scale, ctx.mask, ctx.group = extended, scale, mask, backward_group
-        return y_SF
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (dy_SF,) = grad_outputs
-        x_SH, h_SR, lora_b_FR = ctx.saved_tensors
-        needs_dx, needs_adapter = ctx.needs_input_grad[:2]
-        dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
-        dx_SH = da_RH = db_FR = wait = None
-        if needs_dx:
-            dx_SH = _input_gradient(dy_SF, dh_SR, ctx.extended, ctx.mask)
-            wait = all_reduce_async(dx_SH, ctx.group)
-        if needs_adapter:
-            dropped_SH = x_SH if ctx.mask is None else x_SH * ctx.mask(x_SH)
-            da_RH = (dh_SR.T @ dropped_SH).to(lora_b_FR.dtype)
-            db_FR = (dy_SF.T @ h_SR).mul_(ctx.scale).to(lora_b_FR.dtype)
-        if wait is not None:
-            wait()
-        return dx_SH, da_RH, db_FR, None, None, None, None, None
-
-
-def _extended_gemm(x_SH: Tensor, lora_a_RH: Tensor, extended: Tensor, mask: Mask | None) -> Tensor:
-    """Return ``[x W^T | (x * mask) A^T]``, [S, F + R]: one GEMM where there is no dropout.
-
-    lora_a is copied into the extended matrix at every call, R / F of its size, so that an optimizer
-    may change lora_a without telling anyone. The matrix is kept off autograd's saved tensors: that
-    copy changes no value within a step, but would look like a change.
-    """
-    out_features = len(extended) - len(lora_a_RH)
-    extended[out_features:].copy_(lora_a_RH)
-    y_ext = x_SH @ extended.T
-    if mask is not None:
-        y_ext[:, out_features:] = (x_SH * mask(x_SH)) @ extended[out_features:].T
-    return y_ext
-
-
-def _input_gradient(dy_SF: Tensor, dh_SR: Tensor, extended: Tensor, mask: Mask | None) -> Tensor:
-    weight_FH, lora_a_RH = extended.split([dy_SF.shape[1], dh_SR.shape[1]])
-    dx_SH = dy_SF @ weight_FH
-    if mask is None:
-        return dx_SH.addmm_(dh_SR, lora_a_RH)
-    return dx_SH.addcmul_(dh_SR @ lora_a_RH, mask(dx_SH))
-
-
 class _ParallelLinear(nn.Module):
     """What both linears share: the extended weight, the factors, and the call of the core."""
 
@@ -162,20 +57,23 @@ class _ParallelLinear(nn.Module):
         *,
         name: str,
         weight_shape: tuple[int, int],
+        extends_rows: bool,
         lora: LoraSpec | None,
         group: ProcessGroup,
         dtype: torch.dtype,
+        sequence_parallel: bool,
     ) -> None:
         super().__init__()
         self.name = name
         self.group = group
         self.lora = lora
+        self.sequence_parallel = sequence_parallel and group.size > 1
         out_features, in_features = weight_shape
         lora_dim = lora.dim if lora else 0
+        rows, columns = (lora_dim, 0) if extends_rows else (0, lora_dim)
         self.extended: Tensor
-        self.register_buffer(
-            "extended", torch.empty(out_features + lora_dim, in_features, dtype=dtype)
-        )
+        extended = torch.empty(out_features + rows, in_features + columns, dtype=dtype)
+        self.register_buffer("extended", extended)
         # Masters of the factors are fp32 (fp64 for a proof) whatever the base's dtype is.
         master_dtype = torch.promote_types(dtype, torch.float32)
         factor = partial(torch.zeros, dtype=master_dtype)
@@ -185,7 +83,12 @@ class _ParallelLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen base shard, a view of the extended matrix: [F / T, H] or [F, H / T]."""
-        return self.extended[: len(self.lora_b)]
+        return self.extended[: len(self.lora_b), : self.lora_a.shape[1]]
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by: alpha / dim."""
+        return self.lora.alpha / self.lora.dim if self.lora else 1.0
 
     def load_weight(self, shard: Tensor) -> None:
         """Copy this rank's base shard in.
@@ -202,27 +105,25 @@ class _ParallelLinear(nn.Module):
             with torch.no_grad():
                 target.copy_(source)
 
-    def _apply_lora(
-        self,
-        x: Tensor,
-        mask: Mask | None,
-        forward_group: ProcessGroup,
-        backward_group: ProcessGroup,
-    ) -> Tensor:
-        scale = self.lora.alpha / self.lora.dim if self.lora else 1.0
-        return _LoraLinear.apply(
-            x, self.lora_a, self.lora_b, self.extended, scale, mask, forward_group, backward_group
-        )
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return what every function of the core takes after its input."""
+        return self.lora_a, self.lora_b, self.extended, self.scale
 
-    def _mask(self, dropout: DropoutRows | None, features: int, columns: slice) -> Mask | None:
+    def _mask(
+        self, dropout: DropoutRows | None, features: int, tokens: slice, columns: slice
+    ) -> Mask | None:
         if dropout is None or self.lora is None or self.lora.dropout == 0.0:
             return None
         p = self.lora.dropout
-        return partial(dropout.mask, name=self.name, features=features, columns=columns, p=p)
+        return partial(
+            dropout.mask, name=self.name, features=features, tokens=tokens, columns=columns, p=p
+        )
 
 
 class ColumnParallelLinear(_ParallelLinear):
     """A frozen linear with LoRA, split over its output features: [S, H] -> [S, F / T].
+
+    With ``sequence_parallel`` the input is this rank's rows of the sequence: [S / T, H].
 
     Args:
         name: Global name, such as ``decoder.layers.0.self_attention.linear_qkv``.
@@ -233,6 +134,7 @@ class ColumnParallelLinear(_ParallelLinear):
         lora: Shape of the adapter; None leaves the base alone.
         group: The tensor-parallel group.
         dtype: dtype of the base weight and of the activations.
+        sequence_parallel: Whether activations between the linears are split over the sequence.
 
     Raises:
         ValueError: The output features of a segment are not divisible by T.
@@ -247,18 +149,30 @@ class ColumnParallelLinear(_ParallelLinear):
         lora: LoraSpec | None,
         group: ProcessGroup,
         dtype: torch.dtype,
+        sequence_parallel: bool = False,
         num_segments: int = 1,
     ) -> None:
         self.segment_features = out_features // num_segments
         self.num_segments = num_segments
         rows = partition(self.segment_features, group, f"{name}: output features")
-        shape = (num_segments * (rows.stop - rows.start), in_features)
-        super().__init__(name=name, weight_shape=shape, lora=lora, group=group, dtype=dtype)
+        super().__init__(
+            name=name,
+            weight_shape=(num_segments * (rows.stop - rows.start), in_features),
+            extends_rows=not (sequence_parallel and group.size > 1),
+            lora=lora,
+            group=group,
+            dtype=dtype,
+            sequence_parallel=sequence_parallel,
+        )
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None = None) -> Tensor:
-        features = x_SH.shape[1]
-        mask = self._mask(dropout, features, slice(0, features))
-        return self._apply_lora(x_SH, mask, ProcessGroup(), self.group)
+        num_tokens, features = x_SH.shape
+        first = num_tokens * self.group.rank if self.sequence_parallel else 0
+        tokens = slice(first, first + num_tokens)
+        mask = self._mask(dropout, features, tokens, slice(0, features))
+        if self.sequence_parallel:
+            return SequenceParallelColumn.apply(x_SH, *self._factors(), mask, self.group)
+        return FusedLora.apply(x_SH, *self._factors(), mask, ProcessGroup(), self.group)
 
     def local_rows(self) -> list[slice]:
         """Return this rank's rows of the whole weight, one slice a segment."""
@@ -296,6 +210,8 @@ class ColumnParallelLinear(_ParallelLinear):
 class RowParallelLinear(_ParallelLinear):
     """A frozen linear with LoRA, split over its input features: [S, H / T] -> [S, F].
 
+    With ``sequence_parallel`` the output is this rank's rows of the sequence: [S / T, F].
+
     Args and errors as of ``ColumnParallelLinear``, with the input features divisible by T.
     """
 
@@ -308,15 +224,26 @@ class RowParallelLinear(_ParallelLinear):
         lora: LoraSpec | None,
         group: ProcessGroup,
         dtype: torch.dtype,
+        sequence_parallel: bool = False,
     ) -> None:
         self.in_features = in_features
         columns = partition(in_features, group, f"{name}: input features")
-        shape = (out_features, columns.stop - columns.start)
-        super().__init__(name=name, weight_shape=shape, lora=lora, group=group, dtype=dtype)
+        super().__init__(
+            name=name,
+            weight_shape=(out_features, columns.stop - columns.start),
+            extends_rows=True,
+            lora=lora,
+            group=group,
+            dtype=dtype,
+            sequence_parallel=sequence_parallel,
+        )
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None = None) -> Tensor:
-        mask = self._mask(dropout, self.in_features, self.local_columns())
-        return self._apply_lora(x_SH, mask, self.group, ProcessGroup())
+        tokens = slice(0, len(x_SH))
+        mask = self._mask(dropout, self.in_features, tokens, self.local_columns())
+        if self.sequence_parallel:
+            return SequenceParallelRow.apply(x_SH, *self._factors(), mask, self.group)
+        return FusedLora.apply(x_SH, *self._factors(), mask, self.group, ProcessGroup())
 
     def local_columns(self) -> slice:
         """Return this rank's columns of the whole weight."""
@@ -342,7 +269,8 @@ class RowParallelLinear(_ParallelLinear):
     def lora_parameters(self) -> Iterator[LoraParameter]:
         """Yield both factors with what completes their gradients."""
         yield LoraParameter(f"{self.name}.lora_a", self.lora_a, "sharded")
-        yield LoraParameter(f"{self.name}.lora_b", self.lora_b, "replicated")
+        kind = "partial" if self.sequence_parallel else "replicated"
+        yield LoraParameter(f"{self.name}.lora_b", self.lora_b, kind)
 
 
 def draw_lora_a(seed: int, name: str, lora_dim: int, in_features: int) -> Tensor:

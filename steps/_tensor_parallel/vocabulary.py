@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
+from nemotron.steps._tensor_parallel.collectives import (
+    ProcessGroup,
+    all_gather,
+    all_reduce,
+    gather_rows,
+    scatter_sum_rows,
+)
 
 # Bound on the logits that exist at one time, fp32 elements: 64 MiB.
 _LOGITS_AT_ONCE = 1 << 24
@@ -33,13 +39,23 @@ def vocabulary_rows(vocab_size: int, group: ProcessGroup) -> slice:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """A frozen embedding, split over the vocabulary: token ids [S] -> [S, H], one all-reduce."""
+    """A frozen embedding, split over the vocabulary: token ids [S] -> [S, H], one all-reduce.
+
+    With ``sequence_parallel`` one reduce-scatter gives this rank's rows instead, [S / T, H].
+    """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, group: ProcessGroup, dtype: torch.dtype
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        group: ProcessGroup,
+        dtype: torch.dtype,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.group = group
+        self.sequence_parallel = sequence_parallel
         self.rows = vocabulary_rows(vocab_size, group)
         self.weight: Tensor
         shape = (self.rows.stop - self.rows.start, hidden_size)
@@ -52,7 +68,29 @@ class VocabParallelEmbedding(nn.Module):
         mine_S = (local_S >= 0) & (local_S < len(self.weight))
         out_SH = self.weight.new_zeros(len(tokens_S), self.weight.shape[1])
         out_SH[mine_S] = self.weight[local_S[mine_S]]
+        if self.sequence_parallel:
+            return scatter_sum_rows(out_SH, self.group)
         return all_reduce(out_SH, self.group)
+
+
+def gather_sequence(x_SH: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the whole sequence, [S, H], of every rank's rows, [S / T, H], for the output layer.
+
+    The cross entropy's gradient is complete on every rank, so backward takes its own rows of it and
+    sends nothing.
+    """
+    return _GatherSequence.apply(x_SH, group)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SH: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.own_rows = slice(group.rank * len(x_SH), (group.rank + 1) * len(x_SH))
+        return gather_rows(x_SH, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_outputs[0][ctx.own_rows], None
 
 
 def linear_cross_entropy(

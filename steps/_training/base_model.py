@@ -40,6 +40,7 @@ def load_base_model(
     group: ProcessGroup,
     dtype: torch.dtype,
     device: torch.device,
+    sequence_parallel: bool = False,
     recompute: bool = False,
 ) -> GPTModel:
     """Return the model of a checkpoint on ``device``, this rank's shards loaded, adapters zero.

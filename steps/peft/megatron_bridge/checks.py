@@ -93,9 +93,6 @@ def _check_layout(config: Config) -> list[NemotronError]:
         for name, value in absent.items()
         if value != 1
     ]
-    if config.sequence_parallel:
-        problem = "sequence_parallel is true; only false is supported so far"
-        problems.append(("sequence_parallel", problem))
     rows = config.train.micro_batch_size * config.recipe.data_parallel_size
     if config.train.global_batch_size % rows:
         problem = (

@@ -52,7 +52,7 @@ class RecipeConfig(Schema):
     )
     sequence_parallel: bool | None = Field(
         default=None,
-        description="split activations between the linears over the sequence; only false so far",
+        description="split activations between the linears over the sequence",
     )
     data_parallel_size: PositiveInt = 1
 

@@ -55,6 +55,7 @@ def run(config: Config, produced_by: Producer) -> None:
             seed=config.rng.seed,
             log_interval=config.logger.log_interval,
             dtype=torch.bfloat16 if config.mixed_precision == "bf16_mixed" else torch.float32,
+            sequence_parallel=config.sequence_parallel,
             recompute=config.model.recompute_granularity == "full",
             base_model_name_or_path=config.hf_model_path,
             produced_by=produced_by,

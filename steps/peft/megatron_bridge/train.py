@@ -44,6 +44,7 @@ def train_adapter(
     intervals: Intervals,
     log_interval: int,
     dtype: torch.dtype,
+    sequence_parallel: bool,
     recompute: bool,
     base_model_name_or_path: str | None,
     produced_by: Producer,
@@ -63,6 +64,7 @@ def train_adapter(
         intervals: Length of the run, and when it evaluates and saves.
         log_interval: Steps between printed lines.
         dtype: dtype of the base and of activations.
+        sequence_parallel: Whether activations between the linears are split over the sequence.
         recompute: Whether layers are computed again in the backward pass.
         base_model_name_or_path: What the adapter's config names as its base; the base's own
             source where None.
@@ -77,7 +79,13 @@ def train_adapter(
     if base.artifact is not None:
         _verified(base.root, "checkpoint_megatron", layout)
     model = load_base_model(
-        base, lora=lora, group=layout.tensor, dtype=dtype, device=layout.device, recompute=recompute
+        base,
+        lora=lora,
+        group=layout.tensor,
+        dtype=dtype,
+        device=layout.device,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
     )
     for linear in model.adapted_linears():
         linear.init_lora(seed)

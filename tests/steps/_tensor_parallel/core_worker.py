@@ -40,12 +40,13 @@ REPORT: dict[str, float] = {}
 def main() -> None:
     dist.init_process_group("gloo")
     group = ProcessGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    for dropout in (0.0, 0.5):
-        check_column(group, dropout)
-        check_row(group, dropout)
+    for sequence_parallel in (False, True):
+        for dropout in (0.0, 0.5):
+            check_column(group, dropout, sequence_parallel)
+            check_row(group, dropout, sequence_parallel)
+        check_collectives(group, sequence_parallel)
     check_vocabulary(group)
     check_initialisation(group)
-    check_collectives(group)
     if group.rank == 0:
         Path(sys.argv[-1]).write_text(json.dumps(REPORT), encoding="utf-8")
     dist.destroy_process_group()
@@ -63,16 +64,19 @@ def record(name: str, got: Tensor, wanted: Tensor) -> None:
     REPORT[name] = float(difference)
 
 
-def column(group: ProcessGroup, dropout: float, segments: int = 2) -> ColumnParallelLinear:
+def column(
+    group: ProcessGroup, dropout: float, sequence_parallel: bool = False
+) -> ColumnParallelLinear:
     spec = LoraSpec(LORA_DIM, 6.0, dropout)
     linear = ColumnParallelLinear(
         "column",
         HIDDEN,
         FEATURES,
-        num_segments=segments,
+        num_segments=2,
         lora=spec,
         group=group,
         dtype=torch.float64,
+        sequence_parallel=sequence_parallel,
     )
     weight = random(FEATURES, HIDDEN, seed=1)
     linear.load_weight(torch.cat([weight[rows] for rows in linear.local_rows()]))
@@ -80,9 +84,17 @@ def column(group: ProcessGroup, dropout: float, segments: int = 2) -> ColumnPara
     return linear
 
 
-def row(group: ProcessGroup, dropout: float) -> RowParallelLinear:
+def row(group: ProcessGroup, dropout: float, sequence_parallel: bool = False) -> RowParallelLinear:
     spec = LoraSpec(LORA_DIM, 6.0, dropout)
-    linear = RowParallelLinear("row", FEATURES, HIDDEN, lora=spec, group=group, dtype=torch.float64)
+    linear = RowParallelLinear(
+        "row",
+        FEATURES,
+        HIDDEN,
+        lora=spec,
+        group=group,
+        dtype=torch.float64,
+        sequence_parallel=sequence_parallel,
+    )
     linear.load_weight(random(HIDDEN, FEATURES, seed=4)[:, linear.local_columns()])
     linear.load_lora(random(LORA_DIM, FEATURES, seed=5), random(HIDDEN, LORA_DIM, seed=6))
     return linear
@@ -97,6 +109,7 @@ def reference(x: Tensor, linear: ColumnParallelLinear | RowParallelLinear) -> Te
             x,
             name=linear.name,
             features=x.shape[1],
+            tokens=slice(0, len(x)),
             columns=slice(0, x.shape[1]),
             p=spec.dropout,
         )
@@ -105,44 +118,63 @@ def reference(x: Tensor, linear: ColumnParallelLinear | RowParallelLinear) -> Te
     return x @ linear.weight.T + spec.alpha / spec.dim * update
 
 
-def check_column(group: ProcessGroup, dropout: float) -> None:
-    sharded, whole = column(group, dropout), column(ONE, dropout)
-    name = f"column dropout={dropout}"
+def own_tokens(group: ProcessGroup, sequence_parallel: bool) -> slice:
+    """Return the rows of the sequence that this rank holds between the linears."""
+    part = TOKENS // group.size
+    return slice(group.rank * part, (group.rank + 1) * part) if sequence_parallel else slice(TOKENS)
+
+
+def label(linear: str, dropout: float, sequence_parallel: bool) -> str:
+    return f"{linear} sp={sequence_parallel} dropout={dropout}"
+
+
+def check_column(group: ProcessGroup, dropout: float, sequence_parallel: bool) -> None:
+    sharded, whole = column(group, dropout, sequence_parallel), column(ONE, dropout)
+    name, tokens = label("column", dropout, sequence_parallel), own_tokens(group, sequence_parallel)
     rows = torch.cat([torch.arange(FEATURES)[part] for part in sharded.local_rows()])
     dy = random(TOKENS, FEATURES, seed=8)
-    x, x_whole = (random(TOKENS, HIDDEN, seed=7).requires_grad_() for _ in range(2))
+    x_whole = random(TOKENS, HIDDEN, seed=7).requires_grad_()
+    x = x_whole.detach()[tokens].clone().requires_grad_()
     y_whole = reference(x_whole, whole)
     y_whole.backward(dy)
     y = sharded(x, ROWS if dropout else None)
     y.backward(dy[:, rows])
     record(f"{name} y", y, y_whole[:, rows])
-    record(f"{name} dx", gradient(x), gradient(x_whole))
-    partial_da = gradient(sharded.lora_a).clone()
-    dist.all_reduce(partial_da)
-    record(f"{name} dA summed over ranks", partial_da, gradient(whole.lora_a))
+    record(f"{name} dx", gradient(x), gradient(x_whole)[tokens])
+    record(f"{name} dA", summed(gradient(sharded.lora_a)), gradient(whole.lora_a))
     record(f"{name} dB", gradient(sharded.lora_b), gradient(whole.lora_b)[rows])
     for factor, got, wanted in zip("AB", sharded.full_lora(), whole.full_lora(), strict=True):
         record(f"{name} gathered {factor}", got, wanted)
 
 
-def check_row(group: ProcessGroup, dropout: float) -> None:
-    sharded, whole = row(group, dropout), row(ONE, dropout)
-    name, columns = f"row dropout={dropout}", sharded.local_columns()
+def check_row(group: ProcessGroup, dropout: float, sequence_parallel: bool) -> None:
+    sharded, whole = row(group, dropout, sequence_parallel), row(ONE, dropout)
+    name, tokens = label("row", dropout, sequence_parallel), own_tokens(group, sequence_parallel)
+    columns = sharded.local_columns()
     dy = random(TOKENS, HIDDEN, seed=9)
     x_whole = random(TOKENS, FEATURES, seed=10).requires_grad_()
     x = x_whole.detach()[:, columns].contiguous().requires_grad_()
     y_whole = reference(x_whole, whole)
     y_whole.backward(dy)
     y = sharded(x, ROWS if dropout else None)
-    y.backward(dy)
-    record(f"{name} y", y, y_whole)
+    y.backward(dy[tokens])
+    record(f"{name} y", y, y_whole[tokens])
     record(f"{name} dx", gradient(x), gradient(x_whole)[:, columns])
     record(f"{name} dA", gradient(sharded.lora_a), gradient(whole.lora_a)[:, columns])
-    record(f"{name} dB on every rank", gradient(sharded.lora_b), gradient(whole.lora_b))
-    replicas = collectives.all_gather(gradient(sharded.lora_b), group)
-    REPORT[f"{name} dB between ranks"] = float((replicas - replicas[0]).abs().max())
+    db = gradient(sharded.lora_b)
+    record(f"{name} dB", summed(db) if sequence_parallel else db, gradient(whole.lora_b))
+    if not sequence_parallel:
+        replicas = collectives.all_gather(db, group)
+        REPORT[f"{name} between ranks"] = float((replicas - replicas[0]).abs().max())
     for factor, got, wanted in zip("AB", sharded.full_lora(), whole.full_lora(), strict=True):
         record(f"{name} gathered {factor}", got, wanted)
+
+
+def summed(partial: Tensor) -> Tensor:
+    """Return the sum over the ranks of a gradient that each holds a part of."""
+    total = partial.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def check_vocabulary(group: ProcessGroup) -> None:
@@ -175,16 +207,20 @@ def check_initialisation(group: ProcessGroup) -> None:
             REPORT[f"init {sharded.name} {factor}"] = float(difference)
 
 
-def check_collectives(group: ProcessGroup) -> None:
-    for linear, features in ((column(group, 0.0), HIDDEN), (row(group, 0.0), FEATURES)):
-        local = features if linear.name == "column" else features // group.size
-        x = random(TOKENS, local, seed=14)
+def check_collectives(group: ProcessGroup, sequence_parallel: bool) -> None:
+    linears = (column(group, 0.0, sequence_parallel), row(group, 0.0, sequence_parallel))
+    tokens = own_tokens(group, sequence_parallel)
+    inputs = (
+        random(TOKENS, HIDDEN, seed=14)[tokens],
+        random(TOKENS, FEATURES // group.size, seed=14),
+    )
+    for linear, x in zip(linears, inputs, strict=True):
         for needs_dx in (True, False):
             leaf = x.clone().requires_grad_(needs_dx)
             y: list[Tensor] = []
-            suffix = f"{linear.name}{'' if needs_dx else ' first layer'}"
-            REPORT[f"collectives forward {suffix}"] = count(lambda: y.append(linear(leaf)))  # noqa: B023
-            REPORT[f"collectives backward {suffix}"] = count(lambda: y[0].sum().backward())  # noqa: B023
+            place = f"{linear.name} sp={sequence_parallel} dx={needs_dx}"
+            REPORT[f"forward {place}"] = count(lambda: y.append(linear(leaf)))  # noqa: B023
+            REPORT[f"backward {place}"] = count(lambda: y[0].sum().backward())  # noqa: B023
 
 
 def count(run: Callable[[], None]) -> int:

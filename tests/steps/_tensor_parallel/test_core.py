@@ -29,13 +29,13 @@ def report(request: pytest.FixtureRequest, run_ranks: Callable[..., Any]) -> dic
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("linear", ["column", "row"])
 def test_output_and_every_gradient_equal_the_unsharded_linear(
-    report: dict[str, float], linear: str, dropout: float
+    report: dict[str, float], linear: str, sequence_parallel: bool, dropout: float
 ) -> None:
-    figures = {
-        name: v for name, v in report.items() if name.startswith(f"{linear} dropout={dropout}")
-    }
+    prefix = f"{linear} sp={sequence_parallel} dropout={dropout}"
+    figures = {name: value for name, value in report.items() if name.startswith(prefix)}
     assert len(figures) >= 6
     assert max(figures.values()) <= ROUNDING, figures
 
@@ -43,8 +43,8 @@ def test_output_and_every_gradient_equal_the_unsharded_linear(
 def test_replicated_lora_b_gradient_is_the_same_bits_on_every_rank(
     report: dict[str, float],
 ) -> None:
-    assert report["row dropout=0.0 dB between ranks"] == 0.0
-    assert report["row dropout=0.5 dB between ranks"] == 0.0
+    assert report["row sp=False dropout=0.0 between ranks"] == 0.0
+    assert report["row sp=False dropout=0.5 between ranks"] == 0.0
 
 
 @pytest.mark.parametrize("figure", ["embedding", "cross entropy loss", "cross entropy dx"])
@@ -62,16 +62,24 @@ def test_the_same_seed_gives_the_same_adapter_bits_at_every_tensor_parallel_size
 
 
 def test_each_linear_issues_one_collective_in_one_direction(report: dict[str, float]) -> None:
-    assert report["collectives forward column"] == 0
-    assert report["collectives backward column"] == 1
-    assert report["collectives forward row"] == 1
-    assert report["collectives backward row"] == 0
+    assert report["forward column sp=False dx=True"] == 0
+    assert report["backward column sp=False dx=True"] == 1
+    assert report["forward row sp=False dx=True"] == 1
+    assert report["backward row sp=False dx=True"] == 0
+
+
+@pytest.mark.parametrize("linear", ["column", "row"])
+def test_under_sequence_parallelism_each_linear_issues_one_collective_each_way(
+    report: dict[str, float], linear: str
+) -> None:
+    assert report[f"forward {linear} sp=True dx=True"] == 1
+    assert report[f"backward {linear} sp=True dx=True"] == 1
 
 
 def test_the_first_layer_computes_no_input_gradient_and_sends_none(
     report: dict[str, float],
 ) -> None:
-    assert report["collectives backward column first layer"] == 0
+    assert report["backward column sp=False dx=False"] == 0
 
 
 def test_lora_a_is_drawn_over_the_whole_fan_in() -> None:

@@ -51,7 +51,6 @@ def test_another_sequence_length_than_the_packs_is_refused(world: Any) -> None:
         {"pipeline_model_parallel_size": 2},
         {"context_parallel_size": 2},
         {"expert_model_parallel_size": 2},
-        {"sequence_parallel": True},
         {"tensor_model_parallel_size": 8},  # the base has 4 query groups
         {"data_parallel_size": 3},  # of a global batch of 4 rows
     ],

@@ -9,6 +9,20 @@ import pytest
 from safetensors.torch import load_file
 
 Train = Callable[..., Any]
+# Sums over ranks in another order move a loss by an fp32 ulp or two (1.2e-7); eight AdamW steps
+# amplify that, measured at most 3e-7. The bound leaves an order of magnitude.
+LOSS_TOLERANCE = 5e-6
+# Adam divides by the gradient's own size, so a gradient near zero turns rounding into a step of up
+# to the learning rate, 1e-2; a hundredth of one such step is allowed.
+ADAPTER_TOLERANCE = 1e-4
+
+
+def adapter_difference(run: Any, reference: Any) -> float:
+    """Return the largest difference between two runs' adapters."""
+    name = "adapter_model.safetensors"
+    got, wanted = load_file(run.adapter / name), load_file(reference.adapter / name)
+    assert got.keys() == wanted.keys()
+    return max(float((got[key] - wanted[key]).abs().max()) for key in wanted)
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +46,20 @@ def test_losses_and_adapter_do_not_depend_on_the_layout(
         }
     )
     assert run.exit_code == 0, run.stderr
-    # Sums over ranks in another order move a loss by an fp32 ulp or two (1.2e-7); eight AdamW steps
-    # amplify that, measured at most 3e-7. The bound leaves an order of magnitude.
-    assert run.losses == pytest.approx(reference.losses, rel=5e-6)
-    wanted = load_file(reference.adapter / "adapter_model.safetensors")
-    got = load_file(run.adapter / "adapter_model.safetensors")
-    assert got.keys() == wanted.keys()
-    difference = max(float((got[name] - wanted[name]).abs().max()) for name in wanted)
-    # Adam divides by the gradient's own size, so a gradient near zero turns rounding into a step of
-    # up to the learning rate, 1e-2; a hundredth of one such step is allowed.
-    assert difference <= 1e-4
+    assert run.losses == pytest.approx(reference.losses, rel=LOSS_TOLERANCE)
+    assert adapter_difference(run, reference) <= ADAPTER_TOLERANCE
+
+
+@pytest.mark.parametrize("tensor_size", [2, 4])
+def test_sequence_parallelism_changes_no_loss_and_no_adapter(
+    train: Train, reference: Any, tensor_size: int
+) -> None:
+    # Rows have other lengths than multiples of 4, so the sequence is padded on the way.
+    layout = {"recipe.tensor_model_parallel_size": tensor_size, "recipe.sequence_parallel": True}
+    run = train(**layout)
+    assert run.exit_code == 0, run.stderr
+    assert run.losses == pytest.approx(reference.losses, rel=LOSS_TOLERANCE)
+    assert adapter_difference(run, reference) <= ADAPTER_TOLERANCE
 
 
 def test_per_micro_batch_loss_does_not_depend_on_the_data_parallel_size(train: Train) -> None:
@@ -49,7 +67,7 @@ def test_per_micro_batch_loss_does_not_depend_on_the_data_parallel_size(train: T
         train(**{"model.calculate_per_token_loss": False, "recipe.data_parallel_size": size})
         for size in (1, 2)
     ]
-    assert runs[1].losses == pytest.approx(runs[0].losses, rel=5e-6)
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=LOSS_TOLERANCE)
 
 
 def test_recomputing_layers_changes_no_loss(train: Train, reference: Any) -> None:

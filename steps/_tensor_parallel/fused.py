@@ -1,0 +1,258 @@
+"""The core: frozen base + LoRA in one autograd function per linear, with one collective each way.
+
+Base weight and one LoRA factor lie in one extended matrix, so that one GEMM gives both; base shard
+and LoRA shard are added locally; then one collective. ``FusedLora`` keeps activations replicated
+between the linears; the two ``SequenceParallel`` functions split them over the sequence.
+
+S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T tensor-parallel size;
+``scale = alpha / R``. Factors come in their masters' dtype (fp32) and are used in the activations'.
+With dropout, x in a line about A is ``x * mask``; masks are drawn again, not saved. Nothing is
+saved or computed for a gradient of the frozen base, and dx only where somebody asks for it.
+
+Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), equation 3; tensor parallelism, Shoeybi et al. 2019
+(arXiv:1909.08053), section 3; sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198),
+section 4.2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron.steps._tensor_parallel.collectives import (
+    ProcessGroup,
+    all_reduce,
+    all_reduce_async,
+    gather_rows,
+    gather_rows_async,
+    scatter_sum_rows,
+    scatter_sum_rows_async,
+)
+
+Mask = Callable[[Tensor], Tensor]
+Gradients = tuple[Tensor | None, ...]
+
+
+class FusedLora(torch.autograd.Function):
+    """Base shard + LoRA shard, added locally, with one all-reduce: forward or backward.
+
+    Column-parallel, W and B split over their output features. Per rank:
+
+        x        [S, H]            replicated
+        extended [F / T + R, H]    [W ; A]: base shard, and the replicated lora_a
+        b        [F / T, R]        lora_b shard
+        y        [S, F / T]        features sharded
+
+        forward  [y | h] = x [W ; A]^T ;  y += scale h B^T                      no collective
+        dgrad    dh = scale dy B ;  dx = all_reduce(dy W + dh A)                the one collective
+        adapter  dB = scale dy^T h, complete for the shard ;  dA = dh^T x, partial
+
+    dh sees this rank's features only, so dA is a partial sum. It is completed once per optimizer
+    step, in one flat all-reduce for all layers. Both adapter gradients are computed while the
+    all-reduce of dx is in flight.
+
+    Row-parallel, W and A split over their input features. Per rank:
+
+        x        [S, H / T]        features sharded
+        extended [F + R, H / T]    [W ; A]: base shard, and the lora_a shard
+        b        [F, R]            lora_b, replicated
+        y        [S, F]            replicated
+
+        forward  [y | h] = all_reduce(x [W ; A]^T) ;  y += scale h B^T          the one collective
+        dgrad    dh = scale dy B ;  dx = dy W + dh A                            no collective
+        adapter  dA = dh^T x, complete for the shard ;  dB = scale dy^T h, complete
+
+    h rides in the collective of the base output, for R / F more bytes, and is complete afterwards:
+    every rank computes the whole dB, bit for bit the same, and nothing is left to synchronise.
+
+    Saved: x (for dA) and h (for dB).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SH: Tensor,
+        lora_a_RH: Tensor,
+        lora_b_FR: Tensor,
+        extended: Tensor,
+        scale: float,
+        mask: Mask | None,
+        forward_group: ProcessGroup,
+        backward_group: ProcessGroup,
+    ) -> Tensor:
+        y_ext = all_reduce(_extended_gemm(x_SH, lora_a_RH, extended, mask), forward_group)
+        y_SF, h_SR = y_ext.split([len(lora_b_FR), len(lora_a_RH)], dim=1)
+        y_SF.addmm_(h_SR, lora_b_FR.to(x_SH.dtype).T, alpha=scale)
+        _save_for_adapter(ctx, x_SH, h_SR, lora_b_FR)
+        ctx.extended, ctx.scale, ctx.mask, ctx.group = extended, scale, mask, backward_group
+        return y_SF
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+        (dy_SF,) = grad_outputs
+        x_SH, h_SR, lora_b_FR = ctx.saved_tensors
+        dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
+        dx_SH = da_RH = db_FR = wait = None
+        if ctx.needs_input_grad[0]:
+            weight_FH, lora_a_RH = ctx.extended.split([dy_SF.shape[1], dh_SR.shape[1]])
+            dx_SH = _add_lora(dy_SF @ weight_FH, dh_SR, lora_a_RH, ctx.mask)
+            dx_SH, wait = all_reduce_async(dx_SH, ctx.group)
+        if ctx.needs_input_grad[1]:
+            da_RH = (dh_SR.T @ _dropped(x_SH, ctx.mask)).to(lora_b_FR.dtype)
+            db_FR = (dy_SF.T @ h_SR).mul_(ctx.scale).to(lora_b_FR.dtype)
+        if wait is not None:
+            wait()
+        return dx_SH, da_RH, db_FR, None, None, None, None, None
+
+
+class SequenceParallelColumn(torch.autograd.Function):
+    """Column-parallel base + LoRA on activations that are split over the sequence. Per rank:
+
+        x        [S / T, H]        this rank's rows of the sequence
+        extended [F / T, H + R]    [W | scale B]: base shard, and the lora_b shard
+        a        [R, H]            lora_a, replicated
+        y        [S, F / T]        whole sequence, features sharded
+
+        forward  [x | h] = all_gather([x | x A^T]) ;  y = [x | h] [W | scale B]^T
+        dgrad    [dx | dh] = reduce_scatter(dy [W | scale B]) ;  dx += dh A
+        adapter  dB = scale dy^T h, complete for the shard ;  dA = dh^T x, partial: own rows only
+
+    A is applied to S / T tokens only; h and dh ride along as R more columns, so the gathered x is
+    neither saved nor gathered again. dB is computed while the reduce-scatter is in flight.
+    Saved: x of this rank's rows (for dA) and h of all rows (for dB).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SH: Tensor,
+        lora_a_RH: Tensor,
+        lora_b_FR: Tensor,
+        extended: Tensor,
+        scale: float,
+        mask: Mask | None,
+        group: ProcessGroup,
+    ) -> Tensor:
+        in_features = x_SH.shape[1]
+        extended[:, in_features:] = lora_b_FR * scale
+        lora_a_RH = lora_a_RH.to(x_SH.dtype)
+        h_SR = _dropped(x_SH, mask) @ lora_a_RH.T
+        gathered = gather_rows(torch.cat([x_SH, h_SR], dim=1), group)
+        _save_for_adapter(ctx, x_SH, gathered[:, in_features:], lora_a_RH)
+        ctx.extended, ctx.scale, ctx.mask, ctx.group = extended, scale, mask, group
+        ctx.master_dtype = lora_b_FR.dtype
+        return gathered @ extended.T
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+        (dy_SF,) = grad_outputs
+        x_SH, h_SR, lora_a_RH = ctx.saved_tensors
+        needs_dx, needs_adapter = ctx.needs_input_grad[:2]
+        in_features = lora_a_RH.shape[1]
+        # Without dx only the R columns of dh are left to compute and to send.
+        columns = ctx.extended if needs_dx else ctx.extended[:, in_features:]
+        dx_dh, wait = scatter_sum_rows_async(dy_SF @ columns, ctx.group)
+        db_FR = None
+        if needs_adapter:
+            db_FR = (dy_SF.T @ h_SR).mul_(ctx.scale).to(ctx.master_dtype)
+        wait()
+        dh_SR = dx_dh[:, in_features:] if needs_dx else dx_dh
+        dx_SH = da_RH = None
+        if needs_adapter:
+            da_RH = (dh_SR.T @ _dropped(x_SH, ctx.mask)).to(ctx.master_dtype)
+        if needs_dx:
+            dx_SH = _add_lora(dx_dh[:, :in_features], dh_SR, lora_a_RH, ctx.mask)
+        return dx_SH, da_RH, db_FR, None, None, None, None
+
+
+class SequenceParallelRow(torch.autograd.Function):
+    """Row-parallel base + LoRA whose output is split over the sequence. Per rank:
+
+        x        [S, H / T]        whole sequence, features sharded
+        extended [F + R, H / T]    [W ; A]: base shard, and the lora_a shard
+        b        [F, R]            lora_b, replicated
+        y        [S / T, F]        this rank's rows of the sequence
+
+        forward  [y | h] = reduce_scatter(x [W ; A]^T) ;  y += scale h B^T
+        dgrad    [dy | dh] = all_gather([dy | scale dy B]) ;  dx = [dy | dh] [W ; A]
+        adapter  dA = dh^T x, complete for the shard ;  dB = scale dy^T h, partial: own rows only
+
+    dB is computed while the all-gather is in flight. Saved: x (for dA) and h of this rank's rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SH: Tensor,
+        lora_a_RH: Tensor,
+        lora_b_FR: Tensor,
+        extended: Tensor,
+        scale: float,
+        mask: Mask | None,
+        group: ProcessGroup,
+    ) -> Tensor:
+        y_ext = scatter_sum_rows(_extended_gemm(x_SH, lora_a_RH, extended, mask), group)
+        y_SF, h_SR = y_ext.split([len(lora_b_FR), len(lora_a_RH)], dim=1)
+        y_SF.addmm_(h_SR, lora_b_FR.to(x_SH.dtype).T, alpha=scale)
+        _save_for_adapter(ctx, x_SH, h_SR, lora_b_FR)
+        ctx.extended, ctx.scale, ctx.mask, ctx.group = extended, scale, mask, group
+        return y_SF
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+        (dy_SF,) = grad_outputs
+        x_SH, h_SR, lora_b_FR = ctx.saved_tensors
+        needs_dx, needs_adapter = ctx.needs_input_grad[:2]
+        dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
+        gathered, wait = gather_rows_async(torch.cat([dy_SF, dh_SR], dim=1), ctx.group)
+        dx_SH = da_RH = db_FR = None
+        if needs_adapter:
+            db_FR = (dy_SF.T @ h_SR).mul_(ctx.scale).to(lora_b_FR.dtype)
+        wait()
+        out_features = dy_SF.shape[1]
+        if needs_adapter:
+            dh_all_SR = gathered[:, out_features:]
+            da_RH = (dh_all_SR.T @ _dropped(x_SH, ctx.mask)).to(lora_b_FR.dtype)
+        if needs_dx and ctx.mask is None:
+            dx_SH = gathered @ ctx.extended
+        elif needs_dx:
+            dy_all_SF, dh_all_SR = gathered.split([out_features, dh_SR.shape[1]], dim=1)
+            weight_FH, lora_a_RH = ctx.extended.split([out_features, dh_SR.shape[1]])
+            dx_SH = _add_lora(dy_all_SF @ weight_FH, dh_all_SR, lora_a_RH, ctx.mask)
+        return dx_SH, da_RH, db_FR, None, None, None, None
+
+
+def _extended_gemm(x_SH: Tensor, lora_a_RH: Tensor, extended: Tensor, mask: Mask | None) -> Tensor:
+    """Return ``[x W^T | (x * mask) A^T]``, [S, F + R]: one GEMM where there is no dropout.
+
+    lora_a is copied into the extended matrix at every call, R / F of its size, so that an optimizer
+    may change lora_a without telling anyone. The matrix is kept off autograd's saved tensors: that
+    copy changes no value within a step, but would look like a change.
+    """
+    out_features = len(extended) - len(lora_a_RH)
+    extended[out_features:].copy_(lora_a_RH)
+    y_ext = x_SH @ extended.T
+    if mask is not None:
+        y_ext[:, out_features:] = (x_SH * mask(x_SH)) @ extended[out_features:].T
+    return y_ext
+
+
+def _save_for_adapter(ctx: Any, x_SH: Tensor, h_SR: Tensor, factor: Tensor) -> None:
+    """Keep what the adapter's gradients need; of a linear without an adapter nothing is kept."""
+    if not ctx.needs_input_grad[1]:
+        x_SH, h_SR = x_SH[:0], h_SR[:0].contiguous()
+    ctx.save_for_backward(x_SH, h_SR.contiguous(), factor)
+
+
+def _dropped(x_SH: Tensor, mask: Mask | None) -> Tensor:
+    return x_SH if mask is None else x_SH * mask(x_SH)
+
+
+def _add_lora(dx_SH: Tensor, dh_SR: Tensor, lora_a_RH: Tensor, mask: Mask | None) -> Tensor:
+    """Return ``dx + (dh A) * mask``."""
+    if mask is None:
+        return torch.addmm(dx_SH, dh_SR, lora_a_RH)
+    return torch.addcmul(dx_SH, dh_SR @ lora_a_RH, mask(dx_SH))
