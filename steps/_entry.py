@@ -42,8 +42,9 @@ def run_step(
     """
     parser = argparse.ArgumentParser(prog=step, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="resolved config of the step")
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
     try:
+        _refuse_others(step, others)
         config = load_config(arguments.config, schema)
         digest = sha256_json(config.model_dump(mode="json"))
         run(config, Producer(step=step, config_sha256=digest, code_version=nemotron.__version__))
@@ -73,6 +74,16 @@ def step_error(step: str, name: str, problem: str, *, where: str = "") -> Nemotr
         fix=entry["recovery"],
         exit_code=ExitCode(entry["exit_code"]),
     )
+
+
+def _refuse_others(step: str, others: Sequence[str]) -> None:
+    if others:
+        raise NemotronError(
+            "argument_unknown",
+            f"{step} takes no argument {others[0]!r}",
+            where="after --",
+            fix="pass values as key=value before the --",
+        )
 
 
 def _unexpected(error: Exception) -> NemotronError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemotron.artifacts import Input, Producer, publish, write_artifact, write_text
 from nemotron.steps._formats.adapter import write_adapter
-from nemotron.steps._formats.huggingface import TOKENIZER_FILES, copy_files
+from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, TOKENIZER_FILES, copy_files
 from nemotron.steps._models.gpt import GPTModel
 from nemotron.steps._training.distributed import Layout
 
@@ -39,14 +39,15 @@ def save_adapter(
     iteration: int,
     base_model_name_or_path: str,
     tokenizer_dir: Path | None,
+    packed_root: Path,
     produced_by: Producer,
     inputs: Sequence[Input],
     properties: dict[str, Any],
 ) -> Path:
     """Write the adapter of an iteration; a collective of the ranks, of which the first writes.
 
-    Tokenizer and chat template of the base lie beside it, since an adapter served with another
-    template answers other questions than it was trained on.
+    The base's tokenizer and the chat template of the packs lie beside it, since an adapter served
+    with another template answers other questions than it was trained on.
 
     Returns:
         The ``iter_NNNNNNN`` directory, complete on every rank's return.
@@ -69,6 +70,7 @@ def save_adapter(
             )
             if tokenizer_dir is not None:
                 copy_files(tokenizer_dir, partial, TOKENIZER_FILES)
+            copy_files(packed_root, partial, [CHAT_TEMPLATE])
             write_artifact(
                 partial,
                 artifact_type="checkpoint_lora",

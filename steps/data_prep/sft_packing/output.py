@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron.artifacts import Producer, describe_input, sha256_file, write_artifact
+from nemotron.artifacts import Producer, describe_input, sha256_file, write_artifact, write_text
 from nemotron.steps.data_prep.sft_packing.corpus import Source, all_documents
 from nemotron.steps.data_prep.sft_packing.documents import Documents
 from nemotron.steps.data_prep.sft_packing.inputs import list_files
@@ -80,6 +80,8 @@ def write_packed(
     properties |= {"splits": splits, "report": _report(sources, splits, pack_size)}
     samples = [sample for source in sources for sample in source.rejects.samples]
     write_rejects(directory / "rejects.jsonl", samples)
+    # Goes on with the adapter: served with another template, it would answer other questions.
+    write_text(directory / "chat_template.jinja", encoder.template.text)
     write_artifact(
         directory,
         artifact_type="packed_parquet",

@@ -115,6 +115,7 @@ def train_adapter(
             iteration=iteration,
             base_model_name_or_path=base_model_name_or_path or _source(base),
             tokenizer_dir=base.hf_dir,
+            packed_root=packed_root,
             produced_by=produced_by,
             inputs=inputs,
             properties=properties | losses,

@@ -107,6 +107,7 @@ def write_packs(root: Path, *, pack_size: int = PACK_SIZE, tokenizer: str | None
             (directory / "splits" / split).mkdir(parents=True)
             shard = directory / "splits" / split / "shard-00000-of-00001.parquet"
             pq.write_table(table, shard, row_group_size=4, write_page_checksum=True)
+        (directory / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
         write_artifact(
             directory,
             artifact_type="packed_parquet",

@@ -94,3 +94,7 @@ def test_every_save_is_validated_and_says_so(reference: Any) -> None:
     validations = [e["iteration"] for e in reference.events if e["event"] == "validation"]
     assert validations == [0, 4, 8]
     assert (reference.output / "latest_checkpointed_iteration.txt").read_text() == "8\n"
+
+
+def test_the_chat_template_of_the_packs_goes_with_the_adapter(reference: Any) -> None:
+    assert (reference.adapter / "chat_template.jinja").read_text() == "{{ messages }}"
