@@ -28,6 +28,7 @@ from nemotron.steps._tensor_parallel.linear import (
     LoraSpec,
     RowParallelLinear,
 )
+from nemotron.steps._tensor_parallel.prologue import rms_norm
 from nemotron.steps._tensor_parallel.vocabulary import (
     VocabParallelEmbedding,
     gather_sequence,
@@ -93,7 +94,8 @@ class GPTModel(nn.Module):
         self.layers = nn.ModuleList(
             TransformerLayer(index, config, lora, split) for index in range(config.num_layers)
         )
-        self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon, dtype)
+        self.final_layernorm: Tensor
+        self.register_buffer("final_layernorm", torch.ones(config.hidden_size, dtype=dtype))
         self.output_layer: Tensor | None
         tied = config.share_embeddings_and_output_weights
         shard = None if tied else torch.empty_like(self.word_embeddings.weight)
@@ -124,7 +126,7 @@ class GPTModel(nn.Module):
             # Reentrant checkpointing would lose the gradients of adapters on a frozen base.
             recompute = self.recompute and torch.is_grad_enabled()
             x_SH = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
-        x_SH = self.final_layernorm(x_SH)
+        x_SH = rms_norm(x_SH, self.final_layernorm, self.config.layernorm_epsilon)
         return gather_sequence(x_SH, self.group)[:num_tokens] if self.sequence_parallel else x_SH
 
     def loss(self, hidden_SH: Tensor, labels_S: Tensor) -> Tensor:
@@ -174,7 +176,9 @@ class GPTModel(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """One decoder layer: norm, attention, residual, norm, SwiGLU, residual; [S, H] -> [S, H].
+    """One decoder layer: attention and MLP, each on the normed residual; [S, H] -> [S, H].
+
+    As in Megatron the norms belong to ``linear_qkv`` and ``linear_fc1``.
 
     Under sequence parallelism [S / T, H] -> [S / T, H]: only attention and MLP see the sequence.
     """
@@ -187,10 +191,8 @@ class TransformerLayer(nn.Module):
         split: Split,
     ) -> None:
         super().__init__()
-        prefix, dtype = f"decoder.layers.{index}", split["dtype"]
-        self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon, dtype)
+        prefix = f"decoder.layers.{index}"
         self.self_attention = SelfAttention(f"{prefix}.self_attention", config, lora, split)
-        self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon, dtype)
         self.mlp = MLP(f"{prefix}.mlp", config, lora, split)
 
     def forward(
@@ -200,9 +202,8 @@ class TransformerLayer(nn.Module):
         cu_seqlens: Sequence[int],
         dropout: DropoutRows | None,
     ) -> Tensor:
-        normed_SH = self.input_layernorm(x_SH)
-        x_SH = x_SH + self.self_attention(normed_SH, rotary, cu_seqlens, dropout)
-        return x_SH + self.mlp(self.pre_mlp_layernorm(x_SH), dropout)
+        x_SH = x_SH + self.self_attention(x_SH, rotary, cu_seqlens, dropout)
+        return x_SH + self.mlp(x_SH, dropout)
 
 
 class SelfAttention(nn.Module):
@@ -234,6 +235,7 @@ class SelfAttention(nn.Module):
             config.hidden_size,
             qkv_features,
             lora=lora and lora.of("linear_qkv"),
+            norm_epsilon=config.layernorm_epsilon,
             **split,
         )
         self.linear_proj = RowParallelLinear(
@@ -278,6 +280,7 @@ class MLP(nn.Module):
             2 * ffn,
             num_segments=2,
             lora=lora and lora.of("linear_fc1"),
+            norm_epsilon=config.layernorm_epsilon,
             **split,
         )
         self.linear_fc2 = RowParallelLinear(
@@ -285,30 +288,12 @@ class MLP(nn.Module):
             ffn,
             hidden,
             lora=lora and lora.of("linear_fc2"),
+            swiglu=True,
             **split,
         )
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None) -> Tensor:
-        gate, up = self.linear_fc1(x_SH, dropout).chunk(2, dim=1)
-        return self.linear_fc2(F.silu(gate) * up, dropout)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a frozen weight, computed in fp32; [S, H] -> [S, H].
-
-    Source: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4.
-    """
-
-    def __init__(self, hidden_size: int, epsilon: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight: Tensor
-        self.register_buffer("weight", torch.ones(hidden_size, dtype=dtype))
-
-    def forward(self, x_SH: Tensor) -> Tensor:
-        wide_SH = x_SH.to(torch.promote_types(x_SH.dtype, torch.float32))
-        scale_S1 = torch.rsqrt(wide_SH.square().mean(dim=1, keepdim=True) + self.epsilon)
-        return self.weight * (wide_SH * scale_S1).to(x_SH.dtype)
+        return self.linear_fc2(self.linear_fc1(x_SH, dropout), dropout)
 
 
 def packed_attention(

@@ -6,8 +6,10 @@ between the linears; the two ``SequenceParallel`` functions split them over the 
 
 S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T tensor-parallel size;
 ``scale = alpha / R``. Factors come in their masters' dtype (fp32) and are used in the activations'.
-With dropout, x in a line about A is ``x * mask``; masks are drawn again, not saved. Nothing is
-saved or computed for a gradient of the frozen base, and dx only where somebody asks for it.
+A prologue (RMS norm, SwiGLU) is part of the linear: x in the lines below is its output; what is
+saved is its input, and it is computed again in the backward pass. With dropout, x in a line about
+A is ``x * mask``; masks are drawn again, not saved. Nothing is saved or computed for a gradient of
+the frozen base, and dx only where somebody asks for it.
 
 Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), equation 3; tensor parallelism, Shoeybi et al. 2019
 (arXiv:1909.08053), section 3; sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198),
@@ -31,6 +33,7 @@ from nemotron.steps._tensor_parallel.collectives import (
     scatter_sum_rows,
     scatter_sum_rows_async,
 )
+from nemotron.steps._tensor_parallel.prologue import Prologue
 
 Mask = Callable[[Tensor], Tensor]
 Gradients = tuple[Tensor | None, ...]
@@ -79,21 +82,23 @@ class FusedLora(torch.autograd.Function):
         lora_b_FR: Tensor,
         extended: Tensor,
         scale: float,
+        prologue: Prologue | None,
         mask: Mask | None,
         forward_group: ProcessGroup,
         backward_group: ProcessGroup,
     ) -> Tensor:
-        y_ext = all_reduce(_extended_gemm(x_SH, lora_a_RH, extended, mask), forward_group)
+        input_SH, kept = _prologue(prologue, x_SH)
+        y_ext = all_reduce(_extended_gemm(input_SH, lora_a_RH, extended, mask), forward_group)
         y_SF, h_SR = y_ext.split([len(lora_b_FR), len(lora_a_RH)], dim=1)
         y_SF.addmm_(h_SR, lora_b_FR.to(x_SH.dtype).T, alpha=scale)
-        _save_for_adapter(ctx, x_SH, h_SR, lora_b_FR)
-        ctx.extended, ctx.scale, ctx.mask, ctx.group = extended, scale, mask, backward_group
+        _save(ctx, x_SH, kept, h_SR, lora_b_FR, prologue, mask)
+        ctx.extended, ctx.scale, ctx.group = extended, scale, backward_group
         return y_SF
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dy_SF,) = grad_outputs
-        x_SH, h_SR, lora_b_FR = ctx.saved_tensors
+        x_SH, kept, h_SR, lora_b_FR = ctx.saved_tensors
         dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
         dx_SH = da_RH = db_FR = wait = None
         if ctx.needs_input_grad[0]:
@@ -101,11 +106,12 @@ class FusedLora(torch.autograd.Function):
             dx_SH = _add_lora(dy_SF @ weight_FH, dh_SR, lora_a_RH, ctx.mask)
             dx_SH, wait = all_reduce_async(dx_SH, ctx.group)
         if ctx.needs_input_grad[1]:
-            da_RH = (dh_SR.T @ _dropped(x_SH, ctx.mask)).to(lora_b_FR.dtype)
+            da_RH = (dh_SR.T @ _adapters_input(ctx, x_SH, kept)).to(lora_b_FR.dtype)
             db_FR = (dy_SF.T @ h_SR).mul_(ctx.scale).to(lora_b_FR.dtype)
         if wait is not None:
             wait()
-        return dx_SH, da_RH, db_FR, None, None, None, None, None
+        dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept)
+        return dx_SH, da_RH, db_FR, None, None, None, None, None, None
 
 
 class SequenceParallelColumn(torch.autograd.Function):
@@ -133,23 +139,25 @@ class SequenceParallelColumn(torch.autograd.Function):
         lora_b_FR: Tensor,
         extended: Tensor,
         scale: float,
+        prologue: Prologue | None,
         mask: Mask | None,
         group: ProcessGroup,
     ) -> Tensor:
         in_features = x_SH.shape[1]
         extended[:, in_features:] = lora_b_FR * scale
         lora_a_RH = lora_a_RH.to(x_SH.dtype)
-        h_SR = _dropped(x_SH, mask) @ lora_a_RH.T
-        gathered = gather_rows(torch.cat([x_SH, h_SR], dim=1), group)
-        _save_for_adapter(ctx, x_SH, gathered[:, in_features:], lora_a_RH)
-        ctx.extended, ctx.scale, ctx.mask, ctx.group = extended, scale, mask, group
+        input_SH, kept = _prologue(prologue, x_SH)
+        h_SR = _dropped(input_SH, mask) @ lora_a_RH.T
+        gathered = gather_rows(torch.cat([input_SH, h_SR], dim=1), group)
+        _save(ctx, x_SH, kept, gathered[:, in_features:], lora_a_RH, prologue, mask)
+        ctx.extended, ctx.scale, ctx.group = extended, scale, group
         ctx.master_dtype = lora_b_FR.dtype
         return gathered @ extended.T
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dy_SF,) = grad_outputs
-        x_SH, h_SR, lora_a_RH = ctx.saved_tensors
+        x_SH, kept, h_SR, lora_a_RH = ctx.saved_tensors
         needs_dx, needs_adapter = ctx.needs_input_grad[:2]
         in_features = lora_a_RH.shape[1]
         # Without dx only the R columns of dh are left to compute and to send.
@@ -162,10 +170,11 @@ class SequenceParallelColumn(torch.autograd.Function):
         dh_SR = dx_dh[:, in_features:] if needs_dx else dx_dh
         dx_SH = da_RH = None
         if needs_adapter:
-            da_RH = (dh_SR.T @ _dropped(x_SH, ctx.mask)).to(ctx.master_dtype)
+            da_RH = (dh_SR.T @ _adapters_input(ctx, x_SH, kept)).to(ctx.master_dtype)
         if needs_dx:
             dx_SH = _add_lora(dx_dh[:, :in_features], dh_SR, lora_a_RH, ctx.mask)
-        return dx_SH, da_RH, db_FR, None, None, None, None
+            dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept)
+        return dx_SH, da_RH, db_FR, None, None, None, None, None
 
 
 class SequenceParallelRow(torch.autograd.Function):
@@ -191,20 +200,22 @@ class SequenceParallelRow(torch.autograd.Function):
         lora_b_FR: Tensor,
         extended: Tensor,
         scale: float,
+        prologue: Prologue | None,
         mask: Mask | None,
         group: ProcessGroup,
     ) -> Tensor:
-        y_ext = scatter_sum_rows(_extended_gemm(x_SH, lora_a_RH, extended, mask), group)
+        input_SH, kept = _prologue(prologue, x_SH)
+        y_ext = scatter_sum_rows(_extended_gemm(input_SH, lora_a_RH, extended, mask), group)
         y_SF, h_SR = y_ext.split([len(lora_b_FR), len(lora_a_RH)], dim=1)
         y_SF.addmm_(h_SR, lora_b_FR.to(x_SH.dtype).T, alpha=scale)
-        _save_for_adapter(ctx, x_SH, h_SR, lora_b_FR)
-        ctx.extended, ctx.scale, ctx.mask, ctx.group = extended, scale, mask, group
+        _save(ctx, x_SH, kept, h_SR, lora_b_FR, prologue, mask)
+        ctx.extended, ctx.scale, ctx.group = extended, scale, group
         return y_SF
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dy_SF,) = grad_outputs
-        x_SH, h_SR, lora_b_FR = ctx.saved_tensors
+        x_SH, kept, h_SR, lora_b_FR = ctx.saved_tensors
         needs_dx, needs_adapter = ctx.needs_input_grad[:2]
         dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
         gathered, wait = gather_rows_async(torch.cat([dy_SF, dh_SR], dim=1), ctx.group)
@@ -215,14 +226,15 @@ class SequenceParallelRow(torch.autograd.Function):
         out_features = dy_SF.shape[1]
         if needs_adapter:
             dh_all_SR = gathered[:, out_features:]
-            da_RH = (dh_all_SR.T @ _dropped(x_SH, ctx.mask)).to(lora_b_FR.dtype)
+            da_RH = (dh_all_SR.T @ _adapters_input(ctx, x_SH, kept)).to(lora_b_FR.dtype)
         if needs_dx and ctx.mask is None:
             dx_SH = gathered @ ctx.extended
         elif needs_dx:
             dy_all_SF, dh_all_SR = gathered.split([out_features, dh_SR.shape[1]], dim=1)
             weight_FH, lora_a_RH = ctx.extended.split([out_features, dh_SR.shape[1]])
             dx_SH = _add_lora(dy_all_SF @ weight_FH, dh_all_SR, lora_a_RH, ctx.mask)
-        return dx_SH, da_RH, db_FR, None, None, None, None
+        dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept)
+        return dx_SH, da_RH, db_FR, None, None, None, None, None
 
 
 def _extended_gemm(x_SH: Tensor, lora_a_RH: Tensor, extended: Tensor, mask: Mask | None) -> Tensor:
@@ -240,11 +252,40 @@ def _extended_gemm(x_SH: Tensor, lora_a_RH: Tensor, extended: Tensor, mask: Mask
     return y_ext
 
 
-def _save_for_adapter(ctx: Any, x_SH: Tensor, h_SR: Tensor, factor: Tensor) -> None:
-    """Keep what the adapter's gradients need; of a linear without an adapter nothing is kept."""
-    if not ctx.needs_input_grad[1]:
-        x_SH, h_SR = x_SH[:0], h_SR[:0].contiguous()
-    ctx.save_for_backward(x_SH, h_SR.contiguous(), factor)
+def _prologue(prologue: Prologue | None, x_SH: Tensor) -> tuple[Tensor, Tensor]:
+    return (x_SH, x_SH.new_empty(0)) if prologue is None else prologue.apply(x_SH)
+
+
+def _save(
+    ctx: Any,
+    x_SH: Tensor,
+    kept: Tensor,
+    h_SR: Tensor,
+    factor: Tensor,
+    prologue: Prologue | None,
+    mask: Mask | None,
+) -> None:
+    """Keep what backward needs: the input only where an adapter or a prologue asks for it."""
+    needs_dx, needs_adapter = ctx.needs_input_grad[:2]
+    nothing = x_SH.new_empty(0)  # not a slice of x, which would keep all of it
+    if not needs_adapter:
+        h_SR = nothing
+        if prologue is None or not needs_dx:
+            x_SH, kept = nothing, nothing
+    ctx.save_for_backward(x_SH, kept, h_SR.contiguous(), factor)
+    ctx.prologue, ctx.mask = prologue, mask
+
+
+def _adapters_input(ctx: Any, x_SH: Tensor, kept: Tensor) -> Tensor:
+    """Return what lora_a was applied to: the input through prologue and dropout, once more."""
+    input_SH = x_SH if ctx.prologue is None else ctx.prologue.again(x_SH, kept)
+    return _dropped(input_SH, ctx.mask)
+
+
+def _through_prologue(ctx: Any, dx_SH: Tensor | None, x_SH: Tensor, kept: Tensor) -> Tensor | None:
+    if dx_SH is None or ctx.prologue is None:
+        return dx_SH
+    return ctx.prologue.gradient(dx_SH, x_SH, kept)
 
 
 def _dropped(x_SH: Tensor, mask: Mask | None) -> Tensor:

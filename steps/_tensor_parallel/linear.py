@@ -25,6 +25,7 @@ from nemotron.steps._tensor_parallel.fused import (
     SequenceParallelColumn,
     SequenceParallelRow,
 )
+from nemotron.steps._tensor_parallel.prologue import RMSNormPrologue, SwiGLUPrologue
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class ColumnParallelLinear(_ParallelLinear):
         group: The tensor-parallel group.
         dtype: dtype of the base weight and of the activations.
         sequence_parallel: Whether activations between the linears are split over the sequence.
+        norm_epsilon: Where given, the input is RMS-normed first, by ``layer_norm_weight`` [H].
 
     Raises:
         ValueError: The output features of a segment are not divisible by T.
@@ -151,6 +153,7 @@ class ColumnParallelLinear(_ParallelLinear):
         dtype: torch.dtype,
         sequence_parallel: bool = False,
         num_segments: int = 1,
+        norm_epsilon: float | None = None,
     ) -> None:
         self.segment_features = out_features // num_segments
         self.num_segments = num_segments
@@ -164,15 +167,21 @@ class ColumnParallelLinear(_ParallelLinear):
             dtype=dtype,
             sequence_parallel=sequence_parallel,
         )
+        self.norm_epsilon = norm_epsilon
+        self.layer_norm_weight: Tensor
+        self.register_buffer("layer_norm_weight", torch.ones(in_features, dtype=dtype))
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None = None) -> Tensor:
         num_tokens, features = x_SH.shape
+        epsilon, norm = self.norm_epsilon, None
+        if epsilon is not None:
+            norm = RMSNormPrologue(self.layer_norm_weight, epsilon)
         first = num_tokens * self.group.rank if self.sequence_parallel else 0
         tokens = slice(first, first + num_tokens)
         mask = self._mask(dropout, features, tokens, slice(0, features))
         if self.sequence_parallel:
-            return SequenceParallelColumn.apply(x_SH, *self._factors(), mask, self.group)
-        return FusedLora.apply(x_SH, *self._factors(), mask, ProcessGroup(), self.group)
+            return SequenceParallelColumn.apply(x_SH, *self._factors(), norm, mask, self.group)
+        return FusedLora.apply(x_SH, *self._factors(), norm, mask, ProcessGroup(), self.group)
 
     def local_rows(self) -> list[slice]:
         """Return this rank's rows of the whole weight, one slice a segment."""
@@ -210,7 +219,8 @@ class ColumnParallelLinear(_ParallelLinear):
 class RowParallelLinear(_ParallelLinear):
     """A frozen linear with LoRA, split over its input features: [S, H / T] -> [S, F].
 
-    With ``sequence_parallel`` the output is this rank's rows of the sequence: [S / T, F].
+    With ``sequence_parallel`` the output is this rank's rows of the sequence: [S / T, F]. With
+    ``swiglu`` the input is [gate | up], [S, 2 H / T], and the linear acts on ``silu(gate) * up``.
 
     Args and errors as of ``ColumnParallelLinear``, with the input features divisible by T.
     """
@@ -225,8 +235,10 @@ class RowParallelLinear(_ParallelLinear):
         group: ProcessGroup,
         dtype: torch.dtype,
         sequence_parallel: bool = False,
+        swiglu: bool = False,
     ) -> None:
         self.in_features = in_features
+        self.activation = SwiGLUPrologue() if swiglu else None
         columns = partition(in_features, group, f"{name}: input features")
         super().__init__(
             name=name,
@@ -241,9 +253,10 @@ class RowParallelLinear(_ParallelLinear):
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None = None) -> Tensor:
         tokens = slice(0, len(x_SH))
         mask = self._mask(dropout, self.in_features, tokens, self.local_columns())
+        factors = (*self._factors(), self.activation)
         if self.sequence_parallel:
-            return SequenceParallelRow.apply(x_SH, *self._factors(), mask, self.group)
-        return FusedLora.apply(x_SH, *self._factors(), mask, self.group, ProcessGroup())
+            return SequenceParallelRow.apply(x_SH, *factors, mask, self.group)
+        return FusedLora.apply(x_SH, *factors, mask, self.group, ProcessGroup())
 
     def local_columns(self) -> slice:
         """Return this rank's columns of the whole weight."""

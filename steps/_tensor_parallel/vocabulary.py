@@ -21,8 +21,9 @@ from nemotron.steps._tensor_parallel.collectives import (
     scatter_sum_rows,
 )
 
-# Bound on the logits that exist at one time, fp32 elements: 64 MiB.
-_LOGITS_AT_ONCE = 1 << 24
+# Logits that exist at one time, fp32 elements: 16 MiB, or 256 tokens of a large vocabulary.
+_LOGITS_AT_ONCE = 1 << 22
+_LEAST_TOKENS_AT_ONCE = 256
 
 
 def vocabulary_rows(vocab_size: int, group: ProcessGroup) -> slice:
@@ -136,7 +137,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_SH = torch.empty_like(x_SH) if needs_dx else None
         first_row = vocabulary_rows(vocab_size, group).start
         # The same on every rank, also where the last shard is shorter: chunks are collectives.
-        chunk_tokens = max(1, _LOGITS_AT_ONCE // _rows_per_rank(vocab_size, group))
+        chunk_tokens = _LOGITS_AT_ONCE // _rows_per_rank(vocab_size, group)
+        chunk_tokens = max(_LEAST_TOKENS_AT_ONCE, chunk_tokens)
         for start in range(0, len(x_SH), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits_CV = (x_SH[chunk] @ weight_VH.T).to(loss_S.dtype)

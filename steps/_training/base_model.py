@@ -54,7 +54,7 @@ def load_base_model(
     model.word_embeddings.weight.copy_(reader.read("embedding.word_embeddings.weight", rows=rows))
     if model.output_layer is not None:
         model.output_layer.copy_(reader.read("output_layer.weight", rows=rows))
-    model.final_layernorm.weight.copy_(reader.read("decoder.final_layernorm.weight"))
+    model.final_layernorm.copy_(reader.read("decoder.final_layernorm.weight"))
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, TransformerLayer)
         _load_layer(layer, index, reader)
@@ -63,12 +63,6 @@ def load_base_model(
 
 def _load_layer(layer: TransformerLayer, index: int, reader: WeightReader) -> None:
     attention, mlp = layer.self_attention, layer.mlp
-    norms = {
-        "self_attention.linear_qkv.layer_norm_weight": layer.input_layernorm,
-        "mlp.linear_fc1.layer_norm_weight": layer.pre_mlp_layernorm,
-    }
-    for name, norm in norms.items():
-        norm.weight.copy_(reader.read(f"decoder.layers.{name}", layer=index))
     linears = {
         "self_attention.linear_qkv": attention.linear_qkv,
         "self_attention.linear_proj": attention.linear_proj,
@@ -78,6 +72,8 @@ def _load_layer(layer: TransformerLayer, index: int, reader: WeightReader) -> No
     for name, linear in linears.items():
         on_disk = f"decoder.layers.{name}.weight"
         if isinstance(linear, ColumnParallelLinear):
+            norm = reader.read(f"decoder.layers.{name}.layer_norm_weight", layer=index)
+            linear.layer_norm_weight.copy_(norm)
             parts = [reader.read(on_disk, layer=index, rows=rows) for rows in linear.local_rows()]
             linear.load_weight(torch.cat(parts))
         else:

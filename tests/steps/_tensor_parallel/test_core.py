@@ -16,6 +16,11 @@ from nemotron.steps._tensor_parallel.linear import (
     RowParallelLinear,
     draw_lora_a,
 )
+from nemotron.steps._tensor_parallel.prologue import (
+    Prologue,
+    RMSNormPrologue,
+    SwiGLUPrologue,
+)
 from nemotron.steps._tensor_parallel.vocabulary import vocabulary_rows
 
 WORKER = Path(__file__).with_name("core_worker.py")
@@ -158,3 +163,30 @@ def test_bf16_base_keeps_fp32_masters_and_gradients() -> None:
     assert (y.dtype, linear.lora_a.dtype) == (torch.bfloat16, torch.float32)
     assert linear.lora_b.grad is not None
     assert linear.lora_b.grad.dtype == torch.float32
+
+
+def test_a_linear_without_an_adapter_saves_no_activation() -> None:
+    linear = RowParallelLinear("row", 12, 8, lora=None, group=ProcessGroup(), dtype=torch.float32)
+    linear.load_weight(torch.randn(8, 12))
+    saved: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        linear(torch.randn(64, 12, requires_grad=True))
+    assert sum(saved) == 0
+
+
+@pytest.mark.parametrize(
+    "prologue", [RMSNormPrologue(torch.rand(6).double(), 1e-5), SwiGLUPrologue()]
+)
+def test_a_prologues_gradient_is_the_derivative_of_its_output(prologue: Prologue) -> None:
+    x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    output, kept = prologue.apply(x)
+    assert torch.equal(prologue.again(x, kept), output)
+    dy = torch.randn_like(output)
+    (wanted,) = torch.autograd.functional.vjp(lambda t: prologue.apply(t)[0], x, dy)[1:]
+    # The same few float64 operations in another order.
+    torch.testing.assert_close(prologue.gradient(dy, x, kept), wanted, rtol=1e-13, atol=1e-14)
