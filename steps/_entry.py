@@ -80,7 +80,8 @@ def _refuse_others(step: str, others: Sequence[str]) -> None:
     if others:
         raise NemotronError(
             "argument_unknown",
-            f"{step} takes no argument {others[0]!r}",
+            # Not which: an argument may be a secret, and errors are written down.
+            f"{step} takes no arguments, got {len(others)}",
             where="after --",
             fix="pass values as key=value before the --",
         )

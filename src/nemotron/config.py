@@ -22,6 +22,7 @@ from nemotron.tree import (
     child_at,
     display,
     dotted,
+    from_plain,
     merge,
     parse_value,
     plain,
@@ -93,9 +94,8 @@ def override(tree: Node, arguments: Sequence[str]) -> Node:
 
 def dump(values: Mapping[str, Any]) -> str:
     """Return values as YAML that ``load_config`` reads back unchanged."""
-    return yaml.dump(
-        _escaped(dict(values)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000
-    )
+    literal = plain(escape(from_plain(dict(values), "")))
+    return yaml.dump(literal, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def _read_chain(path: Path, open_files: tuple[Path, ...]) -> Node:
@@ -178,11 +178,3 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escaped(item) for item in value]
-    return escape(value) if isinstance(value, str) and "${" in value else value

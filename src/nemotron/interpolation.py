@@ -1,57 +1,41 @@
-"""The two references that a config or profile may make, and no others.
+"""The three references that a config or profile may make, in OmegaConf's grammar, and no others.
 
-``${oc.env:NAME}`` and ``${oc.env:NAME,default}`` take an environment variable; ``${steps:PATH}`` is
-the absolute path of a file that ships with the steps; ``\\${`` stands for a literal ``${``. A
-default may hold references, ``null`` and quotes. An empty variable counts as not set. Secret
-variables are refused: configs are written to disk, and a job reads secrets from its environment.
+``${KEY}`` is another value of the same config (``${.KEY}`` one beside this one), and
+``${oc.env:NAME,default}`` an environment variable; ``${steps:PATH}`` is the absolute path of a file
+that ships with the steps; ``\\${`` stands for a literal ``${``. An empty variable counts as not
+set. Secret variables are refused: configs are written to disk, and a job reads secrets from its
+environment.
 
-The grammar is OmegaConf's, except that a default is text: OmegaConf makes 25.1 of the default in
-``${oc.env:TAG,25.10}`` and refuses ``~`` and ``=`` in one.
+OmegaConf parses and evaluates the text. What a reference stands for is looked up here, because a
+value keeps its place and its spelling (OmegaConf makes 25.1 of a tag 25.10), and because resolvers
+registered with OmegaConf are those of the whole process.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from nemotron.errors import NemotronError, raise_all
 from nemotron.redaction import is_secret_name
-from nemotron.tree import KeyPath, Node, dotted, parse_value
+from nemotron.tree import KeyPath, Node, child_at, dotted, leaves, parse_value, transform
+from nemotron.validation import did_you_mean
 
 STEPS_ROOT = Path(__file__).parent / "steps"
 
 _OPENING = re.compile(r"(\\*)\$\{")
-_ENVIRONMENT = re.compile(r"\s*oc\.env\s*:\s*([A-Za-z_][A-Za-z0-9_]*)\s*([,}])")
-_STEPS = re.compile(r"\s*steps\s*:\s*([^{}$]*?)\s*\}")
-_QUOTED = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)")\s*(?=\})""")
-
-
-class _Quoted(str):
-    """A quoted default: '' and 'null' are words, '3' is no number."""
-
-
-@dataclass(frozen=True)
-class _Variable:
-    """``${oc.env:NAME,default}``; no default is None."""
-
-    name: str
-    default: tuple[_Part, ...] | None
-
-
-@dataclass(frozen=True)
-class _StepsPath:
-    """``${steps:PATH}``."""
-
-    path: str
-
-
-_Part = str | _Variable | _StepsPath
-
-
-class _GrammarError(ValueError):
-    """A reference that is none of the two, or not closed; ``args[0]`` says which."""
+_KEY_PART = re.compile(r"[^.\[\]]+")
+# Characters in a value that is referred to. References to references could blow a small file up
+# without bound.
+_MOST_CHARACTERS = 20_000
+_FIX = (
+    "write ${KEY}, ${oc.env:NAME,default} or ${steps:PATH}, a default with unusual characters "
+    "in quotes, and \\${ for a literal ${"
+)
 
 
 def resolve(tree: Node) -> Node:
@@ -61,142 +45,156 @@ def resolve(tree: Node) -> Node:
         NemotronError: ``interpolation_invalid``, ``variable_missing``, ``secret_in_config``; every
             failing key is named.
     """
-    failures: list[NemotronError] = []
-    resolved = _resolve_node(tree, (), failures)
-    raise_all(failures)
+    resolution = _Resolution(tree)
+    resolved = transform(tree, resolution.resolve)
+    raise_all(resolution.failures)
     return resolved
 
 
-def escape(text: str) -> str:
-    """Return ``text`` so that ``resolve`` gives it back unchanged."""
-    return _OPENING.sub(r"\1\1\\${", text)
+def escape(tree: Node) -> Node:
+    """Return ``tree`` so that ``resolve`` gives it back unchanged."""
+
+    def escaped(node: Node, _path: KeyPath) -> Node:
+        if not isinstance(node.value, str):
+            return node
+        return replace(node, value=_OPENING.sub(r"\1\1\\${", node.value))
+
+    return transform(tree, escaped)
 
 
-def _resolve_node(node: Node, path: KeyPath, failures: list[NemotronError]) -> Node:
-    if isinstance(node.value, dict):
-        children = {k: _resolve_node(v, (*path, k), failures) for k, v in node.value.items()}
-        return replace(node, value=children)
-    if isinstance(node.value, list):
-        items = [_resolve_node(v, (*path, i), failures) for i, v in enumerate(node.value)]
-        return replace(node, value=items)
-    if not isinstance(node.value, str) or "${" not in node.value:
-        return node
-    try:
-        return _resolve_text(node, node.value, dotted(path))
-    except NemotronError as error:
-        failures.append(error)
-    except _GrammarError as error:
-        failures.append(_invalid(f"{dotted(path)}: {error.args[0]}", node.place))
-    return node
+@dataclass(frozen=True)
+class _Found:
+    """What a reference stands for. That there is nothing matters only where it is used."""
+
+    outcome: Node | NemotronError
+
+    def node(self) -> Node:
+        if isinstance(self.outcome, NemotronError):
+            raise self.outcome
+        return self.outcome
+
+    def __str__(self) -> str:
+        """Return the value as it was written, for OmegaConf to put it into text."""
+        node = self.node()
+        if isinstance(node.value, str):
+            return node.value
+        if node.value is not None and node.text is not None:
+            return node.text.strip()
+        kinds = {dict: "a section", list: "a list", type(None): "null"}
+        got = kinds.get(type(node.value), f"{node.value!r} without quotes")
+        raise ValueError(f"a reference inside of text came out as {got}; wanted a string")
 
 
-def _resolve_text(node: Node, text: str, key: str) -> Node:
-    parts, _ = _parse(text, 0, is_default=False)
-    used: list[str] = []
-    values = [_evaluate(part, key, node.place, used) for part in parts]
-    place = f"{node.place} ({', '.join(f'${name}' for name in used)})" if used else node.place
-    if values == [None]:
-        return replace(node, value=None, text=None, place=place)
-    value = _join(values)
-    is_word = len(values) == 1 and isinstance(values[0], _Quoted)
-    if any(isinstance(part, _Variable) for part in parts) and not is_word:
-        return replace(parse_value(value, place), overrides=node.overrides)
-    return replace(node, value=value, text=value, place=place)
+class _Resolution:
+    """One pass over a config; every value is evaluated once."""
+
+    def __init__(self, root: Node) -> None:
+        self.failures: list[NemotronError] = []
+        self._root = root
+        self._done: dict[KeyPath, Node] = {}
+        self._open: list[KeyPath] = []  # values under evaluation, each refers to the next
+
+    def resolve(self, node: Node, path: KeyPath) -> Node:
+        if not isinstance(node.value, str) or "${" not in node.value:
+            return node
+        if path in self._open:
+            circle = " -> ".join(map(dotted, (*self._open[self._open.index(path) :], path)))
+            raise ValueError(f"references run in a circle: {circle}")
+        if path not in self._done:
+            self._open.append(path)
+            try:
+                self._done[path] = self._evaluate(node, node.value, path)
+            except NemotronError as error:
+                self.failures.append(error)
+                self._done[path] = node
+            finally:
+                self._open.pop()
+        return self._done[path]
+
+    def _evaluate(self, node: Node, text: str, path: KeyPath) -> Node:
+        from omegaconf.errors import OmegaConfBaseException
+        from omegaconf.grammar_parser import parse
+        from omegaconf.grammar_visitor import GrammarVisitor
+
+        used: list[str] = []
+
+        def find_key(key: Any, _memo: object) -> Any:
+            name = getattr(key, "raw", key)  # OmegaConf 2.3 passes the text alone
+            used.append(f"${{{name}}}")
+            return self._find_key(name, path, node.place)
+
+        def call(name: str, args: tuple[Any, ...], args_str: tuple[str, ...]) -> _Found:
+            if name == "oc.env" and len(args) in (1, 2):
+                return _variable(args, args_str, dotted(path), node.place, used)
+            if name == "steps" and len(args) <= 1:
+                return _Found(Node(str(_steps_path("".join(map(str, args))))))
+            raise ValueError(f"{name} with {len(args)} arguments is none of the references here")
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # OmegaConf warns of an argument left empty
+                value = GrammarVisitor(find_key, call, None).visit(parse(text))
+        except (OmegaConfBaseException, ValueError, RecursionError, Warning) as error:
+            reason = str(error).partition("\n")[0]
+            problem = f"{dotted(path)}: cannot resolve {text!r}: {reason}"
+            raise _invalid(problem, node.place, _FIX) from None
+        found = value.node() if isinstance(value, _Found) else Node(value)
+        place = f"{node.place} ({', '.join(used)})" if used else node.place
+        return replace(found, place=place, overrides=node.overrides)
+
+    def _find_key(self, name: str, path: KeyPath, place: str) -> _Found:
+        num_dots = len(name) - len(name.lstrip("."))
+        target = path[:-num_dots] if num_dots else ()
+        for part in _KEY_PART.findall(name):
+            around = child_at(self._root, target)
+            is_item = around is not None and isinstance(around.value, list) and part.isdecimal()
+            target = (*target, int(part) if is_item else part)
+        node = child_at(self._root, target)
+        if node is None:
+            known = [dotted(leaf) for leaf, _ in leaves(self._root) if leaf != path]
+            problem = f"{dotted(path)}: cannot resolve ${{{name}}}: no key {dotted(target)}"
+            raise _invalid(problem, place, did_you_mean(dotted(target), known, _FIX))
+        found = transform(node, self.resolve, target)
+        if sum(1 + len(str(leaf.value)) for _, leaf in leaves(found)) > _MOST_CHARACTERS:
+            raise ValueError(f"{dotted(target)} is too long to be referred to")
+        return _Found(found)
 
 
-def _parse(text: str, start: int, *, is_default: bool) -> tuple[tuple[_Part, ...], int]:
-    """Return the parts of ``text`` from ``start`` and the end: of the text, or of the default."""
-    parts: list[_Part] = []
-    literal = ""
-    while start < len(text):
-        opening = _OPENING.match(text, start)
-        if is_default and text[start] == "}":
-            break
-        if opening is None:
-            literal += text[start]
-            start += 1
-            continue
-        start = opening.end()
-        literal += "\\" * (len(opening[1]) // 2)
-        if len(opening[1]) % 2 == 1:
-            literal += "${"
-            continue
-        if literal:
-            parts.append(literal)
-        literal = ""
-        part, start = _parse_reference(text, start)
-        parts.append(part)
-    if literal:
-        parts.append(literal)
-    return tuple(parts), start
-
-
-def _parse_reference(text: str, start: int) -> tuple[_Part, int]:
-    steps = _STEPS.match(text, start)
-    if steps:
-        return _StepsPath(steps[1]), steps.end()
-    environment = _ENVIRONMENT.match(text, start)
-    if not environment:
-        raise _GrammarError(f"cannot resolve {text!r}: wanted ${{oc.env:NAME}} or ${{steps:PATH}}")
-    if environment[2] == "}":
-        return _Variable(environment[1], None), environment.end()
-    quoted = _QUOTED.match(text, environment.end())
-    if quoted:
-        default: tuple[_Part, ...] = (_Quoted(quoted[1] if quoted[1] is not None else quoted[2]),)
-        end = quoted.end()
-    else:
-        default, end = _parse(text, environment.end(), is_default=True)
-    if end >= len(text):
-        raise _GrammarError(f"cannot resolve {text!r}: a closing }} is missing")
-    return _Variable(environment[1], default), end + 1
-
-
-def _evaluate(part: _Part, key: str, place: str, used: list[str]) -> str | None:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, _StepsPath):
-        return str(_steps_path(part.path, key, place))
-    if is_secret_name(part.name):
-        raise _secret_reference(part.name, key, place)
-    value = os.environ.get(part.name)
+def _variable(
+    args: tuple[Any, ...], written: tuple[str, ...], key: str, place: str, used: list[str]
+) -> _Found:
+    name = str(args[0])
+    if is_secret_name(name):
+        raise _secret_reference(name, key, place)
+    value = os.environ.get(name)
     if value:
-        used.append(part.name)
-        return value
-    if part.default is None:
-        raise NemotronError(
-            "variable_missing",
-            f"{key} needs the environment variable {part.name}, which is not set",
-            where=place,
-            fix=f"export {part.name}=..., or pass {key}=...",
-        )
-    values = [_evaluate(inner, key, place, used) for inner in part.default]
-    if len(values) == 1 and (values[0] is None or isinstance(values[0], _Quoted)):
-        return values[0]
-    text = _join(values).strip()
-    return None if text == "null" else text
+        used.append(f"${name}")
+        return _Found(parse_value(value, place))
+    if len(args) == 1:
+        problem = f"{key} needs the environment variable {name}, which is not set"
+        fix = f"export {name}=..., or pass {key}=..."
+        return _Found(NemotronError("variable_missing", problem, where=place, fix=fix))
+    default, text = args[1], written[1]
+    if isinstance(default, _Found):
+        return default
+    if isinstance(default, str) and text[0] in "'\"":
+        return _Found(Node(default))
+    if not isinstance(default, str) and "${" in text:
+        raise ValueError("a list or section as a default holds no references")
+    # A number as it was written: 25.10 is no 25.1.
+    return _Found(parse_value(default if isinstance(default, str) else text, place))
 
 
-def _join(values: list[str | None]) -> str:
-    if None in values:
-        raise _GrammarError("a reference inside of text came out as null")
-    return "".join(value or "" for value in values)
-
-
-def _steps_path(relative: str, key: str, place: str) -> Path:
+def _steps_path(relative: str) -> Path:
     parts = PurePosixPath(relative).parts
     path = STEPS_ROOT / relative
     if not parts or PurePosixPath(relative).is_absolute() or ".." in parts or not path.exists():
-        raise _invalid(f"{key}: ${{steps:{relative}}} names nothing that ships here", place)
+        raise ValueError(f"{relative!r} names nothing that ships here")
     return path
 
 
-def _invalid(problem: str, place: str) -> NemotronError:
-    return NemotronError(
-        "interpolation_invalid",
-        problem,
-        where=place,
-        fix="write ${oc.env:NAME,default} or ${steps:PATH}, or \\${ for a literal ${",
-    )
+def _invalid(problem: str, place: str, fix: str) -> NemotronError:
+    return NemotronError("interpolation_invalid", problem, where=place, fix=fix)
 
 
 def _secret_reference(name: str, key: str, place: str) -> NemotronError:

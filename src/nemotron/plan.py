@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from nemotron.catalog import DEFAULT_CONFIG, Step, find_config
 from nemotron.config import Schema, override, read_config
 from nemotron.errors import NemotronError, raise_all
-from nemotron.interpolation import resolve
+from nemotron.interpolation import escape, resolve
 from nemotron.profile import EXECUTORS, Execution, LeptonExecution, Profile, SlurmExecution
 from nemotron.tree import Node, child_at, display, dotted, leaves, merge
 from nemotron.validation import refuse_secrets, validate
@@ -198,7 +198,8 @@ def _lay_profile(tree: Node, profile: Profile | None) -> Node:
     kept = {
         key: node for key, node in written.items() if key in YAML_KEEPS and node.value is not None
     }
-    composed = merge(merge(env, profile.values), Node(kept))
+    # The profile's own references are resolved; a ${ that is left in it is text.
+    composed = merge(merge(env, escape(profile.values)), Node(kept))
     return merge(tree, Node({"run": Node({"env": composed})}))
 
 

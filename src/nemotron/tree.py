@@ -11,7 +11,7 @@ strings. Anchors, aliases, tags and duplicate keys are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def parse_value(text: str, place: str) -> Node:
     """
     if text.strip()[:1] in ("[", "{", '"', "'"):
         try:
-            return _place(parse_yaml(text, place), place)
+            return transform(parse_yaml(text, place), lambda node, _: replace(node, place=place))
         except NemotronError:
             return Node(text, place, text)
     return Node(plain_scalar(text.strip(), text), place, text)
@@ -136,13 +136,26 @@ def from_plain(value: Any, place: str) -> Node:
 
 
 def merge(base: Node, over: Node) -> Node:
-    """Return ``base`` with ``over`` laid on it: sections merge key by key, all else is replaced."""
+    """Return ``base`` with ``over`` laid on it: sections merge key by key, all else is replaced.
+
+    ``OmegaConf.merge`` does the same to values, and loses where they were written.
+    """
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return replace(over, overrides=base.place)
     merged = dict(base.value)
     for key, child in over.value.items():
         merged[key] = merge(merged[key], child) if key in merged else child
     return Node(merged, over.place)
+
+
+def transform(node: Node, change: Callable[[Node, KeyPath], Node], path: KeyPath = ()) -> Node:
+    """Return ``node`` with ``change(node, path)`` in place of every value, the innermost first."""
+    value = node.value
+    if isinstance(value, dict):
+        value = {key: transform(child, change, (*path, key)) for key, child in value.items()}
+    elif isinstance(value, list):
+        value = [transform(child, change, (*path, i)) for i, child in enumerate(value)]
+    return change(replace(node, value=value), path)
 
 
 def child_at(node: Node, path: KeyPath) -> Node | None:
@@ -226,14 +239,6 @@ def _build_section(node: yaml.MappingNode, source: str) -> dict[str, Node]:
         # A section or list starts a line below its key; people look for the key.
         section[key.value] = replace(child, place=f"{source}:{key.start_mark.line + 1}")
     return section
-
-
-def _place(node: Node, place: str) -> Node:
-    if isinstance(node.value, dict):
-        return Node({key: _place(child, place) for key, child in node.value.items()}, place)
-    if isinstance(node.value, list):
-        return Node([_place(child, place) for child in node.value], place)
-    return replace(node, place=place)
 
 
 def _marked(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:

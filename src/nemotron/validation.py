@@ -8,6 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from nemotron.errors import NemotronError, raise_all
 from nemotron.redaction import HIDDEN, is_secret_name, looks_like_secret
-from nemotron.tree import KeyPath, Node, child_at, dotted, leaves, plain, plain_scalar
+from nemotron.tree import KeyPath, Node, child_at, dotted, leaves, plain, plain_scalar, transform
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -153,6 +154,7 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _keep_text(tree: Node, errors: Sequence[ErrorDetails]) -> Node:
+    texts: dict[KeyPath, Node] = {}
     for error in errors:
         path = _path_of(error, tree)
         node = child_at(tree, path)
@@ -160,22 +162,8 @@ def _keep_text(tree: Node, errors: Sequence[ErrorDetails]) -> Node:
             continue
         # An empty text is a string, but no path or choice.
         if node.text is not None and (node.text or error["type"] == "string_type"):
-            tree = _replace_at(tree, path, Node(node.text, node.place, node.text, node.overrides))
-    return tree
-
-
-def _replace_at(tree: Node, path: KeyPath, new: Node) -> Node:
-    if not path:
-        return new
-    value = tree.value
-    if isinstance(value, dict):
-        key = str(path[0])
-        changed: Any = {**value, key: _replace_at(value[key], path[1:], new)}
-    else:
-        assert isinstance(value, list)  # noqa: S101 - the path was found in this tree
-        index = int(path[0])
-        changed = [*value[:index], _replace_at(value[index], path[1:], new), *value[index + 1 :]]
-    return Node(changed, tree.place, None, tree.overrides)
+            texts[path] = replace(node, value=node.text)
+    return transform(tree, lambda node, path: texts.get(path, node))
 
 
 def _path_of(error: ErrorDetails, tree: Node) -> KeyPath:

@@ -211,3 +211,16 @@ def test_building_a_plan_writes_nothing(slurm: Path) -> None:
     before = sorted(slurm.rglob("*"))
     plan("demo/train", profile="slurm")
     assert sorted(slurm.rglob("*")) == before
+
+
+def test_a_config_refers_to_what_profile_and_arguments_make_of_it(slurm: Path) -> None:
+    arguments = ("run.env.nodes=4", "output_dir=${run.env.nodes}/${run.env.env_vars.B}")
+    job = plan("demo/make", *arguments, profile="slurm")
+    assert job.values["output_dir"] == "4/profile"
+
+
+def test_a_literal_opening_in_a_profile_stays_one(slurm: Path) -> None:
+    with (slurm / "profiles" / "slurm.toml").open("a") as file:
+        file.write(r"""startup_commands = ['export X=\${HOME}/x']""")
+    job = plan("demo/make", profile="slurm")
+    assert job.execution.startup_commands == ("export X=${HOME}/x",)

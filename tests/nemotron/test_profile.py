@@ -143,6 +143,29 @@ def test_references_are_resolved_and_empty_variables_are_left_out(
     assert keys(load_profile("p").values) == {"nodes": 3, "env_vars": {"ALSO": None, "KEPT": ""}}
 
 
+def test_references_to_keys_see_what_the_profile_makes_of_its_parent(here: Path) -> None:
+    profiles(
+        here,
+        """
+        [base]
+        executor = "slurm"
+        lustre_mount = "/base"
+        remote_job_dir = "${lustre_mount}/jobs"
+        mounts = ["${lustre_mount}:${lustre_mount}"]
+        env_vars = { HF_HOME = "${remote_job_dir}/hf" }
+        [top]
+        extends = "base"
+        lustre_mount = "/top"
+        """,
+    )
+    assert keys(load_profile("top").values) == {
+        "lustre_mount": "/top",
+        "remote_job_dir": "/top/jobs",
+        "mounts": ["/top:/top"],
+        "env_vars": {"HF_HOME": "/top/jobs/hf"},
+    }
+
+
 @pytest.mark.parametrize(
     "line",
     [
