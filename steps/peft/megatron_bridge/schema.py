@@ -15,13 +15,14 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from nemotron.config import Schema
+from nemotron.steps._models.targets import LINEARS
 
-LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 # Upstream selects defaults by importing these; here they are names, and nothing is imported.
 Recipe = Literal[
     "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_peft_config",
@@ -131,20 +132,34 @@ class TrainConfig(Schema):
 
 
 class PeftConfig(Schema):
-    """The adapter. ``alpha / dim`` scales it; dropout acts on its input."""
+    """The adapter. ``alpha / dim`` scales it; dropout acts on its input.
+
+    A pattern is a linear's own name, or a wildcard on its full name.
+    """
 
     type: Literal["lora"] = "lora"
     dim: PositiveInt = 32
     alpha: float = Field(default=32.0, gt=0.0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: tuple[str, ...] = ("linear_qkv", "linear_proj")
+    use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(dim) instead")
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default={}, description="dim of the linears that a pattern names; the first match counts"
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default={}, description="alpha of the linears that a pattern names; the first match counts"
+    )
 
     @model_validator(mode="after")
     def _targets_exist(self) -> Self:
-        unknown = sorted(set(self.target_modules) - set(LINEARS))
+        patterns = [*self.target_modules, *self.rank_pattern, *self.alpha_pattern]
+        # What a full name or wildcard matches depends on the base; see checks.target_errors.
+        unknown = [each for each in patterns if "." not in each and "*" not in each]
+        unknown = sorted(set(unknown) - set(LINEARS))
         if unknown or not self.target_modules:
             raise ValueError(
-                f"target_modules {list(self.target_modules)} must name some of {list(LINEARS)}"
+                f"{unknown or 'target_modules []'} must be some of {list(LINEARS)}, or wildcards "
+                "such as *.layers.0.*.linear_qkv"
             )
         return self
 
