@@ -25,6 +25,7 @@ from nemotron.steps._training.batches import (
 )
 from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.flat_adapter import FlatAdapter
+from nemotron.steps._training.lora_plus import LoraPlusAdamW
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.schedule import Schedule
 
@@ -48,13 +49,17 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """AdamW with decoupled weight decay, and the bound on the global gradient norm (0: none)."""
+    """AdamW with decoupled weight decay, and the bound on the global gradient norm (0: none).
+
+    ``lora_plus_lr_ratio``: learning rate of lora_b over that of lora_a.
+    """
 
     adam_beta1: float
     adam_beta2: float
     adam_eps: float
     weight_decay: float
     clip_grad: float
+    lora_plus_lr_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,9 @@ class Trainer:
             data=layout.data,
             world=layout.world,
         )
-        self.optimizer = torch.optim.AdamW(
-            [self.adapter.values],
+        self.optimizer = LoraPlusAdamW(
+            self.adapter,
+            lora_plus_lr_ratio=adam.lora_plus_lr_ratio,
             lr=schedule.at(0),
             betas=(adam.adam_beta1, adam.adam_beta2),
             eps=adam.adam_eps,

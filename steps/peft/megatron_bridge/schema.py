@@ -149,6 +149,9 @@ class PeftConfig(Schema):
     alpha_pattern: dict[str, PositiveFloat] = Field(
         default={}, description="alpha of the linears that a pattern names; the first match counts"
     )
+    lora_plus_lr_ratio: PositiveFloat = Field(
+        default=1.0, description="learning rate of lora_b over that of lora_a (LoRA+)"
+    )
 
     @model_validator(mode="after")
     def _targets_exist(self) -> Self:

@@ -50,7 +50,10 @@ def run(config: Config, produced_by: Producer) -> None:
                 decay_iters=config.lr_decay_iters,
                 style=config.scheduler.lr_decay_style,
             ),
-            adam=AdamSettings(**optimizer.model_dump(exclude={"lr", "min_lr"})),
+            adam=AdamSettings(
+                **optimizer.model_dump(exclude={"lr", "min_lr"}),
+                lora_plus_lr_ratio=peft.lora_plus_lr_ratio,
+            ),
             intervals=Intervals(
                 train.train_iters,
                 train.eval_interval,
