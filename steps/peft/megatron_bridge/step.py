@@ -49,6 +49,9 @@ def run(config: Config, produced_by: Producer) -> None:
                 warmup_iters=config.lr_warmup_iters,
                 decay_iters=config.lr_decay_iters,
                 style=config.scheduler.lr_decay_style,
+                warmup_init=config.scheduler.lr_warmup_init,
+                wsd_decay_iters=config.scheduler.lr_wsd_decay_iters or 0,
+                wsd_style=config.scheduler.lr_wsd_decay_style,
             ),
             adam=AdamSettings(
                 **optimizer.model_dump(exclude={"lr", "min_lr"}),
