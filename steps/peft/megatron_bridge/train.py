@@ -107,6 +107,8 @@ def train_adapter(
         losses = {
             "valid_loss_before": before.lm_loss if before else None,
             "valid_loss": now.lm_loss if now else None,
+            "best_valid_loss": trainer.best.lm_loss if trainer.best else None,
+            "best_iteration": trainer.best.iteration if trainer.best else None,
         }
         directory = save_adapter(
             output,
