@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,13 @@ from nemotron.steps._formats.huggingface import read_json
 from nemotron.steps._formats.megatron import TRACKER
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
 from nemotron.steps._models.config import DecoderConfig
-from nemotron.steps._models.layouts import LORA_TARGETS, hf_tensors, lora_from_hf, lora_to_hf
+from nemotron.steps._models.layouts import (
+    LORA_TARGETS,
+    hf_tensors,
+    lora_from_hf,
+    lora_hf_modules,
+    lora_to_hf,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -36,11 +42,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False,),
     "fan_in_fan_out": (False,),
     "use_dora": (False,),
-    "use_rslora": (False,),
     "use_qalora": (False,),
     "modules_to_save": ((), []),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
     "layers_to_transform": ((), []),
     "layers_pattern": ((), []),
     "layer_replication": ((), []),
@@ -58,10 +61,13 @@ class Adapter:
     Args:
         directory: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         config: Sizes of the model it adapts.
-        dim: LoRA rank.
-        alpha: LoRA alpha; the adapter's output is scaled by ``alpha / dim``.
+        dim: LoRA rank where ``rank_pattern`` says no other.
+        alpha: LoRA alpha where ``alpha_pattern`` says no other.
         dropout: Dropout it was trained with.
-        target_modules: Hugging Face names of the adapted modules, last parts, sorted.
+        use_rslora: Whether the scale is ``alpha / sqrt(dim)`` instead of ``alpha / dim``.
+        rank_pattern: LoRA rank by PEFT's patterns: regular expressions for the end of a module.
+        alpha_pattern: LoRA alpha likewise.
+        target_modules: Hugging Face names of the adapted modules or their last parts, sorted.
         base_model_name_or_path: What it says it was trained on.
         file: The opened weights.
     """
@@ -71,14 +77,18 @@ class Adapter:
     dim: int
     alpha: float
     dropout: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
     target_modules: tuple[str, ...]
     base_model_name_or_path: str | None
     file: SafetensorsFile
 
-    @property
-    def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
-        return self.alpha / self.dim
+    def scale(self, module: str) -> float:
+        """Return what the product of the factors of one of ``modules`` is multiplied by."""
+        dim = _by_pattern(self.rank_pattern, module, default=self.dim)
+        alpha = _by_pattern(self.alpha_pattern, module, default=self.alpha)
+        return alpha / (math.sqrt(dim) if self.use_rslora else dim)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -111,22 +121,36 @@ def write_adapter(
     alpha: float,
     dropout: float,
     base_model_name_or_path: str,
+    use_rslora: bool = False,
+    alphas: Mapping[str, float] | None = None,
 ) -> None:
     """Write an adapter as PEFT does, with the factors' own type.
+
+    ``adapter_config.json`` names exactly the modules of ``factors``: by their last parts where
+    every layer has them, in full otherwise. PEFT reads ``rank_pattern`` and ``alpha_pattern``; vLLM
+    does not, and scales such an adapter wrongly without a word: merge it instead.
 
     Args:
         directory: Where to write; exists.
         factors: lora_a [R, in features] and lora_b [out features, R], whole, by Megatron module
-            (``decoder.layers.3.self_attention.linear_qkv``).
+            (``decoder.layers.3.self_attention.linear_qkv``); R may differ between modules.
         config: Sizes of the model.
-        dim: LoRA rank.
-        alpha: LoRA alpha.
+        dim: LoRA rank of most modules.
+        alpha: LoRA alpha of most modules.
         dropout: Dropout of the adapter's input, in [0, 1).
         base_model_name_or_path: The base, for PEFT's ``AutoPeftModel``.
+        use_rslora: Whether the scale is ``alpha / sqrt(dim)`` instead of ``alpha / dim``.
+        alphas: LoRA alpha by Megatron module, of those that have another than ``alpha``.
     """
     tensors: dict[str, Tensor] = {}
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
     for name, (lora_a, lora_b) in factors.items():
         tensors |= lora_to_hf(name, lora_a.detach().cpu(), lora_b.detach().cpu(), config)
+        modules = lora_hf_modules(name)
+        rank_pattern |= {module: len(lora_a) for module in modules if len(lora_a) != dim}
+        own_alpha = (alphas or {}).get(name, alpha)
+        alpha_pattern |= {module: _number(own_alpha) for module in modules if own_alpha != alpha}
     write_safetensors(
         directory / ADAPTER_WEIGHTS,
         names=sorted(tensors),
@@ -134,7 +158,6 @@ def write_adapter(
         dtype=lambda name: tensors[name].dtype,
         read=lambda name: tensors[name],
     )
-    targets = {name.rsplit(".", 1)[-1] for name in factors}
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -144,15 +167,15 @@ def write_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": _number(alpha),
         "lora_dropout": dropout,
         "modules_to_save": None,
         "r": dim,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": sorted(leaf for target in targets for leaf in LORA_TARGETS[target]),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": _target_modules(factors, config),
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": use_rslora,
     }
     text = json.dumps(values, indent=2) + "\n"
     (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
@@ -175,13 +198,14 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
         raise _error("missing", directory, f"{directory} has no {file}")
     values = read_json(path)
     dim, alpha, targets = _check_config(path, values)
+    rank_pattern = _check_pattern(path, values, "rank_pattern")
     file = SafetensorsFile(directory / ADAPTER_WEIGHTS)
-    wanted = _wanted_shapes(path, targets, dim=dim, config=config)
+    wanted = _wanted_shapes(path, targets, dim=dim, rank_pattern=rank_pattern, config=config)
     _check_keys(file, wanted)
     for name, shape in wanted.items():
         if file.entries[name].shape != shape:
             got = list(file.entries[name].shape)
-            problem = f"{name} is {got}; r {dim} and the base ask for {list(shape)}"
+            problem = f"{name} is {got}; its rank and the base ask for {list(shape)}"
             raise _error("shape", file.path, problem)
         if not torch.isfinite(file.read(name)).all():
             raise _error("not_finite", file.path, f"{name} holds values that are not finite")
@@ -191,6 +215,9 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
         dim=dim,
         alpha=alpha,
         dropout=float(values.get("lora_dropout") or 0.0),
+        use_rslora=values.get("use_rslora") is True,
+        rank_pattern=rank_pattern,
+        alpha_pattern=_check_pattern(path, values, "alpha_pattern"),
         target_modules=targets,
         base_model_name_or_path=values.get("base_model_name_or_path"),
         file=file,
@@ -209,6 +236,45 @@ def find_adapter_dir(path: Path) -> Path | None:
 
 def _names(module: str) -> tuple[str, str]:
     return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def _number(value: float) -> float:
+    """Return a number as PEFT writes it: 32 rather than 32.0."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _target_modules(names: Collection[str], config: DecoderConfig) -> list[str]:
+    """Return the shortest names that make PEFT adapt these Megatron modules and no others."""
+    targets: list[str] = []
+    for linear, leaves in LORA_TARGETS.items():
+        own = [name for name in names if name.endswith(f".{linear}")]
+        is_everywhere = len(own) == config.num_layers
+        targets += leaves if is_everywhere else [m for name in own for m in lora_hf_modules(name)]
+    return sorted(targets)
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _by_pattern(pattern: Mapping[str, _Number], module: str, *, default: _Number) -> _Number:
+    """Return the value of the first key that names a module, as PEFT looks it up."""
+    own = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(own, default)
+
+
+def _check_pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return ``rank_pattern`` (counts) or ``alpha_pattern`` (numbers) after checking it."""
+    pattern = values.get(key) or {}
+    kinds = int if key == "rank_pattern" else int | float
+    for module, value in pattern.items():
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or (key == "rank_pattern" and value < 1):
+            raise _error("config", path, f"{key} gives {module} {value!r}; wanted a number")
+        try:
+            re.compile(module)
+        except re.error as error:
+            raise _error("config", path, f"{key}: {module!r} is no pattern: {error}") from None
+    return pattern
 
 
 def _check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float, tuple[str, ...]]:
@@ -230,7 +296,12 @@ def _check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float, tu
 
 
 def _wanted_shapes(
-    path: Path, targets: tuple[str, ...], *, dim: int, config: DecoderConfig
+    path: Path,
+    targets: tuple[str, ...],
+    *,
+    dim: int,
+    rank_pattern: Mapping[str, int],
+    config: DecoderConfig,
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that an adapter of these targets has."""
     linears = {
@@ -248,8 +319,9 @@ def _wanted_shapes(
             raise _error("config", path, f"no module of the base is named {target}{hint}")
         for module in modules:
             name_a, name_b = _names(module)
-            wanted[name_a] = (dim, linears[module][1])
-            wanted[name_b] = (linears[module][0], dim)
+            own_dim = _by_pattern(rank_pattern, module, default=dim)
+            wanted[name_a] = (own_dim, linears[module][1])
+            wanted[name_b] = (linears[module][0], own_dim)
     return wanted
 
 

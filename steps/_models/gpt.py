@@ -10,8 +10,8 @@ S tokens, H hidden, N attention heads, G key/value heads, D head dimension, T te
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypedDict
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.targets import first_match
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.dropout import DropoutRows
 from nemotron.steps._tensor_parallel.linear import (
@@ -46,14 +47,29 @@ class Split(TypedDict):
 
 @dataclass(frozen=True)
 class LoraTargets:
-    """Which linears get an adapter, by Megatron's names, and its shape."""
+    """Which linears get an adapter, by patterns on Megatron's names, and each one's shape.
+
+    ``rank_pattern`` and ``alpha_pattern`` replace ``spec``'s dim and alpha in the linears that a
+    pattern names; of several, the first counts.
+    """
 
     modules: Collection[str]
     spec: LoraSpec
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, linear: str) -> LoraSpec | None:
-        """Return the adapter of a linear, None where it is not a target."""
-        return self.spec if linear in self.modules else None
+        """Return the adapter of a linear, given by its full name; None where it is no target."""
+        if first_match(self.modules, linear) is None:
+            return None
+        rank, alpha = (
+            first_match(each, linear) for each in (self.rank_pattern, self.alpha_pattern)
+        )
+        return replace(
+            self.spec,
+            dim=self.spec.dim if rank is None else self.rank_pattern[rank],
+            alpha=self.spec.alpha if alpha is None else self.alpha_pattern[alpha],
+        )
 
 
 class GPTModel(nn.Module):
@@ -83,7 +99,7 @@ class GPTModel(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.lora = config, lora
         self.group = group
         self.sequence_parallel = sequence_parallel and group.size > 1
         split = Split(group=group, dtype=dtype, sequence_parallel=self.sequence_parallel)
@@ -234,7 +250,7 @@ class SelfAttention(nn.Module):
             f"{name}.linear_qkv",
             config.hidden_size,
             qkv_features,
-            lora=lora and lora.of("linear_qkv"),
+            lora=lora and lora.of(f"{name}.linear_qkv"),
             norm_epsilon=config.layernorm_epsilon,
             **split,
         )
@@ -242,7 +258,7 @@ class SelfAttention(nn.Module):
             f"{name}.linear_proj",
             attention_features,
             config.hidden_size,
-            lora=lora and lora.of("linear_proj"),
+            lora=lora and lora.of(f"{name}.linear_proj"),
             **split,
         )
 
@@ -279,7 +295,7 @@ class MLP(nn.Module):
             hidden,
             2 * ffn,
             num_segments=2,
-            lora=lora and lora.of("linear_fc1"),
+            lora=lora and lora.of(f"{name}.linear_fc1"),
             norm_epsilon=config.layernorm_epsilon,
             **split,
         )
@@ -287,7 +303,7 @@ class MLP(nn.Module):
             f"{name}.linear_fc2",
             ffn,
             hidden,
-            lora=lora and lora.of("linear_fc2"),
+            lora=lora and lora.of(f"{name}.linear_fc2"),
             swiglu=True,
             **split,
         )

@@ -5,7 +5,7 @@ and LoRA shard are added locally; then one collective. ``FusedLora`` keeps activ
 between the linears; the two ``SequenceParallel`` functions split them over the sequence.
 
 S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T tensor-parallel size;
-``scale = alpha / R``. Factors come in their masters' dtype (fp32) and are used in the activations'.
+scale: ``LoraSpec``'s. Factors come in their masters' dtype (fp32) and are used in the activations'.
 A prologue (RMS norm, SwiGLU) is part of the linear: x in the lines below is its output; what is
 saved is its input, and it is computed again in the backward pass. With dropout, x in a line about
 A is ``x * mask``; masks are drawn again, not saved. Nothing is saved or computed for a gradient of

@@ -9,6 +9,7 @@ S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T ten
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,11 +31,21 @@ from nemotron.steps._tensor_parallel.prologue import RMSNormPrologue, SwiGLUProl
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Shape of the adapters: LoRA rank, ``alpha`` (scale is alpha / dim), dropout in [0, 1)."""
+    """Shape of an adapter: LoRA rank, ``alpha``, dropout in [0, 1), and which scale it has."""
 
     dim: int
     alpha: float
     dropout: float = 0.0
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by: alpha / dim.
+
+        With ``use_rslora`` alpha / sqrt(dim), which keeps the size of the update at every rank.
+        Source: Kalajdzievski 2023 (arXiv:2312.03732), theorem 3.2.
+        """
+        return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
 
 
 @dataclass(frozen=True)
@@ -88,8 +99,8 @@ class _ParallelLinear(nn.Module):
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by: alpha / dim."""
-        return self.lora.alpha / self.lora.dim if self.lora else 1.0
+        """What the product of the factors is multiplied by."""
+        return self.lora.scale if self.lora else 1.0
 
     def load_weight(self, shard: Tensor) -> None:
         """Copy this rank's base shard in.

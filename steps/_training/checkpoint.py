@@ -53,19 +53,21 @@ def save_adapter(
         The ``iter_NNNNNNN`` directory, complete on every rank's return.
     """
     target = directory / f"iter_{iteration:07d}"
-    linears = model.adapted_linears()
-    factors = {linear.name: linear.full_lora() for linear in linears}
-    spec = linears[0].lora
-    assert spec is not None  # adapted_linears() are those with one
+    factors = {linear.name: linear.full_lora() for linear in model.adapted_linears()}
+    lora = model.lora
+    assert lora is not None  # without one there is nothing to save
+    alphas = {name: own.alpha for name in factors if (own := lora.of(name))}
     if layout.is_first:
         with publish(target) as partial:
             write_adapter(
                 partial,
                 {name: (a.cpu(), b.cpu()) for name, (a, b) in factors.items()},
                 config=model.config,
-                dim=spec.dim,
-                alpha=spec.alpha,
-                dropout=spec.dropout,
+                dim=lora.spec.dim,
+                alpha=lora.spec.alpha,
+                dropout=lora.spec.dropout,
+                use_rslora=lora.spec.use_rslora,
+                alphas=alphas,
                 base_model_name_or_path=base_model_name_or_path,
             )
             if tokenizer_dir is not None:

@@ -32,6 +32,7 @@ class FlatAdapter:
     Attributes:
         values: All factors, [P], fp32; its ``grad`` is the flat gradient.
         gradients: The flat gradient, [P].
+        parts: Where in [P] all ``lora_a`` and all ``lora_b`` are, adjacent ones joined.
     """
 
     def __init__(
@@ -43,12 +44,13 @@ class FlatAdapter:
         world: ProcessGroup,
     ) -> None:
         self._tensor, self._data, self._world = tensor, data, world
-        ordered = sorted(parameters, key=lambda each: _ORDER.index(each.kind))
+        ordered = sorted(parameters, key=lambda each: (_ORDER.index(each.kind), _factor(each)))
         flat = torch.cat([each.parameter.detach().flatten() for each in ordered])
         self.values = nn.Parameter(flat)
         self.gradients = torch.zeros_like(flat)
         self.values.grad = self.gradients
         sizes = dict.fromkeys(_ORDER, 0)
+        self.parts: dict[str, list[slice]] = {"lora_a": [], "lora_b": []}
         offset = 0
         for each in ordered:
             part = slice(offset, offset + each.parameter.numel())
@@ -56,6 +58,7 @@ class FlatAdapter:
             each.parameter.data = self.values.data[part].view(shape)
             # autograd adds into an existing gradient in place, so this view stays the gradient.
             each.parameter.grad = self.gradients[part].view(shape)
+            _append(self.parts[_factor(each)], part)
             offset = part.stop
             sizes[each.kind] += each.parameter.numel()
         self._num_partial = sizes["partial"]
@@ -82,6 +85,16 @@ class FlatAdapter:
         """Return by how much the ranks' copies of a factor differ; anything but 0.0 is a defect."""
         values = self.values.detach()
         return max(_spread(values[: self._num_whole], self._tensor), _spread(values, self._data))
+
+
+def _factor(parameter: LoraParameter) -> str:
+    return parameter.name.rsplit(".", 1)[-1]
+
+
+def _append(parts: list[slice], part: slice) -> None:
+    """Add a part, joined to the last one where they touch."""
+    is_adjacent = parts and parts[-1].stop == part.start
+    parts.append(slice(parts.pop().start, part.stop) if is_adjacent else part)
 
 
 def _spread(tensor: Tensor, group: ProcessGroup) -> float:

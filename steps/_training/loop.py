@@ -25,6 +25,7 @@ from nemotron.steps._training.batches import (
 )
 from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.flat_adapter import FlatAdapter
+from nemotron.steps._training.lora_plus import LoraPlusAdamW
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.schedule import Schedule
 
@@ -48,13 +49,17 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """AdamW with decoupled weight decay, and the bound on the global gradient norm (0: none)."""
+    """AdamW with decoupled weight decay, and the bound on the global gradient norm (0: none).
+
+    ``lora_plus_lr_ratio``: learning rate of lora_b over that of lora_a.
+    """
 
     adam_beta1: float
     adam_beta2: float
     adam_eps: float
     weight_decay: float
     clip_grad: float
+    lora_plus_lr_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,14 @@ class Validation:
     supervised_tokens: int
 
 
+@dataclass(frozen=True)
+class Best:
+    """The lowest loss on the valid split so far, and after how many steps; 0 is the base alone."""
+
+    iteration: int
+    lm_loss: float
+
+
 class Trainer:
     """Everything that one optimizer step needs, held together.
 
@@ -92,6 +105,9 @@ class Trainer:
         adam: Optimizer settings.
         seed: Seed of the row order and of dropout.
         metrics: Where losses go.
+
+    Attributes:
+        best: The best evaluation so far; None before the first and without a valid split.
     """
 
     def __init__(
@@ -110,14 +126,16 @@ class Trainer:
         self.model, self.layout, self.batch = model, layout, batch
         self.train_rows, self.valid_rows = train_rows, valid_rows
         self.schedule, self.adam, self.seed, self.metrics = schedule, adam, seed, metrics
+        self.best: Best | None = None
         self.adapter = FlatAdapter(
             (each for linear in model.adapted_linears() for each in linear.lora_parameters()),
             tensor=layout.tensor,
             data=layout.data,
             world=layout.world,
         )
-        self.optimizer = torch.optim.AdamW(
-            [self.adapter.values],
+        self.optimizer = LoraPlusAdamW(
+            self.adapter,
+            lora_plus_lr_ratio=adam.lora_plus_lr_ratio,
             lr=schedule.at(0),
             betas=(adam.adam_beta1, adam.adam_beta2),
             eps=adam.adam_eps,
@@ -243,7 +261,13 @@ class Trainer:
             totals[1] += len(micro.supervised)
         loss_sum, supervised_tokens = all_reduce(totals, self.layout.data).tolist()
         result = Validation(loss_sum / max(supervised_tokens, 1.0), int(supervised_tokens))
-        self.metrics.validation(iteration, result.lm_loss, result.supervised_tokens)
+        is_lower = self.best is None or result.lm_loss < self.best.lm_loss
+        is_best = is_lower and math.isfinite(result.lm_loss)
+        if is_best:
+            self.best = Best(iteration, result.lm_loss)
+        self.metrics.validation(
+            iteration, result.lm_loss, result.supervised_tokens, is_best=is_best
+        )
         return result
 
     def _collate(self, split: PackedSplit, rows: list[int]) -> MicroBatch:

@@ -37,10 +37,12 @@ class MetricsLog:
                 f"({values['supervised_tokens_per_second']:,.0f} supervised)"
             )
 
-    def validation(self, iteration: int, lm_loss: float, supervised_tokens: int) -> None:
+    def validation(
+        self, iteration: int, lm_loss: float, supervised_tokens: int, *, is_best: bool
+    ) -> None:
         """Record the loss on the valid split after ``iteration`` optimizer steps."""
         event = {"event": "validation", "iteration": iteration, "lm_loss": lm_loss}
-        self._append(event | {"supervised_tokens": supervised_tokens})
+        self._append(event | {"supervised_tokens": supervised_tokens, "is_best": is_best})
         self._print(
             f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters} | "
             f"lm loss validation {lm_loss:.4f} | ppl {math.exp(min(lm_loss, 20.0)):.2f}"

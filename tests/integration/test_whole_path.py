@@ -140,7 +140,7 @@ def test_the_merged_checkpoint_answers_in_the_chats_own_form(world: World) -> No
         return_tensors="pt",
         return_dict=True,
     )
-    out = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    out = model.generate(**prompt, max_new_tokens=40, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
     answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])
     assert answer.startswith("The capital of")
     assert answer.endswith("<|im_end|>")

@@ -22,6 +22,12 @@ from nemotron.steps._training.base_model import load_base_model
 
 SPEC = LoraSpec(dim=4, alpha=8.0)
 TARGETS = LoraTargets(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), SPEC)
+VARIANTS = LoraTargets(
+    ("*.layers.0.self_attention.*", "linear_fc1"),
+    LoraSpec(dim=4, alpha=3.0, use_rslora=True),
+    rank_pattern={"linear_qkv": 2, "*.layers.1.*": 3},
+    alpha_pattern={"*.mlp.linear_fc1": 5.0},
+)
 CU_SEQLENS = (0, 11, 12, 40)
 LLAMA31_ROPE = {
     "rope_type": "llama3",
@@ -33,7 +39,7 @@ LLAMA31_ROPE = {
 }
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "llama-3.1 rope"])
+@pytest.fixture(scope="module", params=["tied", "untied", "llama-3.1 rope", "variants"])
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[GPTModel, PeftModel]:
@@ -62,7 +68,7 @@ def pair(
     )
     ours = load_base_model(
         open_megatron(root / "base"),
-        lora=TARGETS,
+        lora=VARIANTS if request.param == "variants" else TARGETS,
         group=ProcessGroup(),
         dtype=torch.float32,
         device=torch.device("cpu"),
@@ -73,15 +79,19 @@ def pair(
             torch.randn_like(linear.lora_a) * 0.1, torch.randn_like(linear.lora_b) * 0.1
         )
         factors[linear.name] = linear.full_lora()
+    assert ours.lora is not None
+    spec = ours.lora.spec
     (root / "adapter").mkdir()
     write_adapter(
         root / "adapter",
         factors,
         config=ours.config,
-        dim=SPEC.dim,
-        alpha=SPEC.alpha,
+        dim=spec.dim,
+        alpha=spec.alpha,
         dropout=0.0,
         base_model_name_or_path="x",
+        use_rslora=spec.use_rslora,
+        alphas={each.name: each.lora.alpha for each in ours.adapted_linears() if each.lora},
     )
     return ours, PeftModel.from_pretrained(base, root / "adapter", is_trainable=True)
 
@@ -141,7 +151,7 @@ def test_loss_and_every_adapter_gradient_equal_pefts(pair: tuple[GPTModel, PeftM
             # Sums of 30 fp32 products in another order, relative to gradients of size 0.01 to 1.
             torch.testing.assert_close(got[name], gradients[peft_name(name)], rtol=1e-4, atol=1e-6)
             compared += 1
-    assert compared == 2 * 7
+    assert compared == len(gradients) // 2 == (8 if ours.lora is VARIANTS else 14)
 
 
 def peft_name(name: str) -> str:

@@ -1,6 +1,6 @@
 """Merging: base weights with an adapter added to them, written out and read back.
 
-merged = W + (alpha / dim) * lora_b @ lora_a, product and sum in fp32, cast once to the type of W.
+merged = W + scale * lora_b @ lora_a, product and sum in fp32, cast once to the type of W.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class MergedWeights:
         module = name.removesuffix(".weight")
         if module in self._modules:
             lora_a, lora_b = self._adapter.read(module)
-            weight, self.deltas[name] = add_delta(weight, lora_a, lora_b, scale=self._adapter.scale)
+            scale = self._adapter.scale(module)
+            weight, self.deltas[name] = add_delta(weight, lora_a, lora_b, scale=scale)
         if not torch.isfinite(weight).all():
             raise step_error(ID, "merged_not_finite", f"{name} holds values that are not finite")
         return weight
@@ -65,7 +66,7 @@ def add_delta(
         weight: [F, H].
         lora_a: [R, H].
         lora_b: [F, R].
-        scale: alpha / dim.
+        scale: Of the adapter in this module, such as alpha / dim.
 
     Returns:
         The merged weight, and the largest absolute value of the scaled product before the cast.
@@ -152,6 +153,9 @@ def _describe_merge(inputs: MergeInputs, merged: MergedWeights) -> dict[str, Any
             "base_fingerprint": inputs.base_fingerprint,
             "dim": inputs.adapter.dim,
             "alpha": inputs.adapter.alpha,
+            "use_rslora": inputs.adapter.use_rslora,
+            "rank_pattern": dict(inputs.adapter.rank_pattern),
+            "alpha_pattern": dict(inputs.adapter.alpha_pattern),
             "target_modules": list(inputs.adapter.target_modules),
             "largest_change": max(merged.deltas.values()),
         }

@@ -7,11 +7,14 @@ they are asked again, of the files that the job really sees.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from nemotron.artifacts import MANIFEST, Artifact, read_artifact
 from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
+from nemotron.steps._models.targets import first_match, linear_names, unmatched
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
 STEP = "peft/megatron_bridge"
@@ -30,7 +33,7 @@ def check(config: Config) -> list[NemotronError]:
     if packs is not None and base is not None:
         errors += _check_tokenizer(config, packs, base)
     if base is not None:
-        errors += _check_split(config, base_root(config.checkpoint.pretrained_checkpoint))
+        errors += _check_model(config, base_root(config.checkpoint.pretrained_checkpoint))
     return errors
 
 
@@ -136,11 +139,49 @@ def _check_tokenizer(config: Config, packs: Artifact, base: Artifact) -> list[Ne
     return [step_error(STEP, "tokenizer_mismatch", problem, where=str(config.packed_data))]
 
 
-def _check_split(config: Config, base: Path | None) -> list[NemotronError]:
+def target_errors(
+    patterns: Mapping[str, Collection[str]], *, num_layers: int
+) -> list[NemotronError]:
+    """Return an error for every pattern that names no linear of a base, or none that is adapted.
+
+    Args:
+        patterns: By config key; ``peft.target_modules`` are the targets, the others are matched
+            against what they name.
+        num_layers: Of the base.
+    """
+    names = linear_names(num_layers)
+    targets = patterns["peft.target_modules"]
+    adapted = [name for name in names if first_match(targets, name)]
+    return [
+        step_error(
+            STEP,
+            "no_such_module",
+            f"{key} has {pattern!r}, which names none of the {len(candidates)} "
+            f"{'linears' if candidates is names else 'adapted linears'} of {num_layers} layers "
+            f"(closest: {', '.join(closest)})",
+            where=key,
+        )
+        for key, own in patterns.items()
+        for candidates in [names if key == "peft.target_modules" else adapted]
+        for pattern, closest in unmatched(own, candidates).items()
+    ]
+
+
+def _check_model(config: Config, base: Path | None) -> list[NemotronError]:
     hf_config = base / "hf" / "config.json" if base else None
     if hf_config is None or not hf_config.is_file():
         return []
     model = json.loads(hf_config.read_text(encoding="utf-8"))
+    patterns: dict[str, Collection[str]] = {
+        "peft.target_modules": config.peft.target_modules,
+        "peft.rank_pattern": config.peft.rank_pattern,
+        "peft.alpha_pattern": config.peft.alpha_pattern,
+    }
+    errors = target_errors(patterns, num_layers=model["num_hidden_layers"])
+    return errors + _check_split(config, model, hf_config)
+
+
+def _check_split(config: Config, model: dict[str, Any], hf_config: Path) -> list[NemotronError]:
     size = config.tensor_model_parallel_size
     heads = model["num_attention_heads"]
     sizes = {

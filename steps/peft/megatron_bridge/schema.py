@@ -15,13 +15,14 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from nemotron.config import Schema
+from nemotron.steps._models.targets import LINEARS
 
-LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 # Upstream selects defaults by importing these; here they are names, and nothing is imported.
 Recipe = Literal[
     "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_peft_config",
@@ -131,20 +132,37 @@ class TrainConfig(Schema):
 
 
 class PeftConfig(Schema):
-    """The adapter. ``alpha / dim`` scales it; dropout acts on its input."""
+    """The adapter. ``alpha / dim`` scales it; dropout acts on its input.
+
+    A pattern is a linear's own name, or a wildcard on its full name.
+    """
 
     type: Literal["lora"] = "lora"
     dim: PositiveInt = 32
     alpha: float = Field(default=32.0, gt=0.0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: tuple[str, ...] = ("linear_qkv", "linear_proj")
+    use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(dim) instead")
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default={}, description="dim of the linears that a pattern names; the first match counts"
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default={}, description="alpha of the linears that a pattern names; the first match counts"
+    )
+    lora_plus_lr_ratio: PositiveFloat = Field(
+        default=1.0, description="learning rate of lora_b over that of lora_a (LoRA+)"
+    )
 
     @model_validator(mode="after")
     def _targets_exist(self) -> Self:
-        unknown = sorted(set(self.target_modules) - set(LINEARS))
+        patterns = [*self.target_modules, *self.rank_pattern, *self.alpha_pattern]
+        # What a full name or wildcard matches depends on the base; see checks.target_errors.
+        unknown = [each for each in patterns if "." not in each and "*" not in each]
+        unknown = sorted(set(unknown) - set(LINEARS))
         if unknown or not self.target_modules:
             raise ValueError(
-                f"target_modules {list(self.target_modules)} must name some of {list(LINEARS)}"
+                f"{unknown or 'target_modules []'} must be some of {list(LINEARS)}, or wildcards "
+                "such as *.layers.0.*.linear_qkv"
             )
         return self
 
@@ -172,8 +190,9 @@ class OptimizerConfig(Schema):
 class SchedulerConfig(Schema):
     """Learning rate over iterations: linear warm-up, then the decay style down to ``min_lr``."""
 
-    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="shape of the decay after the warm-up"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = Field(
+        default="cosine",
+        description="shape of the decay after the warm-up; WSD: stable first, decay at the end",
     )
     lr_warmup_iters: NonNegativeInt = Field(
         default=50,
@@ -182,6 +201,32 @@ class SchedulerConfig(Schema):
     lr_decay_iters: PositiveInt | None = Field(
         default=None, description="iteration at which the decay ends; train.train_iters where null"
     )
+    lr_warmup_fraction: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="the warm-up as a part of lr_decay_iters, instead of lr_warmup_iters",
+    )
+    lr_warmup_init: NonNegativeFloat = Field(
+        default=0.0, description="learning rate of the first iteration of the warm-up"
+    )
+    lr_wsd_decay_iters: PositiveInt | None = Field(
+        default=None, description="iterations of the decay of WSD, the last of lr_decay_iters"
+    )
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
+        default="exponential", description="shape of the decay of WSD"
+    )
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        is_given = "lr_warmup_iters" in self.model_fields_set and self.lr_warmup_iters > 0
+        if self.lr_warmup_fraction is not None and is_given:
+            raise ValueError(
+                f"lr_warmup_fraction={self.lr_warmup_fraction} and "
+                f"lr_warmup_iters={self.lr_warmup_iters} both state the warm-up; "
+                "set lr_warmup_iters=0"
+            )
+        return self
 
 
 class CheckpointConfig(Schema):
@@ -287,6 +332,28 @@ class Config(Schema):
                 raise ValueError(f"{name} is stated twice and differently: {stated}")
         return self
 
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        scheduler, lr = self.scheduler, self.optimizer.lr
+        style, wsd_decay_iters = scheduler.lr_decay_style, scheduler.lr_wsd_decay_iters
+        for key, value in (
+            ("optimizer.min_lr", self.optimizer.min_lr),
+            ("scheduler.lr_warmup_init", scheduler.lr_warmup_init),
+        ):
+            if value > lr:
+                raise ValueError(f"{key}={value} is more than optimizer.lr={lr}")
+        if style == "WSD" and not 0 < (wsd_decay_iters or 0) <= self.lr_decay_iters:
+            raise ValueError(
+                f"lr_decay_style=WSD needs scheduler.lr_wsd_decay_iters, the iterations of its "
+                f"decay, in 1 to {self.lr_decay_iters}; it is {wsd_decay_iters}"
+            )
+        if style == "inverse-square-root" and self.lr_warmup_iters < 1:
+            raise ValueError(
+                "lr_decay_style=inverse-square-root is lr x sqrt(warm-up / iteration): it needs a "
+                f"warm-up of 1 iteration or more; lr_warmup_iters is {self.lr_warmup_iters}"
+            )
+        return self
+
     @property
     def seq_length(self) -> int:
         """Longest packed row, tokens of the forward pass; the pack_size of the data."""
@@ -323,9 +390,12 @@ class Config(Schema):
         return self.scheduler.lr_decay_iters or self.train.train_iters
 
     @property
-    def lr_warmup_iters(self) -> int:
+    def lr_warmup_iters(self) -> float:
         """Iterations of the warm-up; as in Megatron one that outlasts the decay is cut short."""
-        return min(self.scheduler.lr_warmup_iters, self.lr_decay_iters - 1)
+        fraction = self.scheduler.lr_warmup_fraction
+        stated = self.scheduler.lr_warmup_iters
+        warmup_iters = stated if fraction is None else fraction * self.lr_decay_iters
+        return min(warmup_iters, self.lr_decay_iters - 1)
 
     @property
     def packed_data(self) -> str | None:

@@ -21,7 +21,7 @@ from nemotron.steps.peft.megatron_bridge.train import train_adapter
 def run(config: Config, produced_by: Producer) -> None:
     """Check the inputs, open the process groups and train."""
     packed_root, base_path = existing_inputs(config)
-    lora, optimizer, train = config.peft, config.optimizer, config.train
+    peft, optimizer, train = config.peft, config.optimizer, config.train
     with open_layout(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         data_parallel_size=config.recipe.data_parallel_size,
@@ -32,7 +32,12 @@ def run(config: Config, produced_by: Producer) -> None:
             packed_root=packed_root,
             base_path=base_path,
             output=Path(config.checkpoint.save),
-            lora=LoraTargets(lora.target_modules, LoraSpec(lora.dim, lora.alpha, lora.dropout)),
+            lora=LoraTargets(
+                peft.target_modules,
+                LoraSpec(peft.dim, peft.alpha, peft.dropout, peft.use_rslora),
+                rank_pattern=peft.rank_pattern,
+                alpha_pattern=peft.alpha_pattern,
+            ),
             batch=BatchSettings(
                 train.global_batch_size,
                 train.micro_batch_size,
@@ -44,8 +49,14 @@ def run(config: Config, produced_by: Producer) -> None:
                 warmup_iters=config.lr_warmup_iters,
                 decay_iters=config.lr_decay_iters,
                 style=config.scheduler.lr_decay_style,
+                warmup_init=config.scheduler.lr_warmup_init,
+                wsd_decay_iters=config.scheduler.lr_wsd_decay_iters or 0,
+                wsd_style=config.scheduler.lr_wsd_decay_style,
             ),
-            adam=AdamSettings(**optimizer.model_dump(exclude={"lr", "min_lr"})),
+            adam=AdamSettings(
+                **optimizer.model_dump(exclude={"lr", "min_lr"}),
+                lora_plus_lr_ratio=peft.lora_plus_lr_ratio,
+            ),
             intervals=Intervals(
                 train.train_iters,
                 train.eval_interval,

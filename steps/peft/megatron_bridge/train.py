@@ -26,8 +26,7 @@ from nemotron.steps._training.loop import (
 )
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.schedule import Schedule
-
-STEP = "peft/megatron_bridge"
+from nemotron.steps.peft.megatron_bridge.checks import STEP, target_errors
 
 
 def train_adapter(
@@ -78,6 +77,7 @@ def train_adapter(
     base = open_megatron(base_path)
     if base.artifact is not None:
         _verified(base.root, "checkpoint_megatron", layout)
+    _check_targets(lora, base)
     model = load_base_model(
         base,
         lora=lora,
@@ -107,6 +107,8 @@ def train_adapter(
         losses = {
             "valid_loss_before": before.lm_loss if before else None,
             "valid_loss": now.lm_loss if now else None,
+            "best_valid_loss": trainer.best.lm_loss if trainer.best else None,
+            "best_iteration": trainer.best.iteration if trainer.best else None,
         }
         directory = save_adapter(
             output,
@@ -153,6 +155,17 @@ def _verified(directory: Path, artifact_type: str, layout: Layout) -> Artifact:
     return artifact
 
 
+def _check_targets(lora: LoraTargets, base: MegatronCheckpoint) -> None:
+    """Refuse a pattern that names no linear; the checks before knew the base's config at best."""
+    patterns = {
+        "peft.target_modules": lora.modules,
+        "peft.rank_pattern": lora.rank_pattern,
+        "peft.alpha_pattern": lora.alpha_pattern,
+    }
+    for error in target_errors(patterns, num_layers=base.config.num_layers):
+        raise error
+
+
 def _properties(packs: Artifact, base: MegatronCheckpoint, lora: LoraTargets) -> dict[str, Any]:
     of_base = base.artifact.properties if base.artifact else {}
     return {
@@ -164,6 +177,9 @@ def _properties(packs: Artifact, base: MegatronCheckpoint, lora: LoraTargets) ->
             "alpha": lora.spec.alpha,
             "dropout": lora.spec.dropout,
             "target_modules": sorted(lora.modules),
+            "use_rslora": lora.spec.use_rslora,
+            "rank_pattern": dict(lora.rank_pattern),
+            "alpha_pattern": dict(lora.alpha_pattern),
         },
     }
 

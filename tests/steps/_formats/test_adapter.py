@@ -130,7 +130,8 @@ def test_open_gives_back_what_write_adapter_got(tmp_path: Path, config: DecoderC
         base_model_name_or_path="base",
     )
     adapter = open_adapter(tmp_path, config=config)
-    assert (adapter.dim, adapter.alpha, adapter.dropout, adapter.scale) == (3, 4.5, 0.1, 1.5)
+    assert (adapter.dim, adapter.alpha, adapter.dropout) == (3, 4.5, 0.1)
+    assert {adapter.scale(module) for module in adapter.modules} == {1.5}
     assert adapter.base_model_name_or_path == "base"
     assert adapter.target_modules == (
         "down_proj",
@@ -156,7 +157,7 @@ def test_open_reads_what_peft_saved(
     get_peft_model(model, lora).save_pretrained(str(tmp_path / "peft"))
     adapter = open_adapter(tmp_path / "peft", config=config)
     assert adapter.target_modules == ("down_proj", "q_proj")
-    assert adapter.scale == 2.0
+    assert adapter.scale("model.layers.0.self_attn.q_proj") == 2.0
     assert set(adapter.modules) == {
         f"model.layers.{layer}.{name}"
         for layer in range(2)
@@ -166,6 +167,80 @@ def test_open_reads_what_peft_saved(
     down_proj: Any = model.get_submodule("model.layers.1.mlp.down_proj")
     assert torch.equal(lora_a, down_proj.lora_A["default"].weight)
     assert lora_b.shape == (16, 4)
+
+
+def _varied() -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors of some linears only, of two ranks."""
+    ranks = {
+        "decoder.layers.0.self_attention.linear_qkv": 3,
+        "decoder.layers.0.self_attention.linear_proj": 3,
+        "decoder.layers.1.self_attention.linear_proj": 3,
+        "decoder.layers.1.mlp.linear_fc1": 5,
+    }
+    return {name: _factors(lora_rank=rank)[name] for name, rank in ranks.items()}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_peft_adapts_exactly_our_modules_with_our_ranks_and_scales(
+    tmp_path: Path, config: DecoderConfig, use_rslora: bool
+) -> None:
+    factors = _varied()
+    write_adapter(
+        tmp_path,
+        factors,
+        config=config,
+        dim=3,
+        alpha=6,
+        dropout=0.0,
+        base_model_name_or_path=str(tmp_path / "hf"),
+        use_rslora=use_rslora,
+        alphas={"decoder.layers.0.self_attention.linear_qkv": 7.5},
+    )
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    # Keys that are missing or left over are warnings of PEFT, and warnings are errors here.
+    model = PeftModel.from_pretrained(base, tmp_path)
+    peers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    layer_0, layer_1 = "model.layers.0", "model.layers.1"
+    assert peers.keys() == {
+        *(f"{layer_0}.self_attn.{leaf}_proj" for leaf in "qkvo"),
+        f"{layer_1}.self_attn.o_proj",
+        f"{layer_1}.mlp.gate_proj",
+        f"{layer_1}.mlp.up_proj",
+    }
+    adapter = open_adapter(tmp_path, config=config)
+    assert set(adapter.modules) == peers.keys()
+    for name, peer in peers.items():
+        assert adapter.scale(name) == pytest.approx(peer.scaling["default"], rel=1e-15)  # type: ignore[index]
+    root = (lambda value: value**0.5) if use_rslora else float
+    assert adapter.scale(f"{layer_0}.self_attn.q_proj") == 7.5 / root(3)
+    assert adapter.scale(f"{layer_0}.self_attn.o_proj") == 6 / root(3)
+    assert adapter.scale(f"{layer_1}.mlp.gate_proj") == 6 / root(5)
+    again = adapter.factors()
+    assert again.keys() == factors.keys()
+    assert all(torch.equal(again[name][1], lora_b) for name, (_, lora_b) in factors.items())
+
+
+def test_open_reads_pefts_own_patterns(tmp_path: Path, config: DecoderConfig) -> None:
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "down_proj"],
+        use_rslora=True,
+        rank_pattern={r"layers\.0\..*_proj": 2, "q_proj": 3},
+        alpha_pattern={"down_proj": 5},
+    )
+    get_peft_model(model, lora).save_pretrained(str(tmp_path / "peft"))
+    adapter = open_adapter(tmp_path / "peft", config=config)
+    assert len(adapter.modules) == 4
+    for name in adapter.modules:
+        peer: Any = model.get_submodule(name)
+        assert adapter.scale(name) == pytest.approx(peer.scaling["default"], rel=1e-15)
+        assert len(adapter.read(name)[0]) == peer.r["default"]
 
 
 def test_open_names_a_missing_half(adapter: Path, config: DecoderConfig) -> None:
@@ -216,7 +291,7 @@ def test_open_refuses_a_rank_that_is_not_that_of_the_tensors(
     _change_config(adapter, r=4)
     error = _error(adapter, config)
     assert error.code == "adapter_shape"
-    assert "is [3, 16]; r 4 and the base ask for [4, 16]" in error.problem
+    assert "is [3, 16]; its rank and the base ask for [4, 16]" in error.problem
 
 
 def test_open_names_a_tensor_of_another_shape(adapter: Path, config: DecoderConfig) -> None:
@@ -224,7 +299,7 @@ def test_open_names_a_tensor_of_another_shape(adapter: Path, config: DecoderConf
     _change_weights(adapter, lambda tensors: tensors.update({name: torch.zeros(15, 3)}))
     error = _error(adapter, config)
     assert error.code == "adapter_shape"
-    assert f"{name} is [15, 3]; r 3 and the base ask for [16, 3]" in error.problem
+    assert f"{name} is [15, 3]; its rank and the base ask for [16, 3]" in error.problem
 
 
 def test_open_names_a_truncated_file(adapter: Path, config: DecoderConfig) -> None:
@@ -246,9 +321,10 @@ def test_open_names_a_truncated_file(adapter: Path, config: DecoderConfig) -> No
         ({"target_modules": ["q_porj"]}, r"named q_porj \(closest: q_proj\)"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"use_dora": True}, "use_dora is True"),
-        ({"use_rslora": True}, "use_rslora is True"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives q_proj 0; wanted a number"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern gives q_proj 1.5"),
+        ({"rank_pattern": {"q_(proj": 3}}, r"rank_pattern: 'q_\(proj' is no pattern"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern gives q_proj '8'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
     ],

@@ -80,7 +80,16 @@ def base_megatron(tmp_path: Path, base_hf: Path) -> Path:
 def save_adapter() -> SaveAdapter:
     """Return a function that saves a random adapter for a base, recorded as the trainer does."""
 
-    def save(directory: Path, base_hf: Path, *, alpha: float = 6.0, **properties: Any) -> Path:
+    def save(
+        directory: Path,
+        base_hf: Path,
+        *,
+        alpha: float = 6.0,
+        use_rslora: bool = False,
+        ranks: tuple[int, int] = (3, 3),
+        alphas: dict[str, float] | None = None,
+        **properties: Any,
+    ) -> Path:
         base = HuggingFaceCheckpoint(base_hf)
         generator = torch.Generator().manual_seed(1)
         shapes = {
@@ -91,8 +100,8 @@ def save_adapter() -> SaveAdapter:
         }
         factors = {
             f"decoder.layers.{layer}.{name}": (
-                0.2 * torch.randn(3, columns, generator=generator),
-                0.2 * torch.randn(rows, 3, generator=generator),
+                0.2 * torch.randn(ranks[layer], columns, generator=generator),
+                0.2 * torch.randn(rows, ranks[layer], generator=generator),
             )
             for layer in range(2)
             for name, (columns, rows) in shapes.items()
@@ -106,6 +115,8 @@ def save_adapter() -> SaveAdapter:
                 alpha=alpha,
                 dropout=0.0,
                 base_model_name_or_path=str(base_hf),
+                use_rslora=use_rslora,
+                alphas=alphas,
             )
             recorded = {
                 "base_fingerprint": base_fingerprint(base),

@@ -67,6 +67,27 @@ def _resign(directory: Path, **properties: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_and_alphas_by_module_are_merged_as_peft_scales_them(
+    tmp_path: Path, save_base: SaveBase, save_adapter: SaveAdapter, use_rslora: bool
+) -> None:
+    base, output = tmp_path / "base", tmp_path / "out"
+    model = save_base(base)
+    alphas = {"decoder.layers.1.self_attention.linear_qkv": 1.5}
+    adapter = save_adapter(
+        tmp_path / "adapter", base, ranks=(3, 5), alphas=alphas, use_rslora=use_rslora
+    )
+    _merge(adapter, base, output)
+    wanted = _logits(PeftModel.from_pretrained(model, adapter))
+    # As above.
+    got = _logits(LlamaForCausalLM.from_pretrained(output))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    origin = read_artifact(output, "checkpoint_hf").properties["merged_from"]
+    assert origin["use_rslora"] is use_rslora
+    assert set(origin["rank_pattern"].values()) == {5}
+    assert set(origin["alpha_pattern"].values()) == {1.5}
+
+
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
 def test_the_merged_checkpoint_answers_as_peft_with_the_adapter(

@@ -118,8 +118,26 @@ def test_one_fact_stated_twice_and_differently_is_refused() -> None:
 
 
 def test_a_target_that_does_not_exist_is_refused_with_those_that_do() -> None:
-    with pytest.raises(ValueError, match=r"\['linear_q'\] must name some of \['linear_qkv'"):
-        Config.model_validate({"peft": {"target_modules": ["linear_q"]}})
+    for key, value in (("target_modules", ["linear_q"]), ("rank_pattern", {"linear_q": 4})):
+        with pytest.raises(ValueError, match=r"\['linear_q'\] must be some of \['linear_qkv'"):
+            Config.model_validate({"peft": {key: value}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "closest"),
+    [
+        ("target_modules", ["linear_qkv", "*.layers.2.mlp.linear_fc1"], "layers.0.mlp.linear_fc1"),
+        ("rank_pattern", {"linear_fc1": 8}, "layers.1.self_attention.linear_qkv"),
+        ("alpha_pattern", {"*.layers.2.*": 8.0}, "layers.0.self_attention.linear_qkv"),
+    ],
+)
+def test_a_pattern_that_names_nothing_is_refused_with_the_closest_names(
+    world: Any, key: str, value: Any, closest: str
+) -> None:
+    (error,) = check(config(world, peft={key: value}))
+    assert (error.code, error.exit_code) == ("no_such_module", ExitCode.PREFLIGHT)
+    assert error.where == f"peft.{key}"
+    assert closest in error.problem
 
 
 def test_a_truncated_shard_stops_the_run_with_exit_code_4(
