@@ -150,21 +150,18 @@ def target_errors(
         num_layers: Of the base.
     """
     names = linear_names(num_layers)
-    targets = patterns["peft.target_modules"]
-    adapted = [name for name in names if first_match(targets, name)]
-    return [
-        step_error(
-            STEP,
-            "no_such_module",
-            f"{key} has {pattern!r}, which names none of the {len(candidates)} "
-            f"{'linears' if candidates is names else 'adapted linears'} of {num_layers} layers "
-            f"(closest: {', '.join(closest)})",
-            where=key,
-        )
-        for key, own in patterns.items()
-        for candidates in [names if key == "peft.target_modules" else adapted]
-        for pattern, closest in unmatched(own, candidates).items()
-    ]
+    adapted = [name for name in names if first_match(patterns["peft.target_modules"], name)]
+    errors = []
+    for key, own in patterns.items():
+        is_target = key == "peft.target_modules"
+        candidates, kind = (names, "linears") if is_target else (adapted, "adapted linears")
+        for pattern, closest in unmatched(own, candidates).items():
+            problem = (
+                f"{key} has {pattern!r}, which names none of the {len(candidates)} {kind} of "
+                f"{num_layers} layers (closest: {', '.join(closest)})"
+            )
+            errors.append(step_error(STEP, "no_such_module", problem, where=key))
+    return errors
 
 
 def _check_model(config: Config, base: Path | None) -> list[NemotronError]:
