@@ -49,7 +49,14 @@ def load_base_model(
         ValueError: A dimension is not divisible by the size of ``group``.
     """
     with torch.device(device):
-        model = GPTModel(reader.config, lora=lora, group=group, dtype=dtype, recompute=recompute)
+        model = GPTModel(
+            reader.config,
+            lora=lora,
+            group=group,
+            dtype=dtype,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+        )
     rows = model.word_embeddings.rows
     model.word_embeddings.weight.copy_(reader.read("embedding.word_embeddings.weight", rows=rows))
     if model.output_layer is not None:
