@@ -10,8 +10,8 @@ from typing import Any
 from nemotron.artifacts import Input, Producer, publish, write_artifact, write_text
 from nemotron.steps._formats.adapter import write_adapter
 from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, TOKENIZER_FILES, copy_files
-from nemotron.steps._models.gpt import GPTModel
-from nemotron.steps._training.distributed import Layout
+from nemotron.steps._training.distributed import Layout, gather_tensors
+from nemotron.steps._training.pipeline import PipelineStage
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -33,7 +33,7 @@ def start_directory(directory: Path) -> Path | None:
 
 def save_adapter(
     directory: Path,
-    model: GPTModel,
+    model: PipelineStage,
     *,
     layout: Layout,
     iteration: int,
@@ -53,15 +53,16 @@ def save_adapter(
         The ``iter_NNNNNNN`` directory, complete on every rank's return.
     """
     target = directory / f"iter_{iteration:07d}"
-    linears = model.adapted_linears()
-    factors = {linear.name: linear.full_lora() for linear in linears}
-    spec = linears[0].lora
-    assert spec is not None  # adapted_linears() are those with one
+    whole = {linear.name: linear.full_lora() for linear in model.adapted_linears()}
+    lora_a = gather_tensors({name: a for name, (a, _) in whole.items()}, layout.pipeline)
+    lora_b = gather_tensors({name: b for name, (_, b) in whole.items()}, layout.pipeline)
+    assert model.lora is not None  # a model without an adapter is not trained
+    spec = model.lora.spec
     if layout.is_first:
         with publish(target) as partial:
             write_adapter(
                 partial,
-                {name: (a.cpu(), b.cpu()) for name, (a, b) in factors.items()},
+                {name: (a, lora_b[name]) for name, a in lora_a.items()},
                 config=model.config,
                 dim=spec.dim,
                 alpha=spec.alpha,
