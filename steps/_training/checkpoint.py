@@ -54,8 +54,9 @@ def save_adapter(
     """
     target = directory / f"iter_{iteration:07d}"
     whole = {linear.name: linear.full_lora() for linear in model.adapted_linears()}
-    lora_a = gather_tensors({name: a for name, (a, _) in whole.items()}, layout.pipeline)
-    lora_b = gather_tensors({name: b for name, (_, b) in whole.items()}, layout.pipeline)
+    stages = layout.pipeline, layout.device
+    lora_a = gather_tensors({name: a for name, (a, _) in whole.items()}, *stages)
+    lora_b = gather_tensors({name: b for name, (_, b) in whole.items()}, *stages)
     assert model.lora is not None  # a model without an adapter is not trained
     spec = model.lora.spec
     if layout.is_first:

@@ -130,15 +130,17 @@ def _join(groups: Iterable[range]) -> ProcessGroup:
     return mine
 
 
-def gather_tensors(tensors: Mapping[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
+def gather_tensors(
+    tensors: Mapping[str, Tensor], group: ProcessGroup, device: torch.device
+) -> dict[str, Tensor]:
     """Return the tensors of all ranks of a group, on the CPU, by their names; for megabytes.
 
-    Each rank may have others, of any shapes. They travel as safetensors: nothing is unpickled.
+    Each rank may have others, of any shapes, or none. They travel over ``device`` as safetensors:
+    nothing is unpickled.
     """
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     if group.size == 1:
         return contiguous
-    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     packed = torch.frombuffer(bytearray(save(contiguous)), dtype=torch.uint8).to(device)
     sizes = all_gather(torch.tensor(len(packed), device=device), group).tolist()
     padded = F.pad(packed, (0, max(sizes) - len(packed)))

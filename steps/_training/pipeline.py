@@ -144,7 +144,7 @@ class _Work:
 
 
 class _Message(NamedTuple):
-    """What an action's result is good for: the receiver's action."""
+    """Where a result goes: the stage that receives it, and what that does with it."""
 
     stage: int
     action: Action
