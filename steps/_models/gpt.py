@@ -34,6 +34,7 @@ from nemotron.steps._tensor_parallel.vocabulary import (
     VocabParallelEmbedding,
     gather_sequence,
     linear_cross_entropy,
+    vocabulary_rows,
 )
 
 
@@ -83,6 +84,8 @@ class GPTModel(nn.Module):
         sequence_parallel: Split activations between the linears over the sequence, [S / T, H]; S is
             padded to a multiple of T.
         recompute: Keep only each layer's input and compute the layer again in the backward pass.
+        layers: Numbers of the layers that exist here, all by default. With the first comes the
+            embedding, with the last the final norm and the output layer.
 
     Raises:
         ValueError: Heads, groups or features are not divisible by T.
@@ -97,51 +100,79 @@ class GPTModel(nn.Module):
         dtype: torch.dtype,
         sequence_parallel: bool = False,
         recompute: bool = False,
+        layers: range | None = None,
     ) -> None:
         super().__init__()
+        layers = range(config.num_layers) if layers is None else layers
+        self.layer_numbers = layers
+        self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
         self.config, self.lora = config, lora
+        self.dtype = dtype
         self.group = group
         self.sequence_parallel = sequence_parallel and group.size > 1
         split = Split(group=group, dtype=dtype, sequence_parallel=self.sequence_parallel)
         self.recompute = recompute
-        self.word_embeddings = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, **split
+        vocabulary = config.vocab_size, config.hidden_size
+        self.word_embeddings = (
+            VocabParallelEmbedding(*vocabulary, **split) if self.is_first else None
         )
         self.layers = nn.ModuleList(
-            TransformerLayer(index, config, lora, split) for index in range(config.num_layers)
+            TransformerLayer(index, config, lora, split) for index in layers
         )
         self.final_layernorm: Tensor
         self.register_buffer("final_layernorm", torch.ones(config.hidden_size, dtype=dtype))
+        # Frozen, so a tied output layer on another stage than the embedding is a copy of its own.
+        tied = config.share_embeddings_and_output_weights and self.is_first
+        rows = vocabulary_rows(config.vocab_size, group)
+        shape = (rows.stop - rows.start, config.hidden_size)
+        has_weight = self.is_last and not tied
         self.output_layer: Tensor | None
-        tied = config.share_embeddings_and_output_weights
-        shard = None if tied else torch.empty_like(self.word_embeddings.weight)
-        self.register_buffer("output_layer", shard)
+        self.register_buffer(
+            "output_layer", torch.empty(shape, dtype=dtype) if has_weight else None
+        )
 
     @property
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer, [V / T, H]; the embedding's where they are tied."""
-        return self.word_embeddings.weight if self.output_layer is None else self.output_layer
+        if self.output_layer is not None:
+            return self.output_layer
+        assert self.word_embeddings is not None  # only the last layers have an output layer
+        return self.word_embeddings.weight
+
+    def rows_per_rank(self, num_tokens: int) -> int:
+        """Return the rows of activations between layers that a rank has: S, or S / T padded."""
+        return -(-num_tokens // self.group.size) if self.sequence_parallel else num_tokens
 
     def forward(
-        self, tokens_S: Tensor, cu_seqlens: Sequence[int], dropout: DropoutRows | None = None
+        self,
+        tokens_S: Tensor,
+        cu_seqlens: Sequence[int],
+        dropout: DropoutRows | None = None,
+        received_SH: Tensor | None = None,
     ) -> Tensor:
         """Return the final hidden states, [S, H], replicated over the tensor-parallel group.
+
+        Without the last layer: the activations that the next layer gets, [S, H] or [S / T, H].
 
         Args:
             tokens_S: Token ids, int64.
             cu_seqlens: Boundaries of the documents, from 0 to S.
             dropout: What identifies the rows, while training with LoRA dropout.
+            received_SH: Activations of the layer before these; None where these are the first.
         """
         num_tokens = len(tokens_S)
         if self.sequence_parallel:
             tokens_S, cu_seqlens, dropout = self._pad(tokens_S, cu_seqlens, dropout)
         rotary = self._rotary(cu_seqlens, tokens_S.device)
-        x_SH = self.word_embeddings(tokens_S)
+        x_SH = received_SH if self.word_embeddings is None else self.word_embeddings(tokens_S)
+        assert x_SH is not None  # layers that are not the first get what the ones before send
         for layer in self.layers:
             inputs = (x_SH, rotary, cu_seqlens, dropout)
             # Reentrant checkpointing would lose the gradients of adapters on a frozen base.
             recompute = self.recompute and torch.is_grad_enabled()
             x_SH = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+        if not self.is_last:
+            return x_SH
         x_SH = rms_norm(x_SH, self.final_layernorm, self.config.layernorm_epsilon)
         return gather_sequence(x_SH, self.group)[:num_tokens] if self.sequence_parallel else x_SH
 
@@ -187,8 +218,7 @@ class GPTModel(nn.Module):
         positions_S = torch.cat([torch.arange(length, device=device) for length in lengths])
         angles = positions_S.float().unsqueeze(1) * rotary_frequencies(self.config).to(device)
         angles_SD = torch.cat([angles, angles], dim=1)
-        dtype = self.word_embeddings.weight.dtype
-        return angles_SD.cos().to(dtype), angles_SD.sin().to(dtype)
+        return angles_SD.cos().to(self.dtype), angles_SD.sin().to(self.dtype)
 
 
 class TransformerLayer(nn.Module):

@@ -11,6 +11,7 @@ from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.gpt import GPTModel, LoraTargets, TransformerLayer
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear
+from nemotron.steps._tensor_parallel.vocabulary import vocabulary_rows
 
 
 class WeightReader(Protocol):
@@ -42,23 +43,43 @@ def load_base_model(
     device: torch.device,
     sequence_parallel: bool = False,
     recompute: bool = False,
+    layers: range | None = None,
 ) -> GPTModel:
     """Return the model of a checkpoint on ``device``, this rank's shards loaded, adapters zero.
+
+    With ``layers`` only those are built and read, and of the model's ends what goes with them.
 
     Raises:
         ValueError: A dimension is not divisible by the size of ``group``.
     """
     with torch.device(device):
-        model = GPTModel(reader.config, lora=lora, group=group, dtype=dtype, recompute=recompute)
-    rows = model.word_embeddings.rows
-    model.word_embeddings.weight.copy_(reader.read("embedding.word_embeddings.weight", rows=rows))
-    if model.output_layer is not None:
-        model.output_layer.copy_(reader.read("output_layer.weight", rows=rows))
-    model.final_layernorm.copy_(reader.read("decoder.final_layernorm.weight"))
-    for index, layer in enumerate(model.layers):
+        model = GPTModel(
+            reader.config,
+            lora=lora,
+            group=group,
+            dtype=dtype,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+            layers=layers,
+        )
+    _load_ends(model, reader)
+    for index, layer in zip(model.layer_numbers, model.layers, strict=True):
         assert isinstance(layer, TransformerLayer)
         _load_layer(layer, index, reader)
     return model
+
+
+def _load_ends(model: GPTModel, reader: WeightReader) -> None:
+    rows = vocabulary_rows(model.config.vocab_size, model.group)
+    embedding = "embedding.word_embeddings.weight"
+    if model.word_embeddings is not None:
+        model.word_embeddings.weight.copy_(reader.read(embedding, rows=rows))
+    if model.output_layer is not None:
+        is_tied = model.config.share_embeddings_and_output_weights
+        name = embedding if is_tied else "output_layer.weight"
+        model.output_layer.copy_(reader.read(name, rows=rows))
+    if model.is_last:
+        model.final_layernorm.copy_(reader.read("decoder.final_layernorm.weight"))
 
 
 def _load_layer(layer: TransformerLayer, index: int, reader: WeightReader) -> None:

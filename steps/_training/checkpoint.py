@@ -10,8 +10,8 @@ from typing import Any
 from nemotron.artifacts import Input, Producer, publish, write_artifact, write_text
 from nemotron.steps._formats.adapter import write_adapter
 from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, TOKENIZER_FILES, copy_files
-from nemotron.steps._models.gpt import GPTModel
-from nemotron.steps._training.distributed import Layout
+from nemotron.steps._training.distributed import Layout, gather_tensors
+from nemotron.steps._training.pipeline import PipelineStage
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -33,7 +33,7 @@ def start_directory(directory: Path) -> Path | None:
 
 def save_adapter(
     directory: Path,
-    model: GPTModel,
+    model: PipelineStage,
     *,
     layout: Layout,
     iteration: int,
@@ -53,15 +53,18 @@ def save_adapter(
         The ``iter_NNNNNNN`` directory, complete on every rank's return.
     """
     target = directory / f"iter_{iteration:07d}"
-    factors = {linear.name: linear.full_lora() for linear in model.adapted_linears()}
+    whole = {linear.name: linear.full_lora() for linear in model.adapted_linears()}
+    stages = layout.pipeline, layout.device
+    lora_a = gather_tensors({name: a for name, (a, _) in whole.items()}, *stages)
+    lora_b = gather_tensors({name: b for name, (_, b) in whole.items()}, *stages)
     lora = model.lora
-    assert lora is not None  # without one there is nothing to save
-    alphas = {name: own.alpha for name in factors if (own := lora.of(name))}
+    assert lora is not None  # a model without an adapter is not trained
+    alphas = {name: own.alpha for name in lora_a if (own := lora.of(name))}
     if layout.is_first:
         with publish(target) as partial:
             write_adapter(
                 partial,
-                {name: (a.cpu(), b.cpu()) for name, (a, b) in factors.items()},
+                {name: (a, lora_b[name]) for name, a in lora_a.items()},
                 config=model.config,
                 dim=lora.spec.dim,
                 alpha=lora.spec.alpha,

@@ -1,29 +1,44 @@
-"""The process groups of a job: which ranks share the linears, and which share the batch.
+"""The process groups of a job: which ranks share the linears, the batch, and the layers.
 
-Ranks are numbered tensor-parallel first, as in Megatron: rank = data_rank * T + tensor_rank.
+Ranks are numbered tensor-parallel first, then data, then pipeline, as Megatron's ``tp-dp-pp``:
+rank = (pipeline_rank * D + data_rank) * T + tensor_rank.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor
 
 from nemotron.errors import NemotronError
-from nemotron.steps._tensor_parallel.collectives import ProcessGroup
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather
 
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place: its tensor- and data-parallel groups, all ranks, and its device."""
+    """This rank's place: its groups and its device.
+
+    Attributes:
+        tensor: Ranks that share every linear of this rank's layers.
+        data: Ranks with the same shards of the same layers and other rows.
+        stage: Both together: all ranks that hold this rank's layers.
+        pipeline: Ranks that a micro batch visits, in the order of the layers.
+        world: All ranks.
+        device: Where this rank computes.
+    """
 
     tensor: ProcessGroup
     data: ProcessGroup
+    stage: ProcessGroup
+    pipeline: ProcessGroup
     world: ProcessGroup
     device: torch.device
 
@@ -40,31 +55,38 @@ class Layout:
 
 @contextlib.contextmanager
 def open_layout(
-    *, tensor_model_parallel_size: int, data_parallel_size: int, timeout_minutes: int
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    data_parallel_size: int,
+    timeout_minutes: int,
 ) -> Iterator[Layout]:
     """Yield the layout of the ranks that torchrun started; tear the groups down at the end.
 
     Raises:
-        NemotronError: ``world_size``: torchrun started another number of ranks than TP x DP.
+        NemotronError: ``world_size``: torchrun started another number of ranks than TP x PP x DP.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = tensor_model_parallel_size * data_parallel_size
+    stage_size = tensor_model_parallel_size * data_parallel_size
+    wanted = stage_size * pipeline_model_parallel_size
     if world_size != wanted:
         raise NemotronError(
             "world_size",
             f"{world_size} ranks were started; the layout needs {wanted} "
-            f"(TP {tensor_model_parallel_size} x DP {data_parallel_size})",
+            f"(TP {tensor_model_parallel_size} x PP {pipeline_model_parallel_size} "
+            f"x DP {data_parallel_size})",
             where="WORLD_SIZE",
             fix=f"start torchrun with {wanted} ranks, or set recipe.data_parallel_size",
         )
     device = _device()
     if world_size == 1:
-        yield Layout(ProcessGroup(), ProcessGroup(), ProcessGroup(), device)
+        alone = ProcessGroup()
+        yield Layout(alone, alone, alone, alone, alone, device)
         return
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield _make_groups(tensor_model_parallel_size, data_parallel_size, device)
+        yield _make_groups(tensor_model_parallel_size, stage_size, world_size, device)
     finally:
         dist.destroy_process_group()
 
@@ -77,25 +99,52 @@ def _device() -> torch.device:
     return device
 
 
-def _make_groups(tensor_size: int, data_size: int, device: torch.device) -> Layout:
-    rank = dist.get_rank()
-    data_rank, tensor_rank = divmod(rank, tensor_size)
-    # Every rank makes every group, in the same order: new_group is a collective of the world.
-    world_size = tensor_size * data_size
-    tensor_groups = [
-        _new_group(range(first, first + tensor_size)) for first in range(0, world_size, tensor_size)
-    ]
-    data_groups = [
-        _new_group(range(first, world_size, tensor_size)) for first in range(tensor_size)
-    ]
+def _make_groups(
+    tensor_size: int, stage_size: int, world_size: int, device: torch.device
+) -> Layout:
+    stages = [range(first, first + stage_size) for first in range(0, world_size, stage_size)]
+    world = ProcessGroup(dist.group.WORLD, dist.get_rank(), world_size)
     return Layout(
-        tensor=ProcessGroup(tensor_groups[data_rank], tensor_rank, tensor_size),
-        data=ProcessGroup(data_groups[tensor_rank], data_rank, data_size),
-        world=ProcessGroup(dist.group.WORLD, rank, world_size),
+        tensor=_join(
+            range(first, first + tensor_size) for first in range(0, world_size, tensor_size)
+        ),
+        data=_join(stage[rank::tensor_size] for stage in stages for rank in range(tensor_size)),
+        stage=_join(stages) if len(stages) > 1 else world,
+        pipeline=_join(range(rank, world_size, stage_size) for rank in range(stage_size)),
+        world=world,
         device=device,
     )
 
 
-def _new_group(ranks: range) -> dist.ProcessGroup | None:
-    group = dist.new_group(list(ranks))
-    return group if isinstance(group, dist.ProcessGroup) else None
+def _join(groups: Iterable[range]) -> ProcessGroup:
+    """Return this rank's group of some that are disjoint and equal in size.
+
+    Every rank makes every group, in the same order: new_group is a collective of the world.
+    """
+    mine = ProcessGroup()
+    for ranks in groups:
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks))
+            if isinstance(group, dist.ProcessGroup):
+                mine = ProcessGroup(group, ranks.index(dist.get_rank()), len(ranks))
+    return mine
+
+
+def gather_tensors(
+    tensors: Mapping[str, Tensor], group: ProcessGroup, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the tensors of all ranks of a group, on the CPU, by their names; for megabytes.
+
+    Each rank may have others, of any shapes, or none. They travel over ``device`` as safetensors:
+    nothing is unpickled.
+    """
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    if group.size == 1:
+        return contiguous
+    packed = torch.frombuffer(bytearray(save(contiguous)), dtype=torch.uint8).to(device)
+    sizes = all_gather(torch.tensor(len(packed), device=device), group).tolist()
+    padded = F.pad(packed, (0, max(sizes) - len(packed)))
+    gathered: dict[str, Tensor] = {}
+    for size, part in zip(sizes, all_gather(padded, group).cpu(), strict=True):
+        gathered |= load(part[:size].numpy().tobytes())
+    return gathered

@@ -2,8 +2,8 @@
 
 The buffers are laid out [partial | replicated | sharded] (``LoraParameter.kind``), so that one
 optimizer step needs one all-reduce for what the tensor-parallel ranks hold in parts (over all
-ranks) and one for the rest (over the data-parallel ranks), however many layers and micro batches
-there are. Being elementwise, AdamW on the flat buffer equals AdamW on the factors.
+ranks of the stage) and one for the rest (over the data-parallel ranks), however many layers and
+micro batches there are. Being elementwise, AdamW on the flat buffer equals AdamW on the factors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class FlatAdapter:
         parameters: Every factor of this rank; their data and gradients become views.
         tensor: Tensor-parallel group.
         data: Data-parallel group.
-        world: Both together.
+        stage: Both together.
+        pipeline: The ranks that hold the model's other layers.
+        device: Where a rank without any factor keeps its empty buffers.
 
     Attributes:
         values: All factors, [P], fp32; its ``grad`` is the flat gradient.
@@ -41,11 +43,15 @@ class FlatAdapter:
         *,
         tensor: ProcessGroup,
         data: ProcessGroup,
-        world: ProcessGroup,
+        stage: ProcessGroup,
+        pipeline: ProcessGroup,
+        device: torch.device,
     ) -> None:
-        self._tensor, self._data, self._world = tensor, data, world
+        self._tensor, self._data, self._stage = tensor, data, stage
+        self._pipeline = pipeline
         ordered = sorted(parameters, key=lambda each: (_ORDER.index(each.kind), _factor(each)))
-        flat = torch.cat([each.parameter.detach().flatten() for each in ordered])
+        factors = [each.parameter.detach().flatten() for each in ordered]
+        flat = torch.cat(factors) if factors else torch.zeros(0, device=device)
         self.values = nn.Parameter(flat)
         self.gradients = torch.zeros_like(flat)
         self.values.grad = self.gradients
@@ -70,7 +76,7 @@ class FlatAdapter:
 
     def reduce_gradients(self) -> None:
         """Complete the gradients: sum over micro batches of all ranks. Two collectives at most."""
-        all_reduce(self.gradients[: self._num_partial], self._world)
+        all_reduce(self.gradients[: self._num_partial], self._stage)
         all_reduce(self.gradients[self._num_partial :], self._data)
 
     def gradient_norm(self) -> float:
@@ -79,7 +85,8 @@ class FlatAdapter:
             [self._num_whole, self.gradients.numel() - self._num_whole]
         )
         shared_square = sharded.square().sum().reshape(1)
-        return math.sqrt(float(whole.square().sum() + all_reduce(shared_square, self._tensor)))
+        square = whole.square().sum() + all_reduce(shared_square, self._tensor)
+        return math.sqrt(float(all_reduce(square, self._pipeline)))
 
     def replica_difference(self) -> float:
         """Return by how much the ranks' copies of a factor differ; anything but 0.0 is a defect."""

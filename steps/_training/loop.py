@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemotron.steps._models.gpt import GPTModel
 from nemotron.steps._tensor_parallel.collectives import all_reduce
 from nemotron.steps._training.batches import (
     MicroBatch,
@@ -27,6 +26,7 @@ from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.lora_plus import LoraPlusAdamW
 from nemotron.steps._training.metrics import MetricsLog
+from nemotron.steps._training.pipeline import PipelineStage, WeightedBatch
 from nemotron.steps._training.schedule import Schedule
 
 
@@ -96,7 +96,7 @@ class Trainer:
     """Everything that one optimizer step needs, held together.
 
     Args:
-        model: The model; its adapters are trained.
+        model: This rank's layers; their adapters are trained.
         layout: This rank's groups.
         train_rows: The train split.
         valid_rows: The valid split, or None.
@@ -112,7 +112,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: GPTModel,
+        model: PipelineStage,
         *,
         layout: Layout,
         train_rows: PackedSplit,
@@ -131,7 +131,9 @@ class Trainer:
             (each for linear in model.adapted_linears() for each in linear.lora_parameters()),
             tensor=layout.tensor,
             data=layout.data,
-            world=layout.world,
+            stage=layout.stage,
+            pipeline=layout.pipeline,
+            device=layout.device,
         )
         self.optimizer = LoraPlusAdamW(
             self.adapter,
@@ -210,33 +212,26 @@ class Trainer:
             data_rank=self.layout.data.rank,
             data_size=self.layout.data.size,
         )
-        totals = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
-        for positions_and_rows in micro_batches:
-            micro = self._collate(self.train_rows, [row for _, row in positions_and_rows])
-            keys = [f"{self.seed}/{iteration}/{position}" for position, _ in positions_and_rows]
-            totals += self._backward(micro, keys)
-        return all_reduce(totals, self.layout.data)
+        batches = [self._weighted(iteration, pairs) for pairs in micro_batches]
+        loss_sum = self.model.train(batches)
+        tokens = [[len(batch.micro.supervised), len(batch.micro.tokens)] for batch in batches]
+        return self._totals(loss_sum, torch.tensor(tokens).sum(dim=0))
 
-    def _backward(self, micro: MicroBatch, keys: list[str]) -> Tensor:
-        supervised_tokens, num_tokens = len(micro.supervised), len(micro.tokens)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.layout.device)
-        if supervised_tokens:
-            loss_K = self._loss(micro, keys)
-            loss_sum += loss_K.detach().double().sum()
-            weight = 1.0
-            if not self.batch.calculate_per_token_loss:
-                num_micro_batches = self.batch.global_batch_size // self.batch.micro_batch_size
-                weight = 1.0 / (supervised_tokens * num_micro_batches)
-            loss_K.sum().mul(weight).backward()
-        return torch.stack(
-            [loss_sum, *loss_sum.new_tensor([supervised_tokens, num_tokens]).unbind()]
-        )
+    def _weighted(self, iteration: int, positions_and_rows: list[tuple[int, int]]) -> WeightedBatch:
+        micro = self._collate(self.train_rows, [row for _, row in positions_and_rows])
+        keys = [f"{self.seed}/{iteration}/{position}" for position, _ in positions_and_rows]
+        weight = 1.0
+        if not self.batch.calculate_per_token_loss:
+            num_micro_batches = self.batch.global_batch_size // self.batch.micro_batch_size
+            weight = 1.0 / (max(len(micro.supervised), 1) * num_micro_batches)
+        return WeightedBatch(micro, micro.dropout_rows(keys), weight)
 
-    def _loss(self, micro: MicroBatch, keys: list[str] | None) -> Tensor:
-        """Return the loss of every supervised token, [K]; with dropout where ``keys`` are given."""
-        dropout = None if keys is None else micro.dropout_rows(keys)
-        hidden_SH = self.model(micro.tokens, micro.cu_seqlens, dropout)
-        return self.model.loss(hidden_SH[micro.supervised], micro.labels)
+    def _totals(self, loss_sum: Tensor, counts: Tensor) -> Tensor:
+        """Return sums over the replicas: of the last stage's loss sum, and of counts; [1 + n]."""
+        totals = torch.cat([loss_sum.reshape(1), counts.to(loss_sum)])
+        if self.layout.pipeline.rank != self.layout.pipeline.size - 1:
+            totals.zero_()
+        return all_reduce(all_reduce(totals, self.layout.data), self.layout.pipeline)
 
     def _update(self, iteration: int, grad_norm: float) -> float:
         """Clip, set the learning rate, step the optimizer; return the learning rate used."""
@@ -254,12 +249,11 @@ class Trainer:
         if self.valid_rows is None:
             return None
         num_rows = min(len(self.valid_rows), eval_iters * self.batch.global_batch_size)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
-        for row in range(self.layout.data.rank, num_rows, self.layout.data.size):
-            micro = self._collate(self.valid_rows, [row])
-            totals[0] += self._loss(micro, None).double().sum()
-            totals[1] += len(micro.supervised)
-        loss_sum, supervised_tokens = all_reduce(totals, self.layout.data).tolist()
+        rows = range(self.layout.data.rank, num_rows, self.layout.data.size)
+        batches = [self._collate(self.valid_rows, [row]) for row in rows]
+        supervised = torch.tensor([sum(len(micro.supervised) for micro in batches)])
+        totals = self._totals(self.model.evaluate(batches), supervised)
+        loss_sum, supervised_tokens = totals.tolist()
         result = Validation(loss_sum / max(supervised_tokens, 1.0), int(supervised_tokens))
         is_lower = self.best is None or result.lm_loss < self.best.lm_loss
         is_best = is_lower and math.isfinite(result.lm_loss)

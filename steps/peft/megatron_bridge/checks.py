@@ -15,6 +15,7 @@ from nemotron.artifacts import MANIFEST, Artifact, read_artifact
 from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps._models.targets import first_match, linear_names, unmatched
+from nemotron.steps._training.pipeline_schedule import split_layers
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
 STEP = "peft/megatron_bridge"
@@ -86,7 +87,6 @@ def _existing(
 
 def _check_layout(config: Config) -> list[NemotronError]:
     absent = {
-        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
         "context_parallel_size": config.context_parallel_size,
         "expert_model_parallel_size": config.expert_model_parallel_size,
         "expert_tensor_parallel_size": config.model.expert_tensor_parallel_size or 1,
@@ -104,9 +104,22 @@ def _check_layout(config: Config) -> list[NemotronError]:
             f"data_parallel_size {config.recipe.data_parallel_size}"
         )
         problems.append(("train.global_batch_size", problem))
+    problems += _check_chunks(config)
     return [
         step_error(STEP, "layout_unsupported", problem, where=where) for where, problem in problems
     ]
+
+
+def _check_chunks(config: Config) -> list[tuple[str, str]]:
+    model = config.model
+    if (model.virtual_pipeline_model_parallel_size or 1) == 1:
+        return []
+    where = "model.virtual_pipeline_model_parallel_size"
+    if config.pipeline_model_parallel_size == 1:
+        return [(where, "one pipeline stage has nothing to interleave its parts with")]
+    if model.num_layers_in_first_pipeline_stage or model.num_layers_in_last_pipeline_stage:
+        return [(where, "parts of a stage are equal; num_layers_in_first/last is for one part")]
+    return []
 
 
 def _check_packs(config: Config, packs: Artifact) -> list[NemotronError]:
@@ -175,10 +188,13 @@ def _check_model(config: Config, base: Path | None) -> list[NemotronError]:
         "peft.alpha_pattern": config.peft.alpha_pattern,
     }
     errors = target_errors(patterns, num_layers=model["num_hidden_layers"])
-    return errors + _check_split(config, model, hf_config)
+    return errors + [
+        step_error(STEP, "layout_unsupported", problem, where=str(hf_config))
+        for problem in (*_indivisible(config, model), *_layers_unsplit(config, model))
+    ]
 
 
-def _check_split(config: Config, model: dict[str, Any], hf_config: Path) -> list[NemotronError]:
+def _indivisible(config: Config, model: dict[str, Any]) -> list[str]:
     size = config.tensor_model_parallel_size
     heads = model["num_attention_heads"]
     sizes = {
@@ -186,15 +202,24 @@ def _check_split(config: Config, model: dict[str, Any], hf_config: Path) -> list
         "ffn_hidden_size": model["intermediate_size"],
     }
     return [
-        step_error(
-            STEP,
-            "layout_unsupported",
-            f"{name} {value} is not divisible by tensor_model_parallel_size {size}",
-            where=str(hf_config),
-        )
+        f"{name} {value} is not divisible by tensor_model_parallel_size {size}"
         for name, value in sizes.items()
         if value % size
     ]
+
+
+def _layers_unsplit(config: Config, model: dict[str, Any]) -> list[str]:
+    num_chunks = config.model.virtual_pipeline_model_parallel_size or 1
+    try:
+        split_layers(
+            model["num_hidden_layers"],
+            config.pipeline_model_parallel_size * num_chunks,
+            first=config.model.num_layers_in_first_pipeline_stage,
+            last=config.model.num_layers_in_last_pipeline_stage,
+        )
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _paths_mixed(config: Config, what: str) -> NemotronError:

@@ -68,6 +68,16 @@ class ModelConfig(Schema):
     pipeline_model_parallel_size: PositiveInt | None = Field(
         default=None, description="as recipe.pipeline_model_parallel_size"
     )
+    virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
+        default=None,
+        description="parts of the model on each pipeline stage; more than 1: interleaved schedule",
+    )
+    num_layers_in_first_pipeline_stage: PositiveInt | None = Field(
+        default=None, description="layers of the first stage; null: as even as possible"
+    )
+    num_layers_in_last_pipeline_stage: PositiveInt | None = Field(
+        default=None, description="layers of the last stage; null: as even as possible"
+    )
     context_parallel_size: PositiveInt | None = Field(
         default=None, description="as recipe.context_parallel_size"
     )

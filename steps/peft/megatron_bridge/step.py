@@ -24,6 +24,7 @@ def run(config: Config, produced_by: Producer) -> None:
     peft, optimizer, train = config.peft, config.optimizer, config.train
     with open_layout(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         data_parallel_size=config.recipe.data_parallel_size,
         timeout_minutes=config.dist.distributed_timeout_minutes,
     ) as layout:
@@ -68,6 +69,9 @@ def run(config: Config, produced_by: Producer) -> None:
             dtype=torch.bfloat16 if config.mixed_precision == "bf16_mixed" else torch.float32,
             sequence_parallel=config.sequence_parallel,
             recompute=config.model.recompute_granularity == "full",
+            num_chunks=config.model.virtual_pipeline_model_parallel_size or 1,
+            num_layers_in_first_stage=config.model.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_stage=config.model.num_layers_in_last_pipeline_stage,
             base_model_name_or_path=config.hf_model_path,
             produced_by=produced_by,
         )

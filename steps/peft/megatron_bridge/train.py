@@ -11,7 +11,7 @@ import torch
 from nemotron.artifacts import Artifact, Producer, describe_input, read_artifact, verify_files
 from nemotron.steps._entry import step_error
 from nemotron.steps._formats.megatron import MegatronCheckpoint, open_megatron
-from nemotron.steps._models.gpt import GPTModel, LoraTargets
+from nemotron.steps._models.gpt import LoraTargets
 from nemotron.steps._training.base_model import load_base_model
 from nemotron.steps._training.batches import BadRowError, PackedSplit
 from nemotron.steps._training.checkpoint import save_adapter, start_directory
@@ -25,6 +25,8 @@ from nemotron.steps._training.loop import (
     Validation,
 )
 from nemotron.steps._training.metrics import MetricsLog
+from nemotron.steps._training.pipeline import PipelineStage
+from nemotron.steps._training.pipeline_schedule import split_layers
 from nemotron.steps._training.schedule import Schedule
 from nemotron.steps.peft.megatron_bridge.checks import STEP, target_errors
 
@@ -45,6 +47,9 @@ def train_adapter(
     dtype: torch.dtype,
     sequence_parallel: bool,
     recompute: bool,
+    num_chunks: int,
+    num_layers_in_first_stage: int | None,
+    num_layers_in_last_stage: int | None,
     base_model_name_or_path: str | None,
     produced_by: Producer,
 ) -> None:
@@ -65,6 +70,9 @@ def train_adapter(
         dtype: dtype of the base and of activations.
         sequence_parallel: Whether activations between the linears are split over the sequence.
         recompute: Whether layers are computed again in the backward pass.
+        num_chunks: Parts of the model on each pipeline stage; more than one: interleaved.
+        num_layers_in_first_stage: Layers of the first pipeline stage, where not an equal part.
+        num_layers_in_last_stage: Layers of the last pipeline stage, likewise.
         base_model_name_or_path: What the adapter's config names as its base; the base's own
             source where None.
         produced_by: What to write as producer into artifacts.
@@ -78,15 +86,26 @@ def train_adapter(
     if base.artifact is not None:
         _verified(base.root, "checkpoint_megatron", layout)
     _check_targets(lora, base)
-    model = load_base_model(
-        base,
-        lora=lora,
-        group=layout.tensor,
-        dtype=dtype,
-        device=layout.device,
-        sequence_parallel=sequence_parallel,
-        recompute=recompute,
+    layers = split_layers(
+        base.config.num_layers,
+        layout.pipeline.size * num_chunks,
+        first=num_layers_in_first_stage,
+        last=num_layers_in_last_stage,
     )
+    chunks = [
+        load_base_model(
+            base,
+            lora=lora,
+            group=layout.tensor,
+            dtype=dtype,
+            device=layout.device,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+            layers=part,
+        )
+        for part in layers[layout.pipeline.rank :: layout.pipeline.size]
+    ]
+    model = PipelineStage(chunks, group=layout.pipeline, device=layout.device)
     for linear in model.adapted_linears():
         linear.init_lora(seed)
     if layout.is_first:
@@ -191,7 +210,7 @@ def _source(base: MegatronCheckpoint) -> str:
 
 
 def _announce(
-    model: GPTModel, lora: LoraTargets, output: Path, previous: Path | None, seconds: float
+    model: PipelineStage, lora: LoraTargets, output: Path, previous: Path | None, seconds: float
 ) -> None:
     factors = [p for linear in model.adapted_linears() for p in (linear.lora_a, linear.lora_b)]
     trained = sum(factor.numel() for factor in factors)

@@ -52,7 +52,9 @@ def difference(group: ProcessGroup, ratio: float) -> float:
         [*column.lora_parameters(), *row.lora_parameters()],
         tensor=group,
         data=ProcessGroup(),
-        world=group,
+        stage=group,
+        pipeline=ProcessGroup(),
+        device=torch.device("cpu"),
     )
     optimizer = LoraPlusAdamW(adapter, lora_plus_lr_ratio=ratio, **SETTINGS)
     wanted = [factor.clone().requires_grad_() for factor in factors]

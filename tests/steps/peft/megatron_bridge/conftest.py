@@ -57,6 +57,11 @@ class Run:
         return [event["lm_loss"] for event in self.events if event["event"] == "step"]
 
     @property
+    def valid_losses(self) -> list[float]:
+        """The loss of every evaluation."""
+        return [event["lm_loss"] for event in self.events if event["event"] == "validation"]
+
+    @property
     def adapter(self) -> Path:
         """The last adapter."""
         return sorted(self.output.glob("iter_*"))[-1]
@@ -71,7 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             vocab_size=VOCABULARY,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=4,
             num_attention_heads=8,
             num_key_value_heads=4,
             max_position_embeddings=128,
@@ -151,6 +156,7 @@ def train(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         recipe = config["recipe"]
         num_ranks = recipe["tensor_model_parallel_size"] * recipe["data_parallel_size"]
+        num_ranks *= recipe["pipeline_model_parallel_size"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={num_ranks}", "-m"]
         command += ["nemotron.steps.peft.megatron_bridge.step", "--config", str(path)]
@@ -174,6 +180,7 @@ def base_config(world: World, output: Path) -> dict[str, Any]:
         "recipe": {
             "seq_length": PACK_SIZE,
             "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
             "data_parallel_size": 1,
         },
         "dataset": {"nano3_packed_sft_dir": str(world.packs)},

@@ -48,7 +48,7 @@ def test_another_sequence_length_than_the_packs_is_refused(world: Any) -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 5},  # the base has 4 layers
         {"context_parallel_size": 2},
         {"expert_model_parallel_size": 2},
         {"tensor_model_parallel_size": 8},  # the base has 4 query groups
@@ -61,6 +61,28 @@ def test_a_layout_that_cannot_run_is_refused_before_anything_starts(
     (error,) = check(config(world, recipe={"seq_length": 64, **recipe}))
     assert error.code == "layout_unsupported"
     assert error.exit_code == ExitCode.PREFLIGHT
+
+
+@pytest.mark.parametrize(
+    ("stages", "model", "problem"),
+    [
+        (1, {"virtual_pipeline_model_parallel_size": 2}, "nothing to interleave"),
+        (2, {"virtual_pipeline_model_parallel_size": 3}, "4 layers cannot be split over 6"),
+        (2, {"num_layers_in_last_pipeline_stage": 4}, "4 layers cannot be split over 2"),
+        (
+            2,
+            {"virtual_pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1},
+            "parts of a stage are equal",
+        ),
+    ],
+)
+def test_a_split_of_the_layers_that_cannot_be_is_refused(
+    world: Any, stages: int, model: dict[str, int], problem: str
+) -> None:
+    recipe = {"pipeline_model_parallel_size": stages}
+    (error,) = check(config(world, recipe=recipe, model=model))
+    assert error.code == "layout_unsupported"
+    assert problem in error.problem
 
 
 def test_less_rows_than_a_global_batch_are_refused(world: Any) -> None:

@@ -62,6 +62,47 @@ def test_sequence_parallelism_changes_no_loss_and_no_adapter(
     assert adapter_difference(run, reference) <= ADAPTER_TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe.pipeline_model_parallel_size": 4},
+        {"model.virtual_pipeline_model_parallel_size": 2},
+        {"model.num_layers_in_first_pipeline_stage": 1, "model.recompute_granularity": "full"},
+    ],
+    ids=["four stages", "interleaved", "uneven and recomputed"],
+)
+def test_pipeline_stages_change_no_bit(
+    train: Train, reference: Any, changes: dict[str, Any]
+) -> None:
+    # The same operations on the same numbers in the same order, dropout and all. Micro batches have
+    # different lengths.
+    run = train(**{"recipe.pipeline_model_parallel_size": 2, **changes})
+    assert run.exit_code == 0, run.stderr
+    assert run.losses == reference.losses
+    assert run.valid_losses == reference.valid_losses
+    assert adapter_difference(run, reference) == 0.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # One micro batch for two stages.
+        {"recipe.data_parallel_size": 2, "train.micro_batch_size": 2},
+        {"recipe.tensor_model_parallel_size": 2},
+        {"recipe.tensor_model_parallel_size": 2, "recipe.sequence_parallel": True},
+    ],
+    ids=["with data", "with tensor", "with sequence"],
+)
+def test_pipeline_stages_go_with_the_other_splits(
+    train: Train, reference: Any, changes: dict[str, Any]
+) -> None:
+    run = train(**{"recipe.pipeline_model_parallel_size": 2, **changes})
+    assert run.exit_code == 0, run.stderr
+    assert run.losses == pytest.approx(reference.losses, rel=LOSS_TOLERANCE)
+    assert run.valid_losses == pytest.approx(reference.valid_losses, rel=LOSS_TOLERANCE)
+    assert adapter_difference(run, reference) <= ADAPTER_TOLERANCE
+
+
 def test_per_micro_batch_loss_does_not_depend_on_the_data_parallel_size(train: Train) -> None:
     runs = [
         train(**{"model.calculate_per_token_loss": False, "recipe.data_parallel_size": size})
