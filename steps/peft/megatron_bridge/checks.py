@@ -12,6 +12,12 @@ from pathlib import Path
 from nemotron.artifacts import MANIFEST, Artifact, read_artifact
 from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
+from nemotron.steps._training.resume import (
+    NoSaveToLoadError,
+    ResumeMismatchError,
+    choose_start,
+)
+from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
 STEP = "peft/megatron_bridge"
@@ -31,6 +37,8 @@ def check(config: Config) -> list[NemotronError]:
         errors += _check_tokenizer(config, packs, base)
     if base is not None:
         errors += _check_split(config, base_root(config.checkpoint.pretrained_checkpoint))
+    if not errors and packs is not None and base is not None:
+        errors += _check_resume(config)
     return errors
 
 
@@ -157,6 +165,32 @@ def _check_split(config: Config, base: Path | None) -> list[NemotronError]:
         for name, value in sizes.items()
         if value % size
     ]
+
+
+def _check_resume(config: Config) -> list[NemotronError]:
+    """Refuse to go on from another run's save; the job hashes the save's files, this does not."""
+    packs, base = packed_root(config.packed_data), config.checkpoint.pretrained_checkpoint
+    if packs is None or base is None:
+        return []
+    try:
+        choose_start(
+            Path(config.checkpoint.save),
+            load=config.checkpoint.other_run,
+            ckpt_step=config.checkpoint.ckpt_step,
+            train_iters=config.train.train_iters,
+            identity=run_identity(config, packs, Path(base)),
+            digests=False,
+        )
+    except (ResumeMismatchError, NoSaveToLoadError) as error:
+        return [start_refused(error)]
+    return []
+
+
+def start_refused(error: ResumeMismatchError | NoSaveToLoadError) -> NemotronError:
+    """Return the manifest's error for a save that a run cannot go on from."""
+    is_mismatch = isinstance(error, ResumeMismatchError)
+    name = "resume_mismatch" if is_mismatch else "no_save_to_load"
+    return step_error(STEP, name, str(error), where="checkpoint")
 
 
 def _paths_mixed(config: Config, what: str) -> NemotronError:

@@ -20,8 +20,12 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemotron.artifacts import Producer, publish, write_artifact
+from nemotron.steps._entry import run_step
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.megatron_writer import publish_megatron
+from nemotron.steps.peft.megatron_bridge import step
+from nemotron.steps.peft.megatron_bridge.checks import STEP
+from nemotron.steps.peft.megatron_bridge.schema import Config
 
 PACK_SIZE, VOCABULARY, NUM_TRAIN, NUM_VALID = 64, 97, 12, 3
 PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
@@ -140,33 +144,65 @@ def train(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
     def run(**changes: Any) -> Run:
         directory = tmp_path_factory.mktemp("run")
-        config = base_config(world, directory / "out")
-        for key, value in changes.items():
-            section = config
-            *parents, last = key.split(".")
-            for name in parents:
-                section = section.setdefault(name, {})
-            section[last] = value
-        path = directory / "train.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        recipe = config["recipe"]
-        num_ranks = recipe["tensor_model_parallel_size"] * recipe["data_parallel_size"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={num_ranks}", "-m"]
-        command += ["nemotron.steps.peft.megatron_bridge.step", "--config", str(path)]
-        error = directory / "error.json"
-        done = subprocess.run(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "NEMOTRON_ERROR_FILE": str(error)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        told = json.loads(error.read_text(encoding="utf-8")) if error.exists() else {}
-        return Run(done.returncode, done.stderr, told, Path(config["checkpoint"]["save"]))
+        process = start(world, directory, "torch.distributed.run", changes)
+        _, stderr = process.communicate(timeout=300)
+        return finished(directory, process.returncode, stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def train_here(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Return a function that runs the step in this process, as its only rank."""
+
+    def run(**changes: Any) -> Run:
+        directory = tmp_path_factory.mktemp("run")
+        path = write_config(world, directory, changes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NEMOTRON_ERROR_FILE", str(directory / "error.json"))
+            code = run_step(STEP, Config, step.run, ["--config", str(path)])
+        return finished(directory, code, "")
+
+    return run
+
+
+def start(
+    world: World, directory: Path, torchrun: str, changes: dict[str, Any]
+) -> subprocess.Popen[str]:
+    """Start the step under a torchrun, with some config values changed (dotted keys)."""
+    path = write_config(world, directory, changes)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))["recipe"]
+    num_ranks = recipe["tensor_model_parallel_size"] * recipe["data_parallel_size"]
+    command = [sys.executable, "-m", torchrun, "--standalone", f"--nproc-per-node={num_ranks}"]
+    command += ["-m", "nemotron.steps.peft.megatron_bridge.step", "--config", str(path)]
+    error = {"NEMOTRON_ERROR_FILE": str(directory / "error.json")}
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **error},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def write_config(world: World, directory: Path, changes: dict[str, Any]) -> Path:
+    config = base_config(world, directory / "out")
+    for key, value in changes.items():
+        section = config
+        *parents, last = key.split(".")
+        for name in parents:
+            section = section.setdefault(name, {})
+        section[last] = value
+    path = directory / "train.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def finished(directory: Path, exit_code: int, stderr: str) -> Run:
+    config = yaml.safe_load((directory / "train.yaml").read_text(encoding="utf-8"))
+    error = directory / "error.json"
+    told = json.loads(error.read_text(encoding="utf-8")) if error.exists() else {}
+    return Run(exit_code, stderr, told, Path(config["checkpoint"]["save"]))
 
 
 def base_config(world: World, output: Path) -> dict[str, Any]:
