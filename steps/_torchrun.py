@@ -5,10 +5,15 @@ that the rank has reported. Here its arguments, its supervision and its ranks ar
 rank has left its error in ``NEMOTRON_ERROR_FILE``, torchrun's account of the same is left out. A
 rank that was killed cannot report: that is done here, and it outranks what the other ranks made of
 their lost connections.
+
+SIGTERM and SIGUSR1 ask the job to save and stop. torchrun would give the ranks 30 seconds and then
+kill them; here they are passed on, and the ranks take the time that the step and the save take.
+What asked has its own limit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,9 +21,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic import multiprocessing
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from nemotron.artifacts import write_text
@@ -27,6 +34,29 @@ from nemotron.errors import ExitCode, NemotronError
 ERROR_FILE = "NEMOTRON_ERROR_FILE"
 # Not SIGABRT: a collective library aborts when another rank has gone.
 _DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_STOP = (signal.SIGTERM, signal.SIGUSR1)
+# How long ranks have once another one has failed. All that is left to do is to notice.
+_GRACE_SECONDS = 5
+
+
+class _Ranks(SubprocessContext):
+    """The ranks of this host: told to stop when this process is, and not waited for when lost."""
+
+    was_told = False
+
+    def start(self) -> None:
+        super().start()
+        for number in _STOP:
+            signal.signal(number, self._tell)
+
+    def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        super().close(death_sig, min(timeout, _GRACE_SECONDS))
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        _Ranks.was_told = True
+        for pid in self.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         for logger in _with_children(name):
             logger.addFilter(lambda record: _reported_code() is None)
+    multiprocessing.SubprocessContext = _Ranks
     try:
         torchrun.main(argv)
     except ChildFailedError as error:
@@ -45,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(failed: ChildFailedError) -> int:
     """Return the exit code of the rank that failed first; report it if the rank was killed."""
+    if _Ranks.was_told and _was_stopped(failed):
+        return int(ExitCode.PREEMPTED)
     killed = _first_killed(failed)
     if killed is not None and _reported_code() in (None, "unexpected"):
         rank, name = killed
@@ -63,6 +96,12 @@ def _report(failed: ChildFailedError) -> int:
         print(failed, file=sys.stderr)
     _, failure = failed.get_first_failure()
     return failure.exitcode if failure.exitcode > 0 else int(ExitCode.RANK_DIED)
+
+
+def _was_stopped(failed: ChildFailedError) -> bool:
+    """Return whether a rank ended as told, or before it could listen: then nothing was lost."""
+    _, first = failed.get_first_failure()
+    return first.exitcode == ExitCode.PREEMPTED or -first.exitcode in _STOP
 
 
 def _first_killed(failed: ChildFailedError) -> tuple[int, str] | None:
