@@ -43,6 +43,7 @@ class _Ranks(SubprocessContext):
     """The ranks of this host: told to stop when this process is, and not waited for when lost."""
 
     was_told = False
+    left_early: tuple[str, ...] = ()
 
     def start(self) -> None:
         super().start()
@@ -50,6 +51,8 @@ class _Ranks(SubprocessContext):
             signal.signal(number, self._tell)
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        left = (rank for rank, each in self.subprocess_handlers.items() if each.proc.poll() == 0)
+        _Ranks.left_early = _Ranks.left_early or tuple(self.envs[rank]["RANK"] for rank in left)
         super().close(death_sig, min(timeout, _GRACE_SECONDS))
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
@@ -75,18 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(failed: ChildFailedError) -> int:
-    """Return the exit code of the rank that failed first; report it if the rank was killed."""
+    """Return the exit code of the rank that failed first; report what that rank could not."""
     if _Ranks.was_told and _was_stopped(failed):
         return int(ExitCode.PREEMPTED)
-    killed = _first_killed(failed)
-    if killed is not None and _reported_code() in (None, "unexpected"):
-        rank, name = killed
-        error = NemotronError(
-            "rank_died",
-            f"rank {rank} was killed by {name}",
-            fix="look at the log above; SIGKILL mostly means that memory ran out",
-            exit_code=ExitCode.RANK_DIED,
-        )
+    lost = _first_lost(failed)
+    if lost is not None and _reported_code() in (None, "unexpected"):
+        rank, problem, fix = lost
+        error = NemotronError("rank_died", problem, fix=fix, exit_code=ExitCode.RANK_DIED)
         print(error, file=sys.stderr)
         path = os.environ.get(ERROR_FILE)
         if path:
@@ -104,16 +102,20 @@ def _was_stopped(failed: ChildFailedError) -> bool:
     return first.exitcode == ExitCode.PREEMPTED or -first.exitcode in _STOP
 
 
-def _first_killed(failed: ChildFailedError) -> tuple[int, str] | None:
-    """Return a rank that something else killed, and the signal's name.
+def _first_lost(failed: ChildFailedError) -> tuple[int, str, str] | None:
+    """Return a rank that went without a word, what became of it, and what to do.
 
-    torchrun itself ends the other ranks of a failed job, by SIGTERM and 30 seconds later by
-    SIGKILL; times of failures are whole seconds.
+    torchrun itself ends the other ranks of a failed job, by SIGTERM and seconds later by SIGKILL;
+    times of failures are whole seconds.
     """
     first = min(failure.timestamp for failure in failed.failures.values())
     for rank, failure in failed.failures.items():
         if -failure.exitcode in _DEADLY and failure.timestamp <= first + 1:
-            return rank, failure.signal_name()
+            fix = "look at the log above; SIGKILL mostly means that memory ran out"
+            return rank, f"rank {rank} was killed by {failure.signal_name()}", fix
+    for rank in _Ranks.left_early:
+        fix = "look at the log above for what called exit in that rank"
+        return int(rank), f"rank {rank} ended, with exit code 0, before the others", fix
     return None
 
 

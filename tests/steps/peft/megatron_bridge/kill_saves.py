@@ -34,7 +34,7 @@ def main() -> int:
     output = Path(yaml.safe_load(arguments.config.read_text())["checkpoint"]["save"])
     moments, newest = random.Random(0), 0
     for _ in range(arguments.kills):
-        if not live_until(arguments.config, output, moments.uniform(0.0, 0.1)):
+        if not live_until(arguments.config, output, moments.uniform(0.0, 0.3)):
             return 1
         newest = check(output)
     print(f"{arguments.kills} kills, 0 lost, {newest} iterations")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from nemotron.artifacts import read_artifact, verify_files, write_artifact
+from nemotron.artifacts import hold, read_artifact, verify_files, write_artifact
 from nemotron.errors import ExitCode
+from nemotron.steps.peft.megatron_bridge.schema import Config
 
 Train = Callable[..., Any]
 # 12 rows in global batches of 4 are 3 iterations an epoch: a stop after 5 is in the second epoch.
@@ -183,6 +184,26 @@ def test_a_finished_run_starts_again_and_is_kept(train_here: Train, resumable: P
     assert run.exit_code == 0
     assert [e["iteration"] for e in run.events if e["event"] == "step"] == [1, 2, 3, 4, 5]
     assert (resumable.with_name("out.previous") / "iter_0000003").is_dir()
+
+
+def test_two_runs_never_share_a_directory(train_here: Train, resumable: Path) -> None:
+    with hold(resumable):
+        run = train_here(**PLAN, **{"checkpoint.save": str(resumable)})
+    assert (run.error["code"], run.exit_code) == ("output_locked", ExitCode.LOCKED)
+    assert [path.name for path in resumable.glob("iter_*5")] == ["iter_0000005"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "told"),
+    [
+        ({"most_recent_k": 1}, "wanted -1, or 2 and more"),
+        ({"ckpt_step": 3}, "ckpt_step goes back to a save of checkpoint.load"),
+        ({"ckpt_step": 3, "load": "a", "save": "./a"}, "must be another directory"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(checkpoint: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Config.model_validate({"checkpoint": checkpoint})
 
 
 def test_load_goes_on_from_an_earlier_save_in_a_directory_of_its_own(
