@@ -26,6 +26,10 @@ STEPS_ROOT = Path(__file__).parent
 S = TypeVar("S", bound=Schema)
 
 
+class PreemptedError(Exception):
+    """The step was asked to stop before its end; started again, it goes on where it stopped."""
+
+
 def run_step(
     step: str,
     schema: type[S],
@@ -49,11 +53,15 @@ def run_step(
         digest = sha256_json(config.model_dump(mode="json"))
         run(config, Producer(step=step, config_sha256=digest, code_version=nemotron.__version__))
     except NemotronError as error:
-        return _report(error)
+        return report(error)
+    except PreemptedError as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}; start it again to go on", flush=True)
+        return int(ExitCode.PREEMPTED)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
     except Exception as error:
-        return _report(_unexpected(error), details=traceback.format_exc())
+        return report(_unexpected(error), details=traceback.format_exc())
     return int(ExitCode.OK)
 
 
@@ -74,6 +82,16 @@ def step_error(step: str, name: str, problem: str, *, where: str = "") -> Nemotr
         fix=entry["recovery"],
         exit_code=ExitCode(entry["exit_code"]),
     )
+
+
+def report(error: NemotronError, details: str = "") -> int:
+    """Print an error once per job: the first rank to fail names it, the others stay silent."""
+    rank = os.environ.get("RANK")
+    record = error.to_dict() | {"rank": int(rank or 0)}
+    if _claim_error_file(json.dumps(record)):
+        prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{details}{prefix}{error}", file=sys.stderr, flush=True)
+    return int(error.exit_code)
 
 
 def _refuse_others(step: str, others: Sequence[str]) -> None:
@@ -100,16 +118,6 @@ def _unexpected(error: Exception) -> NemotronError:
 def _origin(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-
-
-def _report(error: NemotronError, details: str = "") -> int:
-    """Print an error once per job: the first rank to fail names it, the others stay silent."""
-    rank = os.environ.get("RANK")
-    record = error.to_dict() | {"rank": int(rank or 0)}
-    if _claim_error_file(json.dumps(record)):
-        prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"{details}{prefix}{error}", file=sys.stderr, flush=True)
-    return int(error.exit_code)
 
 
 def _claim_error_file(text: str) -> bool:

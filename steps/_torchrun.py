@@ -5,10 +5,15 @@ that the rank has reported. Here its arguments, its supervision and its ranks ar
 rank has left its error in ``NEMOTRON_ERROR_FILE``, torchrun's account of the same is left out. A
 rank that was killed cannot report: that is done here, and it outranks what the other ranks made of
 their lost connections.
+
+SIGTERM and SIGUSR1 ask the job to save and stop. torchrun would give the ranks 30 seconds and then
+kill them; here they are passed on, and the ranks take the time that the step and the save take.
+What asked has its own limit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,9 +21,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic import multiprocessing
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from nemotron.artifacts import write_text
@@ -27,6 +34,32 @@ from nemotron.errors import ExitCode, NemotronError
 ERROR_FILE = "NEMOTRON_ERROR_FILE"
 # Not SIGABRT: a collective library aborts when another rank has gone.
 _DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_STOP = (signal.SIGTERM, signal.SIGUSR1)
+# How long ranks have once another one has failed. All that is left to do is to notice.
+_GRACE_SECONDS = 5
+
+
+class _Ranks(SubprocessContext):
+    """The ranks of this host: told to stop when this process is, and not waited for when lost."""
+
+    was_told = False
+    left_early: tuple[str, ...] = ()
+
+    def start(self) -> None:
+        super().start()
+        for number in _STOP:
+            signal.signal(number, self._tell)
+
+    def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        left = (rank for rank, each in self.subprocess_handlers.items() if each.proc.poll() == 0)
+        _Ranks.left_early = _Ranks.left_early or tuple(self.envs[rank]["RANK"] for rank in left)
+        super().close(death_sig, min(timeout, _GRACE_SECONDS))
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        _Ranks.was_told = True
+        for pid in self.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         for logger in _with_children(name):
             logger.addFilter(lambda record: _reported_code() is None)
+    multiprocessing.SubprocessContext = _Ranks
     try:
         torchrun.main(argv)
     except ChildFailedError as error:
@@ -44,16 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(failed: ChildFailedError) -> int:
-    """Return the exit code of the rank that failed first; report it if the rank was killed."""
-    killed = _first_killed(failed)
-    if killed is not None and _reported_code() in (None, "unexpected"):
-        rank, name = killed
-        error = NemotronError(
-            "rank_died",
-            f"rank {rank} was killed by {name}",
-            fix="look at the log above; SIGKILL mostly means that memory ran out",
-            exit_code=ExitCode.RANK_DIED,
-        )
+    """Return the exit code of the rank that failed first; report what that rank could not."""
+    if _Ranks.was_told and _was_stopped(failed):
+        return int(ExitCode.PREEMPTED)
+    lost = _first_lost(failed)
+    if lost is not None and _reported_code() in (None, "unexpected"):
+        rank, problem, fix = lost
+        error = NemotronError("rank_died", problem, fix=fix, exit_code=ExitCode.RANK_DIED)
         print(error, file=sys.stderr)
         path = os.environ.get(ERROR_FILE)
         if path:
@@ -65,16 +96,26 @@ def _report(failed: ChildFailedError) -> int:
     return failure.exitcode if failure.exitcode > 0 else int(ExitCode.RANK_DIED)
 
 
-def _first_killed(failed: ChildFailedError) -> tuple[int, str] | None:
-    """Return a rank that something else killed, and the signal's name.
+def _was_stopped(failed: ChildFailedError) -> bool:
+    """Return whether a rank ended as told, or before it could listen: then nothing was lost."""
+    _, first = failed.get_first_failure()
+    return first.exitcode == ExitCode.PREEMPTED or -first.exitcode in _STOP
 
-    torchrun itself ends the other ranks of a failed job, by SIGTERM and 30 seconds later by
-    SIGKILL; times of failures are whole seconds.
+
+def _first_lost(failed: ChildFailedError) -> tuple[int, str, str] | None:
+    """Return a rank that went without a word, what became of it, and what to do.
+
+    torchrun itself ends the other ranks of a failed job, by SIGTERM and seconds later by SIGKILL;
+    times of failures are whole seconds.
     """
     first = min(failure.timestamp for failure in failed.failures.values())
     for rank, failure in failed.failures.items():
         if -failure.exitcode in _DEADLY and failure.timestamp <= first + 1:
-            return rank, failure.signal_name()
+            fix = "look at the log above; SIGKILL mostly means that memory ran out"
+            return rank, f"rank {rank} was killed by {failure.signal_name()}", fix
+    for rank in _Ranks.left_early:
+        fix = "look at the log above for what called exit in that rank"
+        return int(rank), f"rank {rank} ended, with exit code 0, before the others", fix
     return None
 
 

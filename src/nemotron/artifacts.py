@@ -169,17 +169,43 @@ def publish(directory: Path) -> Iterator[Path]:
     directory = directory.absolute()
     _refuse_foreign(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(directory):
+    with hold(directory):
         partial = directory.with_name(f".{directory.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             yield partial
+            _make_durable(partial)
+            _swap(partial, directory)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _make_durable(partial)
-        _swap(partial, directory)
+
+
+@contextlib.contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Hold the writer's lock of an output directory; the kernel frees it when the holder dies.
+
+    Raises:
+        NemotronError: ``output_locked``: another process is writing the same output.
+    """
+    path = directory.with_name(f".{directory.name}.lock")
+    with path.open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise NemotronError(
+                "output_locked",
+                f"another run is writing {directory} ({stream.read().strip() or 'holder unknown'})",
+                where=str(path),
+                fix="wait for it to end, or choose another output directory",
+                exit_code=ExitCode.LOCKED,
+            ) from None
+        stream.truncate(0)
+        stream.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        yield
 
 
 def write_artifact(
@@ -258,28 +284,6 @@ def _refuse_foreign(directory: Path) -> None:
         fix="choose another output directory, or empty this one yourself",
         exit_code=ExitCode.IO,
     )
-
-
-@contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Hold the writer's lock of an output directory; the kernel frees it when the holder dies."""
-    path = directory.with_name(f".{directory.name}.lock")
-    with path.open("a+", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            raise NemotronError(
-                "output_locked",
-                f"another run is writing {directory} ({stream.read().strip() or 'holder unknown'})",
-                where=str(path),
-                fix="wait for it to end, or choose another output directory",
-                exit_code=ExitCode.LOCKED,
-            ) from None
-        stream.truncate(0)
-        stream.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        stream.flush()
-        yield
 
 
 def _make_durable(directory: Path) -> None:

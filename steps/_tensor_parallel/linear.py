@@ -211,15 +211,23 @@ class ColumnParallelLinear(_ParallelLinear):
         Raises:
             ValueError: A factor does not have its whole shape; a pre-sliced one is refused too.
         """
+        self._load_factors(*self.shard_lora(lora_a_RH, lora_b_FR))
+
+    def shard_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of what is shaped as the whole factors; raises as load_lora."""
         whole = (self.num_segments * self.segment_features, self.lora_b.shape[1])
         _check_shape(f"{self.name}.lora_b", lora_b_FR, lora_b_FR.new_empty(whole))
-        self._load_factors(lora_a_RH, torch.cat([lora_b_FR[rows] for rows in self.local_rows()]))
+        return lora_a_RH, torch.cat([lora_b_FR[rows] for rows in self.local_rows()])
+
+    def gather_lora(self, lora_a_RH: Tensor, lora_b_shard: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the whole, [R, H] and [F, R], of what is shaped as this rank's factors."""
+        shards = all_gather(lora_b_shard, self.group)
+        segments = shards.unflatten(1, (self.num_segments, -1)).transpose(0, 1)
+        return lora_a_RH.clone(), segments.reshape(-1, self.lora_b.shape[1])
 
     def full_lora(self) -> tuple[Tensor, Tensor]:
         """Return the whole factors, [R, H] and [F, R], on every rank."""
-        shards = all_gather(self.lora_b.detach(), self.group)
-        segments = shards.unflatten(1, (self.num_segments, -1)).transpose(0, 1)
-        return self.lora_a.detach().clone(), segments.reshape(-1, self.lora_b.shape[1])
+        return self.gather_lora(self.lora_a.detach(), self.lora_b.detach())
 
     def lora_parameters(self) -> Iterator[LoraParameter]:
         """Yield both factors with what completes their gradients."""
@@ -280,15 +288,23 @@ class RowParallelLinear(_ParallelLinear):
 
     def load_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> None:
         """Load the whole factors, of which this rank keeps its shard; as for the column."""
+        self._load_factors(*self.shard_lora(lora_a_RH, lora_b_FR))
+
+    def shard_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of what is shaped as the whole factors; raises as load_lora."""
         whole = (len(self.lora_a), self.in_features)
         _check_shape(f"{self.name}.lora_a", lora_a_RH, lora_a_RH.new_empty(whole))
-        self._load_factors(lora_a_RH[:, self.local_columns()], lora_b_FR)
+        return lora_a_RH[:, self.local_columns()], lora_b_FR
+
+    def gather_lora(self, lora_a_shard: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the whole, [R, H] and [F, R], of what is shaped as this rank's factors."""
+        shards = all_gather(lora_a_shard, self.group)
+        lora_a = shards.transpose(0, 1).reshape(len(self.lora_a), self.in_features)
+        return lora_a, lora_b_FR.clone()
 
     def full_lora(self) -> tuple[Tensor, Tensor]:
         """Return the whole factors, [R, H] and [F, R], on every rank."""
-        shards = all_gather(self.lora_a.detach(), self.group)
-        lora_a = shards.transpose(0, 1).reshape(len(self.lora_a), self.in_features)
-        return lora_a, self.lora_b.detach().clone()
+        return self.gather_lora(self.lora_a.detach(), self.lora_b.detach())
 
     def lora_parameters(self) -> Iterator[LoraParameter]:
         """Yield both factors with what completes their gradients."""

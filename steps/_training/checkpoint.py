@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron.artifacts import Input, Producer, publish, write_artifact, write_text
+from torch import Tensor
+
+from nemotron.artifacts import Input, Producer, hold, publish, write_artifact, write_text
+from nemotron.errors import NemotronError
 from nemotron.steps._formats.adapter import write_adapter
 from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, TOKENIZER_FILES, copy_files
 from nemotron.steps._training.distributed import Layout, gather_tensors
 from nemotron.steps._training.pipeline import PipelineStage
+from nemotron.steps._training.resume import list_saves, save_name, verify_save
+from nemotron.steps._training.trainer_state import write_trainer_state
+
+
+class SaveFailedError(OSError):
+    """A save could not be written, such as on a full disk; the earlier ones are untouched."""
+
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@contextlib.contextmanager
+def hold_output(layout: Layout, directory: Path) -> Iterator[None]:
+    """Keep other runs from going on in the directory of this one while it lives.
+
+    Raises:
+        NemotronError: ``output_locked``, on the first rank.
+    """
+    with contextlib.ExitStack() as stack:
+        if layout.is_first:
+            directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(directory.absolute()))
+        yield
 
 
 def start_directory(directory: Path) -> Path | None:
@@ -31,6 +56,40 @@ def start_directory(directory: Path) -> Path | None:
     return previous
 
 
+def resume_directory(directory: Path, iteration: int, damaged: Sequence[Path]) -> None:
+    """Make a run's directory ready to go on: damaged saves aside, leftovers of killed saves gone.
+
+    A damaged save is kept as ``damaged_iter_NNNNNNN``: what is left of it may be worth something.
+    """
+    for save in damaged:
+        aside = save.with_name(f"damaged_{save.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        save.rename(aside)
+    write_text(directory / TRACKER, f"{iteration}\n")
+    for leftover in directory.glob(".iter_*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def retain_newest(directory: Path, most_recent_k: int) -> None:
+    """Delete saves beyond the newest ``most_recent_k`` that are whole; damaged ones do not count.
+
+    Those that are kept are hashed first, so that what is deleted is never the last whole one.
+    """
+    whole = 0
+    for _, save in list_saves(directory):
+        if whole < most_recent_k:
+            with contextlib.suppress(NemotronError):
+                verify_save(save)
+                whole += 1
+            continue
+        # Under a hidden name first: a save that is there is whole, also while it is deleted.
+        gone = save.with_name(f".{save.name}.deleted")
+        save.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        save.with_name(f".{save.name}.lock").unlink(missing_ok=True)
+
+
 def save_adapter(
     directory: Path,
     model: PipelineStage,
@@ -43,16 +102,19 @@ def save_adapter(
     produced_by: Producer,
     inputs: Sequence[Input],
     properties: dict[str, Any],
+    moments: Mapping[str, Tensor],
+    run_state: Mapping[str, Any],
 ) -> Path:
     """Write the adapter of an iteration; a collective of the ranks, of which the first writes.
 
     The base's tokenizer and the chat template of the packs lie beside it, since an adapter served
-    with another template answers other questions than it was trained on.
+    with another template answers other questions than it was trained on. ``moments`` and
+    ``run_state`` are what ``write_trainer_state`` writes; without moments nothing is.
 
     Returns:
-        The ``iter_NNNNNNN`` directory, complete on every rank's return.
+        The ``iter_NNNNNNN`` directory, complete once the first rank has returned.
     """
-    target = directory / f"iter_{iteration:07d}"
+    target = directory / save_name(iteration)
     whole = {linear.name: linear.full_lora() for linear in model.adapted_linears()}
     stages = layout.pipeline, layout.device
     lora_a = gather_tensors({name: a for name, (a, _) in whole.items()}, *stages)
@@ -76,6 +138,8 @@ def save_adapter(
             if tokenizer_dir is not None:
                 copy_files(tokenizer_dir, partial, TOKENIZER_FILES)
             copy_files(packed_root, partial, [CHAT_TEMPLATE])
+            if moments:
+                write_trainer_state(partial, moments, run_state)
             write_artifact(
                 partial,
                 artifact_type="checkpoint_lora",
@@ -84,5 +148,20 @@ def save_adapter(
                 properties=properties | {"iteration": iteration},
             )
         write_text(directory / TRACKER, f"{iteration}\n")
-    layout.barrier()
+    return target
+
+
+def fail_together(layout: Layout, save: Callable[[], Path]) -> Path:
+    """Return what ``save`` returns, once all ranks have; all of them fail where one does.
+
+    Raises:
+        SaveFailedError: It could not be written; raised on every rank.
+    """
+    problem, target = "", Path()
+    try:
+        target = save()
+    except OSError as error:
+        problem = str(error)
+    if layout.any_rank(bool(problem)):
+        raise SaveFailedError(problem or "another rank could not write")
     return target

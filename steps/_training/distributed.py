@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from nemotron.errors import NemotronError
-from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,17 @@ class Layout:
         """Wait for all ranks."""
         if self.world.size > 1:
             dist.barrier(group=self.world.group)
+
+    def any_rank(self, claim: bool) -> bool:
+        """Return whether the claim holds on any rank; the same answer on all of them."""
+        claims = torch.tensor([float(claim)], device=self.device)
+        return bool(all_reduce(claims, self.world).item())
+
+    def from_first(self, numbers: list[int]) -> list[int]:
+        """Return the numbers that the first rank has passed, on every rank."""
+        sent = numbers if self.is_first else [0] * len(numbers)
+        tensor = torch.tensor(sent, dtype=torch.int64, device=self.device)
+        return all_reduce(tensor, self.world).tolist()
 
 
 @contextlib.contextmanager

@@ -57,10 +57,12 @@ class FlatAdapter:
         self.values.grad = self.gradients
         sizes = dict.fromkeys(_ORDER, 0)
         self.parts: dict[str, list[slice]] = {"lora_a": [], "lora_b": []}
+        self._places: dict[str, tuple[slice, torch.Size]] = {}
         offset = 0
         for each in ordered:
             part = slice(offset, offset + each.parameter.numel())
             shape = each.parameter.shape
+            self._places[each.name] = (part, shape)
             each.parameter.data = self.values.data[part].view(shape)
             # autograd adds into an existing gradient in place, so this view stays the gradient.
             each.parameter.grad = self.gradients[part].view(shape)
@@ -69,6 +71,10 @@ class FlatAdapter:
             sizes[each.kind] += each.parameter.numel()
         self._num_partial = sizes["partial"]
         self._num_whole = sizes["partial"] + sizes["replicated"]
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a buffer that is laid out as ``values``, by name of the factor."""
+        return {name: flat[part].view(shape) for name, (part, shape) in self._places.items()}
 
     def zero_gradients(self) -> None:
         """Set all gradients to zero."""

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ from nemotron.steps._training.batches import (
     global_batch,
     split_batch,
 )
-from nemotron.steps._training.distributed import Layout
+from nemotron.steps._training.distributed import Layout, gather_tensors
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.lora_plus import LoraPlusAdamW
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.pipeline import PipelineStage, WeightedBatch
+from nemotron.steps._training.preemption import StopRequest
 from nemotron.steps._training.schedule import Schedule
+from nemotron.steps._training.trainer_state import gather_moments, load_moments
 
 
 class LossNotFiniteError(ArithmeticError):
@@ -92,6 +95,23 @@ class Best:
     lm_loss: float
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after ``iteration`` optimizer steps.
+
+    Attributes:
+        iteration: Optimizer steps taken.
+        before: Evaluation before the first step, where there is a valid split.
+        now: Evaluation at this iteration, where one was due and finished.
+        is_evaluated: Whether no evaluation is due at this iteration any more.
+    """
+
+    iteration: int = 0
+    before: Validation | None = None
+    now: Validation | None = None
+    is_evaluated: bool = False
+
+
 class Trainer:
     """Everything that one optimizer step needs, held together.
 
@@ -147,26 +167,45 @@ class Trainer:
     def run(
         self,
         intervals: Intervals,
-        save: Callable[[int, Validation | None, Validation | None], None],
-    ) -> None:
-        """Train; ``save(iteration, before, now)`` is called at every save on every rank.
+        save: Callable[[Progress], None],
+        *,
+        start: Progress,
+        stop: StopRequest,
+    ) -> int:
+        """Train from ``start`` to the end, or to the boundary at which the ranks agree to stop.
+
+        Args:
+            intervals: Length of the run, and when it evaluates and saves.
+            save: Called at every save on every rank.
+            start: Where the run stands.
+            stop: Asked after every step and during evaluations.
+
+        Returns:
+            The iteration that was reached.
 
         Raises:
             LossNotFiniteError: A loss or gradient is not finite.
             RuntimeError: Copies of a factor differ between ranks.
         """
         self._check_replicas()
-        before = self._validate(0, intervals.eval_iters)
-        for iteration in range(1, intervals.train_iters + 1):
+        before = start.before
+        if not start.is_evaluated:
+            now = self._validate(start.iteration, intervals.eval_iters, stop)
+            before = before if start.iteration else now
+        iteration = start.iteration
+        while iteration < intervals.train_iters and not stop.agree():
+            iteration += 1
             self.step(iteration)
-            is_last = iteration == intervals.train_iters
-            is_save = is_last or iteration % intervals.save_interval == 0
+            is_save = iteration == intervals.train_iters or iteration % intervals.save_interval == 0
+            is_due = is_save or iteration % intervals.eval_interval == 0
             now = None
-            if is_save or iteration % intervals.eval_interval == 0:
-                now = self._validate(iteration, intervals.eval_iters)
-            if is_save:
+            if not stop.agree() and is_due:
+                now = self._validate(iteration, intervals.eval_iters, stop)
+            if is_save or stop.is_agreed:
                 self._check_replicas()
-                save(iteration, before, now)
+                is_evaluated = not (is_due and stop.is_agreed)
+                save(Progress(iteration, before, now, is_evaluated))
+        return iteration
 
     def step(self, iteration: int) -> None:
         """Take one optimizer step; ``iteration`` counts from 1."""
@@ -197,6 +236,15 @@ class Trainer:
                 "supervised_tokens_per_second": supervised_tokens / seconds,
             },
         )
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return AdamW's moments by name, whole; a collective."""
+        own = gather_moments(self.model, self.adapter, self.optimizer)
+        return gather_tensors(own, self.layout.pipeline, self.layout.device)
+
+    def load_moments(self, directory: Path, iteration: int) -> None:
+        """Set AdamW's state to what was saved at ``iteration``."""
+        load_moments(directory, self.model, self.adapter, self.optimizer, iteration=iteration)
 
     def _accumulate_gradients(self, iteration: int) -> Tensor:
         """Return loss sum, supervised tokens and tokens of the global batch, [3] fp64."""
@@ -244,15 +292,24 @@ class Trainer:
         return learning_rate
 
     @torch.no_grad()
-    def _validate(self, iteration: int, eval_iters: int) -> Validation | None:
-        """Return the loss on at most ``eval_iters`` global batches of the valid split."""
+    def _validate(self, iteration: int, eval_iters: int, stop: StopRequest) -> Validation | None:
+        """Return the loss on at most ``eval_iters`` global batches of the valid split.
+
+        None where there is no valid split, or the ranks agreed to stop meanwhile.
+        """
         if self.valid_rows is None:
             return None
         num_rows = min(len(self.valid_rows), eval_iters * self.batch.global_batch_size)
-        rows = range(self.layout.data.rank, num_rows, self.layout.data.size)
-        batches = [self._collate(self.valid_rows, [row]) for row in rows]
-        supervised = torch.tensor([sum(len(micro.supervised) for micro in batches)])
-        totals = self._totals(self.model.evaluate(batches), supervised)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
+        rows_at_once = self.batch.global_batch_size
+        for first_row in range(0, num_rows, rows_at_once):
+            if stop.agree():
+                return None
+            last_row = min(first_row + rows_at_once, num_rows)
+            rows = range(first_row + self.layout.data.rank, last_row, self.layout.data.size)
+            batches = [self._collate(self.valid_rows, [row]) for row in rows]
+            supervised = torch.tensor([sum(len(micro.supervised) for micro in batches)])
+            totals += self._totals(self.model.evaluate(batches), supervised)
         loss_sum, supervised_tokens = totals.tolist()
         result = Validation(loss_sum / max(supervised_tokens, 1.0), int(supervised_tokens))
         is_lower = self.best is None or result.lm_loss < self.best.lm_loss

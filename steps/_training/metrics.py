@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from nemotron.artifacts import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,9 +26,26 @@ class MetricsLog:
         self._path = directory / METRICS_FILE if directory else None
         self._train_iters = train_iters
         self._log_interval = log_interval
+        self._pending = ""
+        self.iteration = 0
+
+    def resume(self, iteration: int, directory: Path) -> None:
+        """Drop what was recorded after ``iteration``, at which the save in ``directory`` was made.
+
+        A line that a killed process left half written is dropped as well.
+        """
+        self.iteration = iteration
+        if self._path is not None:
+            lines = (
+                self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+            )
+            kept = [line for line in lines if _is_until(line, iteration)]
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
+        self._append({"event": "resumed", "iteration": iteration, "directory": str(directory)})
 
     def step(self, iteration: int, values: dict[str, Any]) -> None:
         """Record one optimizer step; ``iteration`` counts from 1."""
+        self.iteration = iteration
         self._append({"event": "step", "iteration": iteration, **values})
         is_shown = iteration % self._log_interval == 0 or iteration in (1, self._train_iters)
         if is_shown:
@@ -53,11 +73,42 @@ class MetricsLog:
         self._append({"event": "saved", "iteration": iteration, "directory": str(directory)})
         self._print(f"saved adapter: {directory}")
 
+    def save_failed(self, iteration: int, problem: str) -> None:
+        """Record that nothing was saved at ``iteration``; training goes on."""
+        self._append({"event": "save_failed", "iteration": iteration, "problem": problem})
+        self._print(f"nothing saved at iteration {iteration}: {problem}; earlier saves are whole")
+
     def _append(self, event: dict[str, Any]) -> None:
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(event) + "\n")
+        """Write an event, after those that a full disk has kept back so far."""
+        if self._path is None:
+            return
+        self._pending += json.dumps(event) + "\n"
+        try:
+            with self._path.open("ab", buffering=0) as stream:
+                self._pending = self._pending[_write(stream, self._pending.encode()) :]
+        except OSError as error:
+            self._print(f"{self._path} cannot be written now: {error}")
 
     def _print(self, line: str) -> None:
         if self._path is not None:
             print(line, flush=True)
+
+
+def _write(stream: FileIO, text: bytes) -> int:
+    """Return how many bytes were written: all of them, or less where the disk is full."""
+    written = 0
+    while written < len(text):
+        try:
+            written += stream.write(text[written:])
+        except OSError:
+            if not written:
+                raise
+            break
+    return written
+
+
+def _is_until(line: str, iteration: int) -> bool:
+    try:
+        return int(json.loads(line)["iteration"]) <= iteration
+    except (ValueError, KeyError, TypeError):
+        return False

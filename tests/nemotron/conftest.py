@@ -40,7 +40,9 @@ STEPS = {
         from typing import Literal
         from nemotron.config import Schema
 
-        Behaviour = Literal["ok", "refuse", "crash", "sleep", "die", "argv", "nothing", "spill"]
+        Behaviour = Literal[
+            "ok", "refuse", "crash", "sleep", "die", "argv", "nothing", "spill", "stop"
+        ]
 
         class Config(Schema):
             source: str | None = None
@@ -50,13 +52,15 @@ STEPS = {
     "demo/make/step.py": """
         import os, signal, subprocess, sys, time
         from nemotron.errors import ExitCode, NemotronError
-        from nemotron.steps._entry import run_step
+        from nemotron.steps._entry import PreemptedError, run_step
         from nemotron.steps.demo.make.schema import Config
 
         def run(config, producer):
             print("making", flush=True)
             if config.behaviour == "refuse":
                 raise NemotronError("too_odd", "that is odd", exit_code=ExitCode.DATA)
+            if config.behaviour == "stop":
+                raise PreemptedError("stopped")
             if config.behaviour == "crash":
                 sys.exit(3)
             if config.behaviour == "die":

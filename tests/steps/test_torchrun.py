@@ -33,8 +33,17 @@ if ends == "refused":
 if ends == "puzzled":
     report(1, "unexpected")
     time.sleep(60)
+if ends == "puzzled at last":
+    time.sleep(3)
+    report(1, "unexpected")
+    sys.exit(1)
 if ends == "silent":
     sys.exit(7)
+if ends.startswith("told"):
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    if ends == "told in time":
+        os.kill(os.getppid(), signal.SIGUSR1)
+    time.sleep(60)
 while ends == "killed late" and not os.path.exists(path):
     time.sleep(0.01)
 if ends.startswith("killed"):
@@ -51,6 +60,12 @@ if ends.startswith("killed"):
         # Nobody said anything: torchrun's account stays.
         (["waiting", "silent"], 7, "exitcode  : 7", "Traceback"),
         (["waiting", "killed"], 8, "error[rank_died]: rank 1 was killed by SIGKILL", "Traceback"),
+        # A rank that left is the cause, not the one that then waited for it in vain.
+        (["puzzled at last", "well"], 8, "error[rank_died]: rank 1 ended, with exit", "Traceback"),
+        # All are told by the one that was, and it takes the time that they take.
+        (["told", "told in time"], 75, "", "Traceback"),
+        # Told before it could listen: nothing is lost.
+        (["told in time", "waiting"], 75, "", "Traceback"),
         # What the survivor makes of its lost connection is not the cause.
         (
             ["puzzled", "killed late"],

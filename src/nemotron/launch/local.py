@@ -218,7 +218,7 @@ def _show(stream: BinaryIO, block: bytes) -> None:
 
 
 class _SignalForwarder:
-    """Passes SIGINT and SIGTERM on to the job's process group, and remembers them."""
+    """Passes SIGINT, SIGTERM and SIGUSR1 on to the job's process group, and remembers them."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -228,7 +228,7 @@ class _SignalForwarder:
     def __enter__(self) -> Self:
         # Python takes signals in its main thread only.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._forward)
         return self
 

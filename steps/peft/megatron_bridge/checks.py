@@ -16,6 +16,12 @@ from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps._models.targets import first_match, linear_names, unmatched
 from nemotron.steps._training.pipeline_schedule import split_layers
+from nemotron.steps._training.resume import (
+    NoSaveToLoadError,
+    ResumeMismatchError,
+    choose_start,
+)
+from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
 STEP = "peft/megatron_bridge"
@@ -35,6 +41,8 @@ def check(config: Config) -> list[NemotronError]:
         errors += _check_tokenizer(config, packs, base)
     if base is not None:
         errors += _check_model(config, base_root(config.checkpoint.pretrained_checkpoint))
+    if not errors and packs is not None and base is not None:
+        errors += _check_resume(config)
     return errors
 
 
@@ -220,6 +228,32 @@ def _layers_unsplit(config: Config, model: dict[str, Any]) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _check_resume(config: Config) -> list[NemotronError]:
+    """Refuse to go on from another run's save; the job hashes the save's files, this does not."""
+    packs, base = packed_root(config.packed_data), config.checkpoint.pretrained_checkpoint
+    if packs is None or base is None:
+        return []
+    try:
+        choose_start(
+            Path(config.checkpoint.save),
+            load=config.checkpoint.other_run,
+            ckpt_step=config.checkpoint.ckpt_step,
+            train_iters=config.train.train_iters,
+            identity=run_identity(config, packs, Path(base)),
+            digests=False,
+        )
+    except (ResumeMismatchError, NoSaveToLoadError) as error:
+        return [start_refused(error)]
+    return []
+
+
+def start_refused(error: ResumeMismatchError | NoSaveToLoadError) -> NemotronError:
+    """Return the manifest's error for a save that a run cannot go on from."""
+    is_mismatch = isinstance(error, ResumeMismatchError)
+    name = "resume_mismatch" if is_mismatch else "no_save_to_load"
+    return step_error(STEP, name, str(error), where="checkpoint")
 
 
 def _paths_mixed(config: Config, what: str) -> NemotronError:

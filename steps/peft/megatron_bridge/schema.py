@@ -8,6 +8,7 @@ values ask for behaviour that does not exist here accept only the values that ar
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import (
@@ -247,13 +248,24 @@ class CheckpointConfig(Schema):
         description="directory of the adapters and of metrics.jsonl",
     )
     pretrained_checkpoint: str | None = None
-    load: None = Field(default=None, description="resuming does not exist yet")
-    ckpt_step: None = Field(default=None, description="resuming does not exist yet")
+    load: str | None = Field(
+        default=None,
+        description="directory of another run's saves to go on from; an unfinished run in save "
+        "goes on by itself",
+    )
+    ckpt_step: PositiveInt | None = Field(
+        default=None, description="the iteration of load to go on from; null: its newest whole save"
+    )
     save_interval: PositiveInt = Field(
         default=50, description="optimizer steps between saves; the last step is saved in any case"
     )
+    most_recent_k: int = Field(
+        default=-1,
+        description="saves to keep, 2 or more: older ones go once a newer one is whole; -1: all",
+    )
     finetune: Literal[True] = Field(
-        default=True, description="a run starts at iteration 0 with a new adapter"
+        default=True,
+        description="nothing of pretrained_checkpoint but its weights is taken over",
     )
     fully_parallel_save: Literal[False] = Field(
         default=False, description="an adapter is small: one rank writes it"
@@ -261,8 +273,38 @@ class CheckpointConfig(Schema):
     async_save: Literal[False] = Field(
         default=False, description="an adapter is small: a save takes milliseconds"
     )
-    save_optim: Literal[False] = Field(default=False, description="resuming does not exist yet")
-    save_rng: Literal[False] = Field(default=False, description="resuming does not exist yet")
+    save_optim: bool = Field(
+        default=True,
+        description="what a run needs to go on; false: adapters only, a stopped run starts again",
+    )
+    save_rng: Literal[False] = Field(
+        default=False,
+        description="nothing to save: all that is random follows from seed, iteration and row",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> Self:
+        if self.most_recent_k != -1 and self.most_recent_k < 2:
+            raise ValueError(
+                f"most_recent_k is {self.most_recent_k}; wanted -1, or 2 and more, so that a "
+                "damaged save is never the only one"
+            )
+        if self.ckpt_step is not None and self.other_run is None:
+            raise ValueError(
+                "ckpt_step goes back to a save of checkpoint.load, which must be another directory "
+                "than checkpoint.save, so that later saves are not overwritten"
+            )
+        return self
+
+    @property
+    def other_run(self) -> Path | None:
+        """Directory of another run to go on from.
+
+        Upstream's ``load`` equal to ``save`` asks for what happens by itself.
+        """
+        if self.load is None or Path(self.load).resolve() == Path(self.save).resolve():
+            return None
+        return Path(self.load)
 
 
 class HfLoadConfig(Schema):
@@ -301,6 +343,9 @@ class DistConfig(Schema):
 
     distributed_timeout_minutes: PositiveInt = Field(
         default=10, description="longest wait for another rank"
+    )
+    heartbeat_timeout_seconds: PositiveInt = Field(
+        default=60, description="a rank that has been silent for so long ends the job"
     )
 
 

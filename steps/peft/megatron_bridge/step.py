@@ -10,11 +10,16 @@ from nemotron.artifacts import Producer
 from nemotron.steps._entry import run_step
 from nemotron.steps._models.gpt import LoraTargets
 from nemotron.steps._tensor_parallel.linear import LoraSpec
+from nemotron.steps._training.checkpoint import hold_output
 from nemotron.steps._training.distributed import open_layout
+from nemotron.steps._training.heartbeat import Heartbeat
 from nemotron.steps._training.loop import AdamSettings, BatchSettings, Intervals
+from nemotron.steps._training.preemption import StopRequest
 from nemotron.steps._training.schedule import Schedule
 from nemotron.steps.peft.megatron_bridge.checks import STEP, existing_inputs
+from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
+from nemotron.steps.peft.megatron_bridge.start import ResumeSettings
 from nemotron.steps.peft.megatron_bridge.train import train_adapter
 
 
@@ -22,17 +27,25 @@ def run(config: Config, produced_by: Producer) -> None:
     """Check the inputs, open the process groups and train."""
     packed_root, base_path = existing_inputs(config)
     peft, optimizer, train = config.peft, config.optimizer, config.train
-    with open_layout(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        data_parallel_size=config.recipe.data_parallel_size,
-        timeout_minutes=config.dist.distributed_timeout_minutes,
-    ) as layout:
+    checkpoint, output = config.checkpoint, Path(config.checkpoint.save)
+    with (
+        open_layout(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            data_parallel_size=config.recipe.data_parallel_size,
+            timeout_minutes=config.dist.distributed_timeout_minutes,
+        ) as layout,
+        StopRequest(layout) as stop,
+        Heartbeat(layout, config.dist.heartbeat_timeout_seconds) as heartbeat,
+        hold_output(layout, output),
+    ):
         train_adapter(
             layout=layout,
+            stop=stop,
+            heartbeat=heartbeat,
             packed_root=packed_root,
             base_path=base_path,
-            output=Path(config.checkpoint.save),
+            output=output,
             lora=LoraTargets(
                 peft.target_modules,
                 LoraSpec(peft.dim, peft.alpha, peft.dropout, peft.use_rslora),
@@ -62,7 +75,7 @@ def run(config: Config, produced_by: Producer) -> None:
                 train.train_iters,
                 train.eval_interval,
                 train.eval_iters,
-                config.checkpoint.save_interval,
+                checkpoint.save_interval,
             ),
             seed=config.rng.seed,
             log_interval=config.logger.log_interval,
@@ -74,6 +87,13 @@ def run(config: Config, produced_by: Producer) -> None:
             num_layers_in_last_stage=config.model.num_layers_in_last_pipeline_stage,
             base_model_name_or_path=config.hf_model_path,
             produced_by=produced_by,
+            resume=ResumeSettings(
+                load=checkpoint.other_run,
+                ckpt_step=checkpoint.ckpt_step,
+                identity=run_identity(config, packed_root, base_path),
+                save_optim=checkpoint.save_optim,
+                most_recent_k=checkpoint.most_recent_k,
+            ),
         )
 
 

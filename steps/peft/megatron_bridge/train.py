@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemotron.artifacts import Artifact, Producer, describe_input, read_artifact, verify_files
-from nemotron.steps._entry import step_error
+from nemotron.steps._entry import PreemptedError, step_error
 from nemotron.steps._formats.megatron import MegatronCheckpoint, open_megatron
 from nemotron.steps._models.gpt import LoraTargets
 from nemotron.steps._training.base_model import load_base_model
 from nemotron.steps._training.batches import BadRowError, PackedSplit
-from nemotron.steps._training.checkpoint import save_adapter, start_directory
+from nemotron.steps._training.checkpoint import SaveFailedError
 from nemotron.steps._training.distributed import Layout
+from nemotron.steps._training.heartbeat import Heartbeat
 from nemotron.steps._training.loop import (
     AdamSettings,
     BatchSettings,
+    Best,
     Intervals,
     LossNotFiniteError,
+    Progress,
     Trainer,
     Validation,
 )
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.pipeline import PipelineStage
 from nemotron.steps._training.pipeline_schedule import split_layers
+from nemotron.steps._training.preemption import StopRequest
+from nemotron.steps._training.resume import SavedRun
 from nemotron.steps._training.schedule import Schedule
+from nemotron.steps._training.trainer_state import load_adapter
 from nemotron.steps.peft.megatron_bridge.checks import STEP, target_errors
+from nemotron.steps.peft.megatron_bridge.saves import Saves
+from nemotron.steps.peft.megatron_bridge.start import ResumeSettings, start_run
 
 
 def train_adapter(
@@ -52,6 +63,9 @@ def train_adapter(
     num_layers_in_last_stage: int | None,
     base_model_name_or_path: str | None,
     produced_by: Producer,
+    resume: ResumeSettings,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
 ) -> None:
     """Train a LoRA adapter and leave it under ``output`` as ``iter_NNNNNNN`` directories.
 
@@ -76,9 +90,14 @@ def train_adapter(
         base_model_name_or_path: What the adapter's config names as its base; the base's own
             source where None.
         produced_by: What to write as producer into artifacts.
+        resume: What the run goes on from, and what it keeps for a run that goes on from it.
+        stop: Whether to stop at the next step boundary.
+        heartbeat: Told which step was the last.
 
     Raises:
-        NemotronError: ``artifact_damaged``, ``bad_packed_rows`` or ``loss_not_finite``.
+        NemotronError: ``artifact_damaged``, ``bad_packed_rows``, ``loss_not_finite``,
+            ``resume_mismatch``, ``no_save_to_load`` or ``save_failed``.
+        PreemptedError: The run was asked to stop before its end; all that can be is saved.
     """
     started = time.perf_counter()
     packs = _verified(packed_root, "packed_parquet", layout)
@@ -109,42 +128,33 @@ def train_adapter(
     for linear in model.adapted_linears():
         linear.init_lora(seed)
     if layout.is_first:
-        _announce(model, lora, output, start_directory(output), time.perf_counter() - started)
-    layout.barrier()
+        _announce(model, lora, time.perf_counter() - started)
+    saved = start_run(layout, output, resume, train_iters=intervals.train_iters)
+    if saved is not None:
+        load_adapter(saved.directory, model)
     metrics = MetricsLog(
         output if layout.is_first else None,
         train_iters=intervals.train_iters,
         log_interval=log_interval,
     )
-    properties = _properties(packs, base, lora)
-    inputs = [
-        describe_input("packed_parquet", packed_root),
-        describe_input("checkpoint_megatron", base.root),
-    ]
-
-    def save(iteration: int, before: Validation | None, now: Validation | None) -> None:
-        losses = {
-            "valid_loss_before": before.lm_loss if before else None,
-            "valid_loss": now.lm_loss if now else None,
-            "best_valid_loss": trainer.best.lm_loss if trainer.best else None,
-            "best_iteration": trainer.best.iteration if trainer.best else None,
-        }
-        directory = save_adapter(
-            output,
-            model,
-            layout=layout,
-            iteration=iteration,
-            base_model_name_or_path=base_model_name_or_path or _source(base),
-            tokenizer_dir=base.hf_dir,
-            packed_root=packed_root,
-            produced_by=produced_by,
-            inputs=inputs,
-            properties=properties | losses,
-        )
-        metrics.saved(iteration, directory)
-
+    heartbeat.last_step = lambda: metrics.iteration
+    saves = Saves(
+        output=output,
+        train_iters=intervals.train_iters,
+        resume=resume,
+        stop=stop,
+        base_model_name_or_path=base_model_name_or_path or _source(base),
+        tokenizer_dir=base.hf_dir,
+        packed_root=packed_root,
+        produced_by=produced_by,
+        inputs=[
+            describe_input("packed_parquet", packed_root),
+            describe_input("checkpoint_megatron", base.root),
+        ],
+        properties=_properties(packs, base, lora),
+    )
     vocab_size = base.config.vocab_size
-    try:
+    with _named_errors(packed_root, output):
         train_rows = PackedSplit(packed_root / "splits" / "train", vocab_size=vocab_size)
         valid_rows = PackedSplit(packed_root / "splits" / "valid", vocab_size=vocab_size)
         trainer = Trainer(
@@ -158,11 +168,36 @@ def train_adapter(
             seed=seed,
             metrics=metrics,
         )
-        trainer.run(intervals, save)
+        start = _go_on(trainer, saved) if saved else Progress()
+        reached = trainer.run(intervals, partial(saves.save, trainer), start=start, stop=stop)
+    if reached < intervals.train_iters:
+        raise PreemptedError(f"stopped at iteration {reached}/{intervals.train_iters}")
+
+
+def _go_on(trainer: Trainer, saved: SavedRun) -> Progress:
+    """Set optimizer and metrics to where a save was made."""
+    trainer.load_moments(saved.directory, saved.iteration)
+    trainer.metrics.resume(saved.iteration, saved.directory)
+    trainer.best = Best(*saved.best) if saved.best else None
+    before = saved.valid_loss_before
+    return Progress(
+        saved.iteration,
+        before=Validation(*before) if before else None,
+        is_evaluated=saved.is_evaluated,
+    )
+
+
+@contextlib.contextmanager
+def _named_errors(packed_root: Path, output: Path) -> Iterator[None]:
+    """Turn what training raises into the manifest's errors."""
+    try:
+        yield
     except BadRowError as error:
         raise step_error(STEP, "bad_packed_rows", str(error), where=str(packed_root)) from None
     except LossNotFiniteError as error:
         raise step_error(STEP, "loss_not_finite", str(error), where=str(output)) from None
+    except SaveFailedError as error:
+        raise step_error(STEP, "save_failed", str(error), where=str(output)) from None
 
 
 def _verified(directory: Path, artifact_type: str, layout: Layout) -> Artifact:
@@ -209,9 +244,7 @@ def _source(base: MegatronCheckpoint) -> str:
     return next((each.path for each in inputs if each.type == "checkpoint_hf"), str(base.root))
 
 
-def _announce(
-    model: PipelineStage, lora: LoraTargets, output: Path, previous: Path | None, seconds: float
-) -> None:
+def _announce(model: PipelineStage, lora: LoraTargets, seconds: float) -> None:
     factors = [p for linear in model.adapted_linears() for p in (linear.lora_a, linear.lora_b)]
     trained = sum(factor.numel() for factor in factors)
     print(
@@ -219,5 +252,3 @@ def _announce(
         f"{', '.join(sorted(lora.modules))}",
         flush=True,
     )
-    if previous is not None:
-        print(f"the earlier run in {output} was kept as {previous}", flush=True)

@@ -111,6 +111,12 @@ def test_a_job_that_is_killed_exits_with_8_and_names_the_signal(demo: Path) -> N
     assert record.error["code"] == "job_killed"
 
 
+def test_a_job_that_was_stopped_and_saved_exits_with_75(demo: Path) -> None:
+    submission, record, _ = run(plan("demo/make", "behaviour=stop"))
+    assert submission.exit_code == ExitCode.PREEMPTED
+    assert (record.status, record.error) == ("preempted", None)
+
+
 def test_a_stray_process_that_holds_the_pipes_does_not_hold_the_launcher(demo: Path) -> None:
     started = time.monotonic()
     submission, _, _ = run(plan("demo/make", "behaviour=spill"))
@@ -118,7 +124,7 @@ def test_a_stray_process_that_holds_the_pipes_does_not_hold_the_launcher(demo: P
     assert time.monotonic() - started < 30  # the stray one sleeps for 60
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_an_interrupt_reaches_the_job_and_is_recorded(demo: Path, number: int) -> None:
     def interrupt() -> None:
         root = demo / ".nemotron" / "jobs"

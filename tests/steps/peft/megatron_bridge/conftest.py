@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,12 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemotron.artifacts import Producer, publish, write_artifact
+from nemotron.steps._entry import run_step
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.megatron_writer import publish_megatron
+from nemotron.steps.peft.megatron_bridge import step
+from nemotron.steps.peft.megatron_bridge.checks import STEP
+from nemotron.steps.peft.megatron_bridge.schema import Config
 
 PACK_SIZE, VOCABULARY, NUM_TRAIN, NUM_VALID = 64, 97, 12, 3
 PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
@@ -67,6 +73,39 @@ class Run:
         return sorted(self.output.glob("iter_*"))[-1]
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A job that runs."""
+
+    process: subprocess.Popen[str]
+    directory: Path
+
+    def ranks(self, after_steps: int) -> list[int]:
+        """Return the processes of the ranks, in order, once so many steps are recorded."""
+        config = yaml.safe_load((self.directory / "train.yaml").read_text(encoding="utf-8"))
+        metrics = Path(config["checkpoint"]["save"]) / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count('"step"') >= after_steps):
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.01)
+        return ranks_of(self.process)
+
+    def end(self) -> Run:
+        """Wait for the end."""
+        _, stderr = self.process.communicate(timeout=120)
+        return finished(self.directory, self.process.returncode, stderr)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Return the children of a torchrun; it starts them in the order of their ranks."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return sorted(int(pid) for pid in listed.stdout.split())
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
@@ -85,24 +124,42 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         )
     )
     model.save_pretrained(root / "hf")
-    publish_megatron(
-        root / "base",
-        HuggingFaceCheckpoint(root / "hf"),
-        source=root / "hf",
-        source_name="random",
-        produced_by=PRODUCER,
-        inputs=[],
-    )
+    convert(root / "hf", root / "base")
     write_packs(root / "packs")
     return World(hf=root / "hf", base=root / "base", packs=root / "packs")
 
 
-def write_packs(root: Path, *, pack_size: int = PACK_SIZE, tokenizer: str | None = None) -> None:
-    """Write random rows of two to five documents; some documents have nothing to train."""
+def convert(hf: Path, base: Path) -> None:
+    publish_megatron(
+        base,
+        HuggingFaceCheckpoint(hf),
+        source=hf,
+        source_name="random",
+        produced_by=PRODUCER,
+        inputs=[],
+    )
+
+
+def write_packs(
+    root: Path,
+    *,
+    pack_size: int = PACK_SIZE,
+    tokenizer: str | None = None,
+    num_valid: int = NUM_VALID,
+    rare: int | None = None,
+) -> None:
+    """Write random rows of two to five documents; some documents have nothing to train.
+
+    A token ``rare`` is in the first train row only.
+    """
     generator = np.random.default_rng(0)
     with publish(root) as directory:
-        for split, num_rows in (("train", NUM_TRAIN), ("valid", NUM_VALID)):
+        for split, num_rows in (("train", NUM_TRAIN), ("valid", num_valid)):
             rows = [random_row(generator) for _ in range(num_rows)]
+            if rare is not None:
+                for ids, _, _ in rows:
+                    ids[:] = [0 if each == rare else each for each in ids]
+                rows[0][0][0] = rare if split == "train" else 0
             columns = list(zip(*rows, strict=True))
             types = (pa.int32(), pa.uint8(), pa.int32())
             table = pa.table(
@@ -121,7 +178,7 @@ def write_packs(root: Path, *, pack_size: int = PACK_SIZE, tokenizer: str | None
                 "pack_size": pack_size,
                 "tokenizer_sha256": tokenizer,
                 "chat_template_sha256": None,
-                "splits": {"train": {"rows": NUM_TRAIN}, "valid": {"rows": NUM_VALID}},
+                "splits": {"train": {"rows": NUM_TRAIN}, "valid": {"rows": num_valid}},
             },
         )
 
@@ -145,34 +202,85 @@ def train(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
     def run(**changes: Any) -> Run:
         directory = tmp_path_factory.mktemp("run")
-        config = base_config(world, directory / "out")
-        for key, value in changes.items():
-            section = config
-            *parents, last = key.split(".")
-            for name in parents:
-                section = section.setdefault(name, {})
-            section[last] = value
-        path = directory / "train.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        recipe = config["recipe"]
-        num_ranks = recipe["tensor_model_parallel_size"] * recipe["data_parallel_size"]
-        num_ranks *= recipe["pipeline_model_parallel_size"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={num_ranks}", "-m"]
-        command += ["nemotron.steps.peft.megatron_bridge.step", "--config", str(path)]
-        error = directory / "error.json"
-        done = subprocess.run(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "NEMOTRON_ERROR_FILE": str(error)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        told = json.loads(error.read_text(encoding="utf-8")) if error.exists() else {}
-        return Run(done.returncode, done.stderr, told, Path(config["checkpoint"]["save"]))
+        process = start(world, directory, "torch.distributed.run", changes)
+        _, stderr = process.communicate(timeout=300)
+        return finished(directory, process.returncode, stderr)
 
     return run
+
+
+@pytest.fixture
+def launch(world: World, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """Return a function that starts the step under the launcher's torchrun; killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(**changes: Any) -> Launched:
+        directory = tmp_path / f"launched{len(started)}"
+        directory.mkdir()
+        started.append(start(world, directory, "nemotron.steps._torchrun", changes))
+        return Launched(started[-1], directory)
+
+    yield run
+    for process in started:
+        for rank in ranks_of(process):
+            os.kill(rank, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def train_here(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Return a function that runs the step in this process, as its only rank."""
+
+    def run(**changes: Any) -> Run:
+        directory = tmp_path_factory.mktemp("run")
+        path = write_config(world, directory, changes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NEMOTRON_ERROR_FILE", str(directory / "error.json"))
+            code = run_step(STEP, Config, step.run, ["--config", str(path)])
+        return finished(directory, code, "")
+
+    return run
+
+
+def start(
+    world: World, directory: Path, torchrun: str, changes: dict[str, Any]
+) -> subprocess.Popen[str]:
+    """Start the step under a torchrun, with some config values changed (dotted keys)."""
+    path = write_config(world, directory, changes)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))["recipe"]
+    num_ranks = recipe["tensor_model_parallel_size"] * recipe["data_parallel_size"]
+    num_ranks *= recipe["pipeline_model_parallel_size"]
+    command = [sys.executable, "-m", torchrun, "--standalone", f"--nproc-per-node={num_ranks}"]
+    command += ["-m", "nemotron.steps.peft.megatron_bridge.step", "--config", str(path)]
+    error = {"NEMOTRON_ERROR_FILE": str(directory / "error.json")}
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **error},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def write_config(world: World, directory: Path, changes: dict[str, Any]) -> Path:
+    config = base_config(world, directory / "out")
+    for key, value in changes.items():
+        section = config
+        *parents, last = key.split(".")
+        for name in parents:
+            section = section.setdefault(name, {})
+        section[last] = value
+    path = directory / "train.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def finished(directory: Path, exit_code: int, stderr: str) -> Run:
+    config = yaml.safe_load((directory / "train.yaml").read_text(encoding="utf-8"))
+    error = directory / "error.json"
+    told = json.loads(error.read_text(encoding="utf-8")) if error.exists() else {}
+    return Run(exit_code, stderr, told, Path(config["checkpoint"]["save"]))
 
 
 def base_config(world: World, output: Path) -> dict[str, Any]:

@@ -199,10 +199,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(train: Train) -> None:
     assert run.error["problem"].startswith("iteration 3")
 
 
-def test_a_rerun_keeps_the_earlier_run_beside_it(train: Train, tmp_path: Path) -> None:
+def test_a_rerun_keeps_the_earlier_run_beside_it(train_here: Train, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    first = train(**{"checkpoint.save": str(output), "train.train_iters": 2})
-    second = train(**{"checkpoint.save": str(output), "train.train_iters": 3})
+    first = train_here(**{"checkpoint.save": str(output), "train.train_iters": 2})
+    second = train_here(**{"checkpoint.save": str(output), "train.train_iters": 3})
     assert (first.exit_code, second.exit_code) == (0, 0)
     assert (output / "iter_0000003").is_dir()
     assert (tmp_path / "out.previous" / "iter_0000002").is_dir()

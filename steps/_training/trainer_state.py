@@ -1,0 +1,101 @@
+"""What a save holds beside the adapter, so that training goes on as if it had never stopped.
+
+The adapter file is the fp32 masters. ``trainer_state.safetensors`` holds AdamW's two moments, each
+whole and by name of its factor, hence readable at every layout. ``trainer_state.json`` holds the
+position in the run and what the run's result depends on. There is no state of random generators:
+initial values, row order and dropout are functions of the seed, the iteration and the row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron.steps._formats.adapter import open_adapter
+from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
+from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from nemotron.steps._training.flat_adapter import FlatAdapter
+from nemotron.steps._training.pipeline import PipelineStage
+from nemotron.steps._training.resume import STATE_FILE
+
+MOMENTS_FILE = "trainer_state.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather_moments(
+    model: PipelineStage, adapter: FlatAdapter, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Return AdamW's moments as whole tensors, such as ``exp_avg/decoder...linear_qkv.lora_a``.
+
+    A collective of the tensor-parallel group, after the first optimizer step.
+    """
+    state = optimizer.state[adapter.values]
+    moments: dict[str, Tensor] = {}
+    for kind in _MOMENTS:
+        shards = adapter.views(state[kind])
+        for linear, names in _factors(model):
+            whole = linear.gather_lora(*(shards[name] for name in names))
+            moments |= {f"{kind}/{name}": each for name, each in zip(names, whole, strict=True)}
+    return moments
+
+
+def write_trainer_state(
+    directory: Path, moments: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Write both files of the state into a save that is being made."""
+    write_safetensors(
+        directory / MOMENTS_FILE,
+        names=sorted(moments),
+        shape=lambda name: tuple(moments[name].shape),
+        dtype=lambda name: moments[name].dtype,
+        read=lambda name: moments[name].cpu(),
+    )
+    text = json.dumps(values, indent=2) + "\n"
+    (directory / STATE_FILE).write_text(text, encoding="utf-8")
+
+
+def load_adapter(directory: Path, model: PipelineStage) -> None:
+    """Load this rank's shards of a saved adapter, with all checks of ``open_adapter``."""
+    factors = open_adapter(directory, config=model.config).factors()
+    for linear in model.adapted_linears():
+        linear.load_lora(*factors[linear.name])
+
+
+def load_moments(
+    directory: Path,
+    model: PipelineStage,
+    adapter: FlatAdapter,
+    optimizer: torch.optim.Optimizer,
+    *,
+    iteration: int,
+) -> None:
+    """Set AdamW's state to this rank's shards of the moments saved at ``iteration``.
+
+    Raises:
+        NemotronError: ``artifact_damaged``.
+        ValueError: A tensor does not have its factor's shape.
+    """
+    file = SafetensorsFile(directory / MOMENTS_FILE)
+    state: dict[str, Tensor] = {"step": torch.tensor(float(iteration))}
+    for kind in _MOMENTS:
+        state[kind] = torch.zeros_like(adapter.values)
+        shards = adapter.views(state[kind])
+        for linear, names in _factors(model):
+            whole = [file.read(f"{kind}/{name}") for name in names]
+            for name, shard in zip(names, linear.shard_lora(*whole), strict=True):
+                shards[name].copy_(shard)
+    optimizer.state[adapter.values] = state
+
+
+def _factors(
+    model: PipelineStage,
+) -> Iterator[tuple[ColumnParallelLinear | RowParallelLinear, tuple[str, str]]]:
+    """Yield every adapted linear of this rank with the names of its two factors."""
+    for linear in model.adapted_linears():
+        first, second = (each.name for each in linear.lora_parameters())
+        yield linear, (first, second)

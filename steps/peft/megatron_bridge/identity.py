@@ -1,0 +1,86 @@
+"""What a run's result depends on, as data: two runs that agree in it may share their saves.
+
+Torch-free, because the launcher compares it before it starts anything. A key that is new in the
+schema counts until it is named here as one that changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemotron.artifacts import MANIFEST, read_artifact, sha256_json
+from nemotron.steps.peft.megatron_bridge.schema import Config
+
+# Where things are and how often they happen; what the batch and the model are split over; and what
+# is compared by its content or by the property that all of its spellings lead to.
+_HARMLESS_SECTIONS = (
+    "checkpoint.", "checkpoint_patch.", "dataset.", "dist.", "hf_load.", "logger.", "scheduler.",
+)  # fmt: skip
+_HARMLESS_WORDS = ("parallel", "pipeline", "recompute", "seq_length")
+_HARMLESS_KEYS = {
+    "hf_model_path",
+    "recipe._target_",
+    "train.eval_interval",
+    "train.eval_iters",
+    "train.micro_batch_size",
+    "train.train_iters",
+}
+
+
+def run_identity(config: Config, packed_root: Path, base_path: Path) -> dict[str, Any]:
+    """Return the values that a save must share with the run that goes on from it.
+
+    Args:
+        config: The run's config.
+        packed_root: Output directory of data_prep/sft_packing, whose train rows count.
+        base_path: The base: its fingerprint counts, or its path where it has none.
+    """
+    values = dict(_leaves(config.model_dump(mode="json", by_alias=True)))
+    identity = {key: value for key, value in values.items() if not _is_harmless(key)}
+    identity["seq_length"] = config.seq_length
+    identity |= _schedule(config)
+    if not config.model.calculate_per_token_loss:
+        identity["train.micro_batch_size"] = config.train.micro_batch_size
+    if config.checkpoint.other_run is not None:
+        identity["checkpoint.load"] = str(config.checkpoint.other_run.resolve())
+        identity["checkpoint.ckpt_step"] = config.checkpoint.ckpt_step
+    packs = read_artifact(packed_root, "packed_parquet")
+    rows = {f.path: f.sha256 for f in packs.files if f.path.startswith("splits/train/")}
+    identity["train rows"] = sha256_json(rows)[:12]
+    identity["tokenizer"] = packs.properties["tokenizer_sha256"]
+    identity["base"] = _base(base_path)
+    return identity
+
+
+def _schedule(config: Config) -> dict[str, Any]:
+    """Return what the learning rate of an iteration depends on, however it was stated."""
+    style = config.scheduler.lr_decay_style
+    values = {
+        "scheduler.lr_decay_style": style,
+        "scheduler.lr_warmup_iters": config.lr_warmup_iters,
+    }
+    if style != "constant":
+        values["scheduler.lr_decay_iters"] = config.lr_decay_iters
+    return values
+
+
+def _base(path: Path) -> str:
+    root = next((each for each in (path, path.parent) if (each / MANIFEST).is_file()), None)
+    if root is None:
+        return str(path.resolve())
+    return str(read_artifact(root, "checkpoint_megatron").properties.get("base_fingerprint"))
+
+
+def _is_harmless(key: str) -> bool:
+    is_named = key in _HARMLESS_KEYS or key.startswith(_HARMLESS_SECTIONS)
+    return is_named or any(word in key for word in _HARMLESS_WORDS)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,95 @@
+"""What the run writes at every save: the adapter, what it takes to go on, and what it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemotron.artifacts import Input, Producer
+from nemotron.steps._training.checkpoint import (
+    SaveFailedError,
+    fail_together,
+    retain_newest,
+    save_adapter,
+)
+from nemotron.steps._training.loop import Progress, Trainer
+from nemotron.steps._training.preemption import StopRequest
+from nemotron.steps._training.resume import run_state
+from nemotron.steps.peft.megatron_bridge.start import ResumeSettings
+
+
+@dataclass(frozen=True)
+class Saves:
+    """Writes the saves of one run.
+
+    Attributes:
+        output: Directory of the run.
+        train_iters: Optimizer steps of the run.
+        resume: What is kept for a run that goes on from a save.
+        stop: Whether this save is the last one before the run is stopped.
+        base_model_name_or_path: What the adapter's config names as its base.
+        tokenizer_dir: The base's tokenizer, or None.
+        packed_root: Packed data, whose chat template goes with the adapter.
+        produced_by: Producer of the artifact.
+        inputs: Inputs of the artifact.
+        properties: Properties of the artifact that are the same at every save.
+    """
+
+    output: Path
+    train_iters: int
+    resume: ResumeSettings
+    stop: StopRequest
+    base_model_name_or_path: str
+    tokenizer_dir: Path | None
+    packed_root: Path
+    produced_by: Producer
+    inputs: Sequence[Input]
+    properties: dict[str, Any]
+
+    def save(self, trainer: Trainer, progress: Progress) -> None:
+        """Save what ``trainer`` has reached; a collective. Training survives one that fails.
+
+        Raises:
+            SaveFailedError: The last save of the run failed.
+        """
+        try:
+            directory = fail_together(trainer.layout, lambda: self._write(trainer, progress))
+        except SaveFailedError as error:
+            if self.stop.is_agreed or progress.iteration == self.train_iters:
+                raise
+            trainer.metrics.save_failed(progress.iteration, str(error))
+        else:
+            trainer.metrics.saved(progress.iteration, directory)
+
+    def _write(self, trainer: Trainer, progress: Progress) -> Path:
+        losses = {
+            "valid_loss_before": progress.before.lm_loss if progress.before else None,
+            "valid_loss": progress.now.lm_loss if progress.now else None,
+            "best_valid_loss": trainer.best.lm_loss if trainer.best else None,
+            "best_iteration": trainer.best.iteration if trainer.best else None,
+        }
+        directory = save_adapter(
+            self.output,
+            trainer.model,
+            layout=trainer.layout,
+            iteration=progress.iteration,
+            base_model_name_or_path=self.base_model_name_or_path,
+            tokenizer_dir=self.tokenizer_dir,
+            packed_root=self.packed_root,
+            produced_by=self.produced_by,
+            inputs=self.inputs,
+            properties=self.properties | losses,
+            moments=trainer.moments() if self.resume.save_optim else {},
+            run_state=run_state(
+                train_iters=self.train_iters,
+                identity=self.resume.identity,
+                valid_loss_before=astuple(progress.before) if progress.before else None,
+                is_evaluated=progress.is_evaluated,
+                best=astuple(trainer.best) if trainer.best else None,
+            ),
+        )
+        if trainer.layout.is_first and self.resume.most_recent_k > 0:
+            retain_newest(self.output, self.resume.most_recent_k)
+        return directory

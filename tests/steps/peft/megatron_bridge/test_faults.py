@@ -1,0 +1,156 @@
+"""Real ranks that are told to stop, killed, halted, fed bad data, or left without a disk."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemotron.errors import ExitCode
+from nemotron.steps._training.resume import list_saves, verify_save
+from tests.steps.peft.megatron_bridge.conftest import VOCABULARY, convert, write_config, write_packs
+
+Train = Callable[..., Any]
+LONG = {"train.train_iters": 100_000, "train.eval_interval": 100_000}
+TWO_RANKS = {"recipe.data_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("number", "is_to_rank"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)]
+)
+def test_a_job_that_is_told_to_stop_saves_at_once_and_goes_on_as_if_it_had_not(
+    launch: Callable[..., Any], train_here: Train, tmp_path: Path, number: int, is_to_rank: bool
+) -> None:
+    # Nearly all of the time is spent in evaluations of 60 rows, so that is where it is told.
+    write_packs(tmp_path / "packs", num_valid=60)
+    plan = {
+        "dataset.nano3_packed_sft_dir": str(tmp_path / "packs"),
+        "train.eval_interval": 1,
+        "train.eval_iters": 1000,
+    }
+    output = {"checkpoint.save": str(tmp_path / "out")}
+    job = launch(**plan, **output, **TWO_RANKS)
+    ranks = job.ranks(after_steps=2)
+    os.kill(ranks[1] if is_to_rank else job.process.pid, number)
+    stopped = job.end()
+    assert stopped.exit_code == ExitCode.PREEMPTED, stopped.stderr
+    assert stopped.error == {}
+    reached = len(stopped.losses)
+    assert 2 <= reached < 8
+    assert stopped.adapter.name == f"iter_{reached:07d}"
+    resumed, whole = train_here(**plan, **output), train_here(**plan)
+    assert (resumed.exit_code, whole.exit_code) == (0, 0)
+    # The first steps were taken by two ranks: sums in another order, as in test_layouts.
+    assert resumed.losses == pytest.approx(whole.losses, rel=5e-6)
+    validations = [e["iteration"] for e in resumed.events if e["event"] == "validation"]
+    assert validations == list(range(9))
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(launch: Callable[..., Any]) -> None:
+    job = launch(**LONG, **TWO_RANKS)
+    ranks = job.ranks(after_steps=3)
+    killed = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    run = job.end()
+    assert time.monotonic() - killed < 15
+    assert (run.exit_code, run.error["code"]) == (ExitCode.RANK_DIED, "rank_died")
+    assert run.error["problem"] == "rank 1 was killed by SIGKILL"
+
+
+def test_a_halted_rank_ends_the_job_within_the_heartbeat_and_is_named(
+    launch: Callable[..., Any],
+) -> None:
+    job = launch(**LONG, **TWO_RANKS, **{"dist.heartbeat_timeout_seconds": 3})
+    ranks = job.ranks(after_steps=3)
+    halted = time.monotonic()
+    os.kill(ranks[1], signal.SIGSTOP)
+    run = job.end()
+    # The timeout, a second between beats, and the five seconds that torchrun gives the halted one.
+    assert time.monotonic() - halted < 3 + 10
+    assert (run.exit_code, run.error["code"]) == (ExitCode.RANK_DIED, "rank_silent")
+    assert run.error["problem"].startswith("rank 1 has been silent for 3 s; its last step was ")
+
+
+def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(
+    train: Train, world: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(world.hf, tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.embed_tokens.weight"][VOCABULARY - 1] = torch.nan
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    convert(tmp_path / "hf", tmp_path / "base")
+    write_packs(tmp_path / "packs", rare=VOCABULARY - 1)
+    run = train(
+        **TWO_RANKS,
+        **{
+            "checkpoint.pretrained_checkpoint": str(tmp_path / "base"),
+            "dataset.nano3_packed_sft_dir": str(tmp_path / "packs"),
+            "checkpoint.save_interval": 1,
+        },
+    )
+    assert (run.error["code"], run.error["exit_code"]) == ("loss_not_finite", ExitCode.NUMERIC)
+    assert run.error["problem"].startswith(f"iteration {len(run.losses) + 1}: ")
+    assert len(run.losses) < 3  # the row is somewhere in the first epoch of three batches
+    for directory in run.output.glob("iter_*"):
+        adapter = load_file(directory / "adapter_model.safetensors")
+        assert all(bool(tensor.isfinite().all()) for tensor in adapter.values())
+
+
+def test_a_full_disk_costs_the_saves_and_not_the_run(
+    train_here: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # The largest file of a save has 280 kB; the log of the test and metrics.jsonl have far less.
+    plan = {"peft.dim": 64, "scheduler.lr_decay_iters": 8, "checkpoint.save_interval": 2}
+    output = {"checkpoint.save": str(tmp_path / "out")}
+    good = train_here(**plan, **output, **{"train.train_iters": 4})
+    assert good.exit_code == 0
+    with largest_file(100_000):
+        run = train_here(**plan, **output)
+    assert (run.error["code"], run.error["exit_code"]) == ("save_failed", ExitCode.IO)
+    assert len(run.losses) == 8
+    assert "nothing saved at iteration 6: [Errno 27]" in capfd.readouterr().out
+    assert [iteration for iteration, _ in list_saves(run.output)] == [4, 2]
+    verify_save(run.adapter)
+    assert not list(run.output.glob(".*.partial"))
+    run, whole = train_here(**plan, **output), train_here(**plan)
+    assert run.exit_code == 0
+    assert run.losses == whole.losses
+
+
+def test_what_was_saved_survives_kills_at_random_moments(world: Any, tmp_path: Path) -> None:
+    plan = {**LONG, "checkpoint.save_interval": 1, "checkpoint.most_recent_k": 3}
+    config = write_config(world, tmp_path, plan)
+    script = Path(__file__).with_name("kill_saves.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--config", str(config), "--kills", "20"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("20 kills, 0 lost")
+
+
+@contextmanager
+def largest_file(size_bytes: int) -> Iterator[None]:
+    """Let writes beyond a file's size fail, as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
