@@ -148,9 +148,9 @@ def test_a_target_that_does_not_exist_is_refused_with_those_that_do() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "closest"),
     [
-        ("target_modules", ["linear_qkv", "*.layers.2.mlp.linear_fc1"], "layers.0.mlp.linear_fc1"),
-        ("rank_pattern", {"linear_fc1": 8}, "layers.1.self_attention.linear_qkv"),
-        ("alpha_pattern", {"*.layers.2.*": 8.0}, "layers.0.self_attention.linear_qkv"),
+        ("target_modules", ["linear_qkv", "*.layers.4.mlp.linear_fc1"], ".mlp.linear_fc1"),
+        ("rank_pattern", {"linear_fc1": 8}, ".self_attention.linear_qkv"),
+        ("alpha_pattern", {"*.layers.4.*": 8.0}, ".self_attention.linear_"),
     ],
 )
 def test_a_pattern_that_names_nothing_is_refused_with_the_closest_names(

@@ -81,11 +81,18 @@ def test_a_run_that_was_stopped_in_the_second_epoch_ends_with_the_same_bytes(
     assert (resumable / "latest_checkpointed_iteration.txt").read_text() == "8\n"
 
 
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        {"recipe.tensor_model_parallel_size": 2, "recipe.sequence_parallel": True},
+        {"recipe.pipeline_model_parallel_size": 2},
+    ],
+    ids=["tensor and sequence", "pipeline"],
+)
 def test_another_layout_goes_on_to_rounding(
-    train: Train, uninterrupted: Any, tmp_path: Path
+    train: Train, uninterrupted: Any, tmp_path: Path, sharded: dict[str, Any]
 ) -> None:
     output = {"checkpoint.save": str(tmp_path / "out")}
-    sharded = {"recipe.tensor_model_parallel_size": 2, "recipe.sequence_parallel": True}
     first = train(**PLAN, **output, **sharded, **{"train.train_iters": 5})
     assert first.exit_code == 0, first.stderr
     moments = load_file(first.adapter / MOMENTS)
