@@ -10,7 +10,7 @@ Source: Megatron-Bridge, training/checkpointing.py; Megatron-LM, core/dist_check
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +189,9 @@ def _train_state() -> dict[str, torch.Tensor]:
 
 
 def _run_config(config: DecoderConfig, dtype: torch.dtype, source_name: str) -> dict[str, Any]:
-    """Return what readers of Megatron-Bridge checkpoints look up.
-
-    Of a Llama 3 rope scaling Megatron knows the factor only; ``hf/config.json`` has all of it.
-    """
-    scaling: Mapping[str, Any] = config.rope_scaling or {}
+    """Return what readers of Megatron-Bridge checkpoints look up."""
     training = f"{_BRIDGE}.training"
+    dtype_name = str(dtype).removeprefix("torch.")
     return {
         "_target_": f"{training}.config.ConfigContainer",
         "checkpoint": {
@@ -204,39 +201,7 @@ def _run_config(config: DecoderConfig, dtype: torch.dtype, source_name: str) -> 
             "save_optim": False,
             "save_rng": False,
         },
-        "model": {
-            "_target_": f"{_BRIDGE}.models.gpt_provider.GPTModelProvider",
-            "activation_func": {"_call_": False, "_target_": "torch.nn.functional.silu"},
-            "add_bias_linear": False,
-            "add_qkv_bias": False,
-            "bf16": dtype == torch.bfloat16,
-            "ffn_hidden_size": config.ffn_hidden_size,
-            "fp16": dtype == torch.float16,
-            "gated_linear_unit": True,
-            "hf_model_id": source_name,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "hidden_size": config.hidden_size,
-            "kv_channels": config.kv_channels,
-            "layernorm_epsilon": config.layernorm_epsilon,
-            "normalization": "RMSNorm",
-            "num_attention_heads": config.num_attention_heads,
-            "num_layers": config.num_layers,
-            "num_query_groups": config.num_query_groups,
-            "params_dtype": {"_call_": False, "_target_": str(dtype)},
-            "pipeline_model_parallel_size": 1,
-            "position_embedding_type": "rope",
-            "qk_layernorm": False,
-            "rope_scaling": bool(scaling),
-            "rope_scaling_factor": float(scaling.get("factor", 1.0)),
-            "rotary_base": config.rotary_base,
-            "rotary_percent": 1.0,
-            "seq_length": config.max_position_embeddings,
-            "share_embeddings_and_output_weights": config.share_embeddings_and_output_weights,
-            "should_pad_vocab": False,
-            "tensor_model_parallel_size": 1,
-            "vocab_size": config.vocab_size,
-        },
+        "model": config.to_run_config(dtype_name=dtype_name, source_name=source_name),
         "tokenizer": {
             "_target_": f"{training}.tokenizers.config.TokenizerConfig",
             "tokenizer_model": source_name,

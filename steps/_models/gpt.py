@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import TypedDict
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.sliding_window import windowed_attention
 from nemotron.steps._models.targets import first_match
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.dropout import DropoutRows
@@ -256,7 +258,12 @@ class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions, heads split over the ranks by KV group.
 
     linear_qkv's rows are Megatron's: for every KV group its query heads, then its key, its value.
+    Its bias (Qwen2) has this rank's rows; the norms of queries and keys (Qwen3) are one head's.
     """
+
+    qkv_bias: Tensor | None
+    q_layernorm: Tensor | None
+    k_layernorm: Tensor | None
 
     def __init__(
         self,
@@ -291,6 +298,15 @@ class SelfAttention(nn.Module):
             lora=lora and lora.of(f"{name}.linear_proj"),
             **split,
         )
+        self.attend = packed_attention
+        if config.window_size is not None:
+            self.attend = partial(windowed_attention, window_size=config.window_size)
+        self.norm_epsilon = config.layernorm_epsilon
+        ones = partial(torch.ones, dtype=split["dtype"])
+        bias = torch.zeros(qkv_features // size, dtype=split["dtype"])
+        self.register_buffer("qkv_bias", bias if config.add_qkv_bias else None)
+        for norm in ("q_layernorm", "k_layernorm"):
+            self.register_buffer(norm, ones(self.head_dim) if config.qk_layernorm else None)
 
     def forward(
         self,
@@ -300,11 +316,18 @@ class SelfAttention(nn.Module):
         dropout: DropoutRows | None,
     ) -> Tensor:
         heads_per_group = self.queries_per_group + 2
-        qkv = self.linear_qkv(x_SH, dropout).unflatten(1, (-1, heads_per_group, self.head_dim))
+        qkv_SF = self.linear_qkv(x_SH, dropout)
+        if self.qkv_bias is not None:
+            qkv_SF = qkv_SF + self.qkv_bias
+        qkv = qkv_SF.unflatten(1, (-1, heads_per_group, self.head_dim))
         query, key_SGD, value_SGD = qkv.split([self.queries_per_group, 1, 1], dim=2)
-        query_SND = apply_rotary(query.flatten(1, 2), rotary)
-        key_SGD = apply_rotary(key_SGD.squeeze(2), rotary)
-        out_SND = packed_attention(query_SND, key_SGD, value_SGD.squeeze(2), cu_seqlens)
+        query_SND, key_SGD = query.flatten(1, 2), key_SGD.squeeze(2)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query_SND = norm_heads(query_SND, self.q_layernorm, self.norm_epsilon)
+            key_SGD = norm_heads(key_SGD, self.k_layernorm, self.norm_epsilon)
+        query_SND = apply_rotary(query_SND, rotary)
+        key_SGD = apply_rotary(key_SGD, rotary)
+        out_SND = self.attend(query_SND, key_SGD, value_SGD.squeeze(2), cu_seqlens)
         return self.linear_proj(out_SND.flatten(1, 2), dropout)
 
 
@@ -340,6 +363,11 @@ class MLP(nn.Module):
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None) -> Tensor:
         return self.linear_fc2(self.linear_fc1(x_SH, dropout), dropout)
+
+
+def norm_heads(heads_SND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Return every head RMS-normed by itself, [S, N, D]."""
+    return rms_norm(heads_SND.flatten(0, 1), weight_D, epsilon).view(heads_SND.shape)
 
 
 def packed_attention(

@@ -92,6 +92,7 @@ def weight_rules(config: DecoderConfig) -> tuple[WeightRule, ...]:
             (h,),
         ),
         _linear_rule("linear_qkv", (_qkv_rows(config), h)),
+        *_attention_extras(config),
         _linear_rule("linear_proj", (h, heads_dim)),
         WeightRule(
             f"{on_disk}mlp.linear_fc1.layer_norm_weight",
@@ -245,6 +246,27 @@ def _linear_rule(target: str, shape: tuple[int, int]) -> WeightRule:
     hf = tuple(f"model.layers.{{layer}}.{hf_parent}.{leaf}.weight" for leaf in LORA_TARGETS[target])
     name = f"decoder.layers.{megatron_parent}.{target}.weight"
     return WeightRule(name, hf, _LAYOUTS.get(target, "same"), shape)
+
+
+def _attention_extras(config: DecoderConfig) -> tuple[WeightRule, ...]:
+    """Return the rules of what only some families have: Qwen2's bias, Qwen3's norms."""
+    attention, hf = "decoder.layers.self_attention", "model.layers.{layer}.self_attn"
+    rules: list[WeightRule] = []
+    if config.add_qkv_bias:
+        names = tuple(f"{hf}.{leaf}.bias" for leaf in LORA_TARGETS["linear_qkv"])
+        shape = (_qkv_rows(config),)
+        rules.append(WeightRule(f"{attention}.linear_qkv.bias", names, "qkv", shape))
+    if config.qk_layernorm:
+        rules += [
+            WeightRule(
+                f"{attention}.{head}_layernorm.weight",
+                (f"{hf}.{head}_norm.weight",),
+                "same",
+                (config.kv_channels,),
+            )
+            for head in ("q", "k")
+        ]
+    return tuple(rules)
 
 
 def _qkv_rows(config: DecoderConfig) -> int:

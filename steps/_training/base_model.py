@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemotron.steps._models.config import DecoderConfig
-from nemotron.steps._models.gpt import GPTModel, LoraTargets, TransformerLayer
+from nemotron.steps._models.gpt import GPTModel, LoraTargets, SelfAttention, TransformerLayer
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear
 from nemotron.steps._tensor_parallel.vocabulary import vocabulary_rows
@@ -100,3 +100,17 @@ def _load_layer(layer: TransformerLayer, index: int, reader: WeightReader) -> No
         else:
             columns = linear.local_columns()
             linear.load_weight(reader.read(on_disk, layer=index, columns=columns))
+    _load_attention_extras(attention, index, reader)
+
+
+def _load_attention_extras(attention: SelfAttention, index: int, reader: WeightReader) -> None:
+    """Load what only some families have: the bias of q, k and v, the norms of queries and keys."""
+    on_disk = "decoder.layers.self_attention"
+    if attention.qkv_bias is not None:
+        (rows,) = attention.linear_qkv.local_rows()
+        bias = reader.read(f"{on_disk}.linear_qkv.bias", layer=index, rows=rows)
+        attention.qkv_bias.copy_(bias)
+    for name in ("q_layernorm", "k_layernorm"):
+        norm: Tensor | None = getattr(attention, name)
+        if norm is not None:
+            norm.copy_(reader.read(f"{on_disk}.{name}.weight", layer=index))

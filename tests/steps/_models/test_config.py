@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from nemotron.errors import NemotronError
 from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.run_config import megatron_would_misread
 
 SIZES = {
     "vocab_size": 97,
@@ -98,7 +99,8 @@ def test_from_hf_fills_in_what_old_configs_leave_out() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        ({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
+        ({"model_type": "qwen2"}, "the model is 'LlamaForCausalLM'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"attention_bias": True}, "attention_bias is True; only False"),
         ({"mlp_bias": True}, "mlp_bias is True"),
@@ -137,11 +139,68 @@ def test_from_run_config_takes_megatrons_constants_of_llama3_scaling() -> None:
     assert config.rope_scaling == {"rope_type": "llama3", **LLAMA3}
 
 
+def test_from_run_config_reads_the_constants_that_megatron_bridge_0_2_wrote() -> None:
+    own = {"scale_factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
+    config = DecoderConfig.from_run_config({"model": MEGATRON | own | {"old_context_len": 512}})
+    assert config.rope_scaling == {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 3.0,
+        "original_max_position_embeddings": 512,
+    }
+
+
+@pytest.mark.parametrize(
+    ("scaling", "is_misread"),
+    [(None, False), (LLAMA3, False), (LLAMA3 | {"low_freq_factor": 2.0}, True)],
+)
+def test_other_constants_than_megatrons_are_known_as_such(
+    scaling: dict[str, Any] | None, is_misread: bool
+) -> None:
+    assert megatron_would_misread(scaling) is is_misread
+
+
+WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 7}, 7),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral"}, 4096),  # what transformers takes it to mean
+        ({"model_type": "qwen2", **WINDOWED}, 7),
+        ({"model_type": "qwen2", **WINDOWED, "use_sliding_window": False}, None),
+        ({"model_type": "qwen2", **WINDOWED, "max_window_layers": 3}, None),
+        ({"model_type": "qwen3", **WINDOWED, "layer_types": ["full_attention"] * 3}, None),
+    ],
+)
+def test_from_hf_reads_the_sliding_window(change: dict[str, Any], window: int | None) -> None:
+    config = DecoderConfig.from_hf(HF_4 | {"architectures": []} | change)
+    assert config.window_size == window
+
+
+def test_from_hf_refuses_windows_in_some_layers_only() -> None:
+    mixed = HF_4 | WINDOWED | {"model_type": "qwen2", "architectures": [], "max_window_layers": 1}
+    with pytest.raises(NemotronError, match="some layers have a sliding window"):
+        DecoderConfig.from_hf(mixed)
+
+
+def test_to_hf_refuses_what_no_family_is() -> None:
+    config = DecoderConfig.from_run_config(
+        {"model": MEGATRON | {"add_qkv_bias": True, "qk_layernorm": True}}
+    )
+    with pytest.raises(NemotronError, match="no family has both"):
+        config.to_hf(dtype_name="float32")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qk_layernorm": True}, "qk_layernorm is True"),
-        ({"add_qkv_bias": True}, "add_qkv_bias is True"),
+        ({"window_size": [6, 6]}, r"window_size is \[6, 6\]"),
+        ({"window_size": 7}, "window_size is 7"),
+        ({"window_attn_skip_freq": 2}, "window_attn_skip_freq is 2"),
         ({"num_moe_experts": 8}, "num_moe_experts is 8"),
         ({"normalization": "LayerNorm"}, "normalization is 'LayerNorm'; only 'RMSNorm'"),
         ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "gelu"),

@@ -1,0 +1,179 @@
+"""Model families as Hugging Face describes them: ``config.json`` read into sizes, and written.
+
+Four families are one decoder with switches: Llama 2 and 3, Mistral (its own head size, a sliding
+window), Qwen2 and 2.5 (a bias on q, k and v), Qwen3 (RMS norms on every query and key head). Both
+spellings are read: transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``).
+A field that is absent means what the family's class in transformers takes it to mean.
+
+Source: transformers, configuration_{llama,mistral,qwen2,qwen3}.py, 4.57 and 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemotron.steps._models.fields import refuse_other_values, required, unsupported
+
+ROPE_SCALING_KEYS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+# What the model code takes for granted; a config that says otherwise is refused.
+_REQUIRED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "use_mrope": False,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one ``model_type`` has that its ``config.json`` does not say."""
+
+    architecture: str
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    head_dim: int | None = None
+    """Where the config states none; None: hidden_size / num_attention_heads."""
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", add_qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_layernorm=True, head_dim=128),
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def sizes_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of ``DecoderConfig`` that a ``config.json`` states.
+
+    Raises:
+        NemotronError: ``model_unsupported``: another architecture, a field that the model code does
+            not honour, or a missing field.
+    """
+    family = _family(config)
+    refuse_other_values(config, _REQUIRED)
+    rope = config.get("rope_parameters") or {}
+    num_heads = required(config, "num_attention_heads")
+    hidden_size = required(config, "hidden_size")
+    return {
+        "num_layers": required(config, "num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": required(config, "intermediate_size"),
+        "num_attention_heads": num_heads,
+        "num_query_groups": _num_query_groups(config, num_heads),
+        "kv_channels": config.get("head_dim") or family.head_dim or hidden_size // num_heads,
+        "vocab_size": required(config, "vocab_size"),
+        "layernorm_epsilon": float(required(config, "rms_norm_eps")),
+        "rotary_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        "rope_scaling": _rope_scaling(rope or config.get("rope_scaling") or {}),
+        "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
+        "max_position_embeddings": required(config, "max_position_embeddings"),
+        "add_qkv_bias": family.add_qkv_bias,
+        "qk_layernorm": family.qk_layernorm,
+        "window_size": _window_size(config),
+    }
+
+
+def hf_from_sizes(sizes: Mapping[str, Any], *, dtype_name: str) -> dict[str, Any]:
+    """Return a ``config.json`` for a model that was never a Hugging Face one, inverse of the above.
+
+    In the spelling of transformers 4, which 5 reads as well.
+
+    Args:
+        sizes: Fields of ``DecoderConfig``.
+        dtype_name: Such as ``bfloat16``.
+
+    Raises:
+        NemotronError: ``model_unsupported``: no family has this combination.
+    """
+    model_type = _model_type(sizes)
+    window = sizes["window_size"]
+    config = {
+        "architectures": [FAMILIES[model_type].architecture],
+        "model_type": model_type,
+        "num_hidden_layers": sizes["num_layers"],
+        "hidden_size": sizes["hidden_size"],
+        "intermediate_size": sizes["ffn_hidden_size"],
+        "num_attention_heads": sizes["num_attention_heads"],
+        "num_key_value_heads": sizes["num_query_groups"],
+        "head_dim": sizes["kv_channels"],
+        "vocab_size": sizes["vocab_size"],
+        "rms_norm_eps": sizes["layernorm_epsilon"],
+        "rope_theta": sizes["rotary_base"],
+        "rope_scaling": sizes["rope_scaling"],
+        "tie_word_embeddings": sizes["share_embeddings_and_output_weights"],
+        "max_position_embeddings": sizes["max_position_embeddings"],
+        "hidden_act": "silu",
+        "torch_dtype": dtype_name,
+    }
+    if model_type == "mistral":
+        config["sliding_window"] = window
+    elif window is not None:
+        config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    return config
+
+
+def _model_type(sizes: Mapping[str, Any]) -> str:
+    has_bias, has_norms = sizes["add_qkv_bias"], sizes["qk_layernorm"]
+    if has_bias and has_norms:
+        raise unsupported("add_qkv_bias and qk_layernorm are both set; no family has both")
+    if has_bias or has_norms:
+        return "qwen3" if has_norms else "qwen2"
+    return "llama" if sizes["window_size"] is None else "mistral"
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    names = config.get("architectures") or []
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None or names not in ([], [family.architecture]):
+        supported = ", ".join(each.architecture for each in FAMILIES.values())
+        raise unsupported(
+            f"the model is {names[0] if names else config.get('model_type')!r}; "
+            f"supported are {supported}",
+        )
+    return family
+
+
+def _num_query_groups(config: Mapping[str, Any], num_heads: int) -> int:
+    if config["model_type"] == "llama":  # Llama 1 and 2 have no such field
+        return config.get("num_key_value_heads") or num_heads
+    return required(config, "num_key_value_heads")
+
+
+def _window_size(config: Mapping[str, Any]) -> int | None:
+    """Return the tokens that a token sees, itself included; None: all before it."""
+    default = None if config["model_type"] == "llama" else 4096
+    window = config.get("sliding_window", default)
+    if config["model_type"] == "mistral":
+        has_window = {window is not None}
+    elif config["model_type"] == "llama" or not config.get("use_sliding_window"):
+        has_window, window = {False}, None
+    else:
+        num_full = config.get("max_window_layers", 28)
+        layers = range(config["num_hidden_layers"])
+        default_types = [_SLIDING if layer >= num_full else _FULL for layer in layers]
+        has_window = {kind == _SLIDING for kind in config.get("layer_types") or default_types}
+    if len(has_window) > 1:
+        raise unsupported("some layers have a sliding window and some have not")
+    return window if has_window == {True} else None
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise unsupported("partial_rotary_factor is not 1; only full rotary is supported")
+    if rope_type == "default":
+        return None
+    if rope_type != "llama3":
+        raise unsupported(f"the rope type is {rope_type!r}; only default and llama3 are supported")
+    return {"rope_type": "llama3"} | {key: required(rope, key) for key in ROPE_SCALING_KEYS}
