@@ -9,11 +9,9 @@ S tokens, H hidden, N attention heads, G key/value heads, D head dimension, T te
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import TypedDict
 
 import torch
@@ -21,6 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nemotron.steps._models.attention import (
+    HeadNorms,
+    Rotary,
+    packed_attention,
+    rotary_tables,
+    rotated_heads,
+)
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.sliding_window import windowed_attention
 from nemotron.steps._models.targets import first_match
@@ -31,7 +36,7 @@ from nemotron.steps._tensor_parallel.linear import (
     LoraSpec,
     RowParallelLinear,
 )
-from nemotron.steps._tensor_parallel.prologue import rms_norm
+from nemotron.steps._tensor_parallel.prologue import RMSNormPrologue, rms_norm
 from nemotron.steps._tensor_parallel.vocabulary import (
     VocabParallelEmbedding,
     gather_sequence,
@@ -165,7 +170,7 @@ class GPTModel(nn.Module):
         num_tokens = len(tokens_S)
         if self.sequence_parallel:
             tokens_S, cu_seqlens, dropout = self._pad(tokens_S, cu_seqlens, dropout)
-        rotary = self._rotary(cu_seqlens, tokens_S.device)
+        rotary = rotary_tables(self.config, cu_seqlens, dtype=self.dtype, device=tokens_S.device)
         x_SH = received_SH if self.word_embeddings is None else self.word_embeddings(tokens_S)
         assert x_SH is not None  # layers that are not the first get what the ones before send
         for layer in self.layers:
@@ -215,13 +220,6 @@ class GPTModel(nn.Module):
         padded = F.pad(tokens_S, (0, num_missing))
         return padded, [*cu_seqlens, len(padded)], dropout
 
-    def _rotary(self, cu_seqlens: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
-        positions_S = torch.cat([torch.arange(length, device=device) for length in lengths])
-        angles = positions_S.float().unsqueeze(1) * rotary_frequencies(self.config).to(device)
-        angles_SD = torch.cat([angles, angles], dim=1)
-        return angles_SD.cos().to(self.dtype), angles_SD.sin().to(self.dtype)
-
 
 class TransformerLayer(nn.Module):
     """One decoder layer: attention and MLP, each on the normed residual; [S, H] -> [S, H].
@@ -246,7 +244,7 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x_SH: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         cu_seqlens: Sequence[int],
         dropout: DropoutRows | None,
     ) -> Tensor:
@@ -311,7 +309,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x_SH: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         cu_seqlens: Sequence[int],
         dropout: DropoutRows | None,
     ) -> Tensor:
@@ -320,15 +318,16 @@ class SelfAttention(nn.Module):
         if self.qkv_bias is not None:
             qkv_SF = qkv_SF + self.qkv_bias
         qkv = qkv_SF.unflatten(1, (-1, heads_per_group, self.head_dim))
-        query, key_SGD, value_SGD = qkv.split([self.queries_per_group, 1, 1], dim=2)
-        query_SND, key_SGD = query.flatten(1, 2), key_SGD.squeeze(2)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query_SND = norm_heads(query_SND, self.q_layernorm, self.norm_epsilon)
-            key_SGD = norm_heads(key_SGD, self.k_layernorm, self.norm_epsilon)
-        query_SND = apply_rotary(query_SND, rotary)
-        key_SGD = apply_rotary(key_SGD, rotary)
-        out_SND = self.attend(query_SND, key_SGD, value_SGD.squeeze(2), cu_seqlens)
+        out_SND = self.attend(*rotated_heads(qkv, rotary, self._head_norms()), cu_seqlens)
         return self.linear_proj(out_SND.flatten(1, 2), dropout)
+
+    def _head_norms(self) -> HeadNorms | None:
+        if self.q_layernorm is None or self.k_layernorm is None:
+            return None
+        return HeadNorms(
+            RMSNormPrologue(self.q_layernorm, self.norm_epsilon),
+            RMSNormPrologue(self.k_layernorm, self.norm_epsilon),
+        )
 
 
 class MLP(nn.Module):
@@ -363,57 +362,3 @@ class MLP(nn.Module):
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None) -> Tensor:
         return self.linear_fc2(self.linear_fc1(x_SH, dropout), dropout)
-
-
-def norm_heads(heads_SND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """Return every head RMS-normed by itself, [S, N, D]."""
-    return rms_norm(heads_SND.flatten(0, 1), weight_D, epsilon).view(heads_SND.shape)
-
-
-def packed_attention(
-    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
-) -> Tensor:
-    """Return causal attention within each document, [S, N, D].
-
-    One call per document: exact, and on a CPU several times faster than one call with a mask, which
-    also computes what it masks.
-    """
-    outs = []
-    for start, stop in pairwise(cu_seqlens):
-        query, key, value = (
-            heads[start:stop].transpose(0, 1).unsqueeze(0)
-            for heads in (query_SND, key_SGD, value_SGD)
-        )
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        outs.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(outs)
-
-
-def apply_rotary(heads_SND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the halves of every head by its token's angles; [S, N, D] -> [S, N, D].
-
-    Source: Su et al. 2021 (arXiv:2104.09864), in the split-halves layout of Llama checkpoints.
-    """
-    cos, sin = (table_SD.unsqueeze(1) for table_SD in rotary)
-    first, second = heads_SND.chunk(2, dim=2)
-    return heads_SND * cos + torch.cat([-second, first], dim=2) * sin
-
-
-def rotary_frequencies(config: DecoderConfig) -> Tensor:
-    """Return the angle per position of every pair of features, [D / 2] fp32.
-
-    In fp32 as every peer computes them: a checkpoint was trained with their rounding.
-
-    Llama 3.1's ``rope_scaling`` keeps the high frequencies, divides the low ones by ``factor`` and
-    blends between.
-    """
-    pairs = torch.arange(0, config.kv_channels, 2, dtype=torch.float32)
-    frequencies = 1.0 / config.rotary_base ** (pairs / config.kv_channels)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    original = scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = original * frequencies / (2.0 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / scaling["factor"])

@@ -93,6 +93,7 @@ class FusedLora(torch.autograd.Function):
         y_SF.addmm_(h_SR, lora_b_FR.to(x_SH.dtype).T, alpha=scale)
         _save(ctx, x_SH, kept, h_SR, lora_b_FR, prologue, mask)
         ctx.extended, ctx.scale, ctx.group = extended, scale, backward_group
+        ctx.master_dtype = lora_b_FR.dtype
         return y_SF
 
     @staticmethod
@@ -100,17 +101,17 @@ class FusedLora(torch.autograd.Function):
         (dy_SF,) = grad_outputs
         x_SH, kept, h_SR, lora_b_FR = ctx.saved_tensors
         dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
-        dx_SH = da_RH = db_FR = wait = None
+        dx_SH = db_FR = wait = None
         if ctx.needs_input_grad[0]:
             weight_FH, lora_a_RH = ctx.extended.split([dy_SF.shape[1], dh_SR.shape[1]])
             dx_SH = _add_lora(dy_SF @ weight_FH, dh_SR, lora_a_RH, ctx.mask)
             dx_SH, wait = all_reduce_async(dx_SH, ctx.group)
         if ctx.needs_input_grad[1]:
-            da_RH = (dh_SR.T @ _adapters_input(ctx, x_SH, kept)).to(lora_b_FR.dtype)
-            db_FR = (dy_SF.T @ h_SR).mul_(ctx.scale).to(lora_b_FR.dtype)
+            db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
+        da_RH, part = _lora_a_gradient(ctx, dh_SR, x_SH, kept)
         if wait is not None:
             wait()
-        dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept)
+        dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept, part)
         return dx_SH, da_RH, db_FR, None, None, None, None, None, None
 
 
@@ -163,17 +164,14 @@ class SequenceParallelColumn(torch.autograd.Function):
         # Without dx only the R columns of dh are left to compute and to send.
         columns = ctx.extended if needs_dx else ctx.extended[:, in_features:]
         dx_dh, wait = scatter_sum_rows_async(dy_SF @ columns, ctx.group)
-        db_FR = None
-        if needs_adapter:
-            db_FR = (dy_SF.T @ h_SR).mul_(ctx.scale).to(ctx.master_dtype)
+        db_FR = _lora_b_gradient(ctx, dy_SF, h_SR) if needs_adapter else None
         wait()
         dh_SR = dx_dh[:, in_features:] if needs_dx else dx_dh
-        dx_SH = da_RH = None
-        if needs_adapter:
-            da_RH = (dh_SR.T @ _adapters_input(ctx, x_SH, kept)).to(ctx.master_dtype)
+        da_RH, part = _lora_a_gradient(ctx, dh_SR, x_SH, kept)
+        dx_SH = None
         if needs_dx:
             dx_SH = _add_lora(dx_dh[:, :in_features], dh_SR, lora_a_RH, ctx.mask)
-            dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept)
+            dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept, part)
         return dx_SH, da_RH, db_FR, None, None, None, None, None
 
 
@@ -210,6 +208,7 @@ class SequenceParallelRow(torch.autograd.Function):
         y_SF.addmm_(h_SR, lora_b_FR.to(x_SH.dtype).T, alpha=scale)
         _save(ctx, x_SH, kept, h_SR, lora_b_FR, prologue, mask)
         ctx.extended, ctx.scale, ctx.group = extended, scale, group
+        ctx.master_dtype = lora_b_FR.dtype
         return y_SF
 
     @staticmethod
@@ -219,21 +218,18 @@ class SequenceParallelRow(torch.autograd.Function):
         needs_dx, needs_adapter = ctx.needs_input_grad[:2]
         dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
         gathered, wait = gather_rows_async(torch.cat([dy_SF, dh_SR], dim=1), ctx.group)
-        dx_SH = da_RH = db_FR = None
-        if needs_adapter:
-            db_FR = (dy_SF.T @ h_SR).mul_(ctx.scale).to(lora_b_FR.dtype)
+        db_FR = _lora_b_gradient(ctx, dy_SF, h_SR) if needs_adapter else None
         wait()
-        out_features = dy_SF.shape[1]
-        if needs_adapter:
-            dh_all_SR = gathered[:, out_features:]
-            da_RH = (dh_all_SR.T @ _adapters_input(ctx, x_SH, kept)).to(lora_b_FR.dtype)
+        parts = [dy_SF.shape[1], dh_SR.shape[1]]
+        dy_all_SF, dh_all_SR = gathered.split(parts, dim=1)
+        da_RH, part = _lora_a_gradient(ctx, dh_all_SR, x_SH, kept)
+        dx_SH = None
         if needs_dx and ctx.mask is None:
             dx_SH = gathered @ ctx.extended
         elif needs_dx:
-            dy_all_SF, dh_all_SR = gathered.split([out_features, dh_SR.shape[1]], dim=1)
-            weight_FH, lora_a_RH = ctx.extended.split([out_features, dh_SR.shape[1]])
+            weight_FH, lora_a_RH = ctx.extended.split(parts)
             dx_SH = _add_lora(dy_all_SF @ weight_FH, dh_all_SR, lora_a_RH, ctx.mask)
-        dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept)
+        dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept, part)
         return dx_SH, da_RH, db_FR, None, None, None, None, None
 
 
@@ -276,16 +272,32 @@ def _save(
     ctx.prologue, ctx.mask = prologue, mask
 
 
-def _adapters_input(ctx: Any, x_SH: Tensor, kept: Tensor) -> Tensor:
-    """Return what lora_a was applied to: the input through prologue and dropout, once more."""
-    input_SH = x_SH if ctx.prologue is None else ctx.prologue.again(x_SH, kept)
-    return _dropped(input_SH, ctx.mask)
+def _lora_b_gradient(ctx: Any, dy_SF: Tensor, h_SR: Tensor) -> Tensor:
+    """Return dB = scale dy^T h, [F, R], in the masters' dtype."""
+    return (dy_SF.T @ h_SR).mul_(ctx.scale).to(ctx.master_dtype)
 
 
-def _through_prologue(ctx: Any, dx_SH: Tensor | None, x_SH: Tensor, kept: Tensor) -> Tensor | None:
-    if dx_SH is None or ctx.prologue is None:
+def _lora_a_gradient(
+    ctx: Any, dh_SR: Tensor, x_SH: Tensor, kept: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dA = dh^T x, [R, H], in the masters' dtype, where it is wanted.
+
+    The second result is what the prologue's gradient takes of the prologue, computed once more.
+    """
+    part = None
+    if ctx.prologue is not None:
+        x_SH, part = ctx.prologue.again(x_SH, kept)
+    if not ctx.needs_input_grad[1]:
+        return None, part
+    return (dh_SR.T @ _dropped(x_SH, ctx.mask)).to(ctx.master_dtype), part
+
+
+def _through_prologue(
+    ctx: Any, dx_SH: Tensor | None, x_SH: Tensor, kept: Tensor, part: Tensor | None
+) -> Tensor | None:
+    if dx_SH is None or part is None:
         return dx_SH
-    return ctx.prologue.gradient(dx_SH, x_SH, kept)
+    return ctx.prologue.gradient(dx_SH, x_SH, kept, part)
 
 
 def _dropped(x_SH: Tensor, mask: Mask | None) -> Tensor:
@@ -293,7 +305,7 @@ def _dropped(x_SH: Tensor, mask: Mask | None) -> Tensor:
 
 
 def _add_lora(dx_SH: Tensor, dh_SR: Tensor, lora_a_RH: Tensor, mask: Mask | None) -> Tensor:
-    """Return ``dx + (dh A) * mask``."""
+    """Add ``(dh A) * mask`` to dx, in place, and return it."""
     if mask is None:
-        return torch.addmm(dx_SH, dh_SR, lora_a_RH)
-    return torch.addcmul(dx_SH, dh_SR @ lora_a_RH, mask(dx_SH))
+        return dx_SH.addmm_(dh_SR, lora_a_RH)
+    return dx_SH.addcmul_(dh_SR @ lora_a_RH, mask(dx_SH))

@@ -24,12 +24,12 @@ class Prologue(Protocol):
         """Return the output and what, beside ``x_SH``, makes computing it again cheap."""
         ...
 
-    def again(self, x_SH: Tensor, kept: Tensor) -> Tensor:
-        """Return the output once more, the same bits."""
+    def again(self, x_SH: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output once more, the same bits, and a part of it that ``gradient`` wants."""
         ...
 
-    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor) -> Tensor:
-        """Return the gradient of the input for ``dy_SH``, that of the output."""
+    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor) -> Tensor:
+        """Return the gradient of the input for ``dy_SH``, that of the output; may destroy it."""
         ...
 
 
@@ -45,18 +45,20 @@ class RMSNormPrologue:
 
     def apply(self, x_SH: Tensor) -> tuple[Tensor, Tensor]:
         wide_SH = _widened(x_SH)
-        scale_S1 = torch.rsqrt(wide_SH.square().mean(dim=1, keepdim=True) + self.epsilon)
-        return self.weight * (wide_SH * scale_S1).to(x_SH.dtype), scale_S1
+        norm_S1 = torch.linalg.vector_norm(wide_SH, dim=1, keepdim=True)
+        scale_S1 = torch.rsqrt(norm_S1.square() / x_SH.shape[1] + self.epsilon)
+        return self.again(x_SH, scale_S1)[0], scale_S1
 
-    def again(self, x_SH: Tensor, kept: Tensor) -> Tensor:
-        return self.weight * (_widened(x_SH) * kept).to(x_SH.dtype)
+    def again(self, x_SH: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        y_SH = (_widened(x_SH) * kept).to(x_SH.dtype).mul_(self.weight)
+        return y_SH, y_SH
 
-    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor) -> Tensor:
-        normed_SH = _widened(x_SH) * kept
-        weighted_SH = _widened(dy_SH) * self.weight
-        mean_S1 = (weighted_SH * normed_SH).mean(dim=1, keepdim=True)
-        dx_SH = weighted_SH.sub_(normed_SH.mul_(mean_S1)).mul_(kept)
-        return dx_SH.to(x_SH.dtype)
+    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor) -> Tensor:
+        # With y = w x r: dx = r (w dy - x r mean(dy y)).
+        wide_SH = _widened(dy_SH)
+        mean_S1 = torch.linalg.vecdot(wide_SH, _widened(part)).div_(x_SH.shape[1]).unsqueeze(1)
+        dx_SH = (wide_SH * self.weight).addcmul_(x_SH, mean_S1.mul_(kept), value=-1.0)
+        return dx_SH.mul_(kept).to(x_SH.dtype)
 
 
 @dataclass(frozen=True)
@@ -67,19 +69,21 @@ class SwiGLUPrologue:
     """
 
     def apply(self, x_SH: Tensor) -> tuple[Tensor, Tensor]:
-        nothing = x_SH.new_empty(0)
-        return self.again(x_SH, nothing), nothing
-
-    def again(self, x_SH: Tensor, kept: Tensor) -> Tensor:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
-        return F.silu(gate_SF).mul_(up_SF)
+        return F.silu(gate_SF).mul_(up_SF), x_SH.new_empty(0)
 
-    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor) -> Tensor:
+    def again(self, x_SH: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
-        sigmoid_SF = torch.sigmoid(gate_SF)
-        silu_SF = gate_SF * sigmoid_SF
-        slope_SF = sigmoid_SF + silu_SF * (1.0 - sigmoid_SF)
-        return torch.cat([slope_SF.mul_(up_SF).mul_(dy_SH), silu_SF.mul_(dy_SH)], dim=1)
+        silu_SF = F.silu(gate_SF)
+        return silu_SF * up_SF, silu_SF
+
+    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor) -> Tensor:
+        gate_SF, up_SF = x_SH.chunk(2, dim=1)
+        dx_SH = x_SH.new_empty(x_SH.shape)
+        dgate_SF, dup_SF = dx_SH.chunk(2, dim=1)
+        torch.mul(dy_SH, part, out=dup_SF)
+        torch.ops.aten.silu_backward.grad_input(dy_SH.mul_(up_SF), gate_SF, grad_input=dgate_SF)
+        return dx_SH
 
 
 def rms_norm(x_SH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
@@ -97,7 +101,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return ctx.norm.gradient(grad_outputs[0], *ctx.saved_tensors), None
+        x_SH, kept = ctx.saved_tensors
+        part = ctx.norm.again(x_SH, kept)[1]
+        return ctx.norm.gradient(grad_outputs[0], x_SH, kept, part), None
 
 
 def _widened(tensor: Tensor) -> Tensor:

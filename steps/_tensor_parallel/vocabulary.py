@@ -21,8 +21,8 @@ from nemotron.steps._tensor_parallel.collectives import (
     scatter_sum_rows,
 )
 
-# Logits that exist at one time, fp32 elements: 16 MiB, or 256 tokens of a large vocabulary.
-_LOGITS_AT_ONCE = 1 << 22
+# Logits that exist at one time, fp32 elements: 8 MiB, or 256 tokens of a large vocabulary.
+_LOGITS_AT_ONCE = 1 << 21
 _LEAST_TOKENS_AT_ONCE = 256
 
 
@@ -143,10 +143,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + chunk_tokens)
             logits_CV = (x_SH[chunk] @ weight_VH.T).to(loss_S.dtype)
             local_C = labels_S[chunk] - first_row
-            loss_S[chunk], log_sum_C = _loss_of_chunk(logits_CV, local_C, group)
+            loss_S[chunk], scale_C = _loss_of_chunk(logits_CV, local_C, group)
             if dx_SH is not None:
-                dlogits_CV = _softmax_minus_onehot(logits_CV, log_sum_C, local_C)
-                dx_SH[chunk] = dlogits_CV.to(x_SH.dtype) @ weight_VH
+                dlogits_CV = _softmax_minus_onehot(logits_CV, scale_C, local_C)
+                torch.mm(dlogits_CV.to(x_SH.dtype), weight_VH, out=dx_SH[chunk])
         if dx_SH is not None:
             ctx.save_for_backward(all_reduce(dx_SH, group))
         return loss_S
@@ -165,22 +165,25 @@ def _rows_per_rank(vocab_size: int, group: ProcessGroup) -> int:
 def _loss_of_chunk(
     logits_CV: Tensor, local_C: Tensor, group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss [C] and the logarithm of the softmax's denominator [C], one all-gather."""
+    """Return the loss [C], one all-gather, and turn ``logits_CV`` into exponentials, in place.
+
+    The second result, [C], scales those to the softmax over all ranks.
+    """
     max_C = logits_CV.amax(dim=1)
-    sum_C = (logits_CV - max_C.unsqueeze(1)).exp_().sum(dim=1)
     mine_C = (local_C >= 0) & (local_C < logits_CV.shape[1])
     index_C = local_C.clamp(0, logits_CV.shape[1] - 1).unsqueeze(1)
     label_C = logits_CV.gather(1, index_C).squeeze(1) * mine_C
+    sum_C = logits_CV.sub_(max_C.unsqueeze(1)).exp_().sum(dim=1)
     stats = all_gather(torch.stack([max_C, sum_C, label_C]), group)
     max_TC, sum_TC, label_TC = stats.unbind(dim=1)
     top_C = max_TC.amax(dim=0)
     log_sum_C = (sum_TC * (max_TC - top_C).exp()).sum(dim=0).log() + top_C
-    return log_sum_C - label_TC.sum(dim=0), log_sum_C
+    return log_sum_C - label_TC.sum(dim=0), (max_C - log_sum_C).exp()
 
 
-def _softmax_minus_onehot(logits_CV: Tensor, log_sum_C: Tensor, local_C: Tensor) -> Tensor:
-    """Turn ``logits_CV`` into its softmax minus the onehot of the label, in place."""
-    dlogits_CV = logits_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
-    mine = ((local_C >= 0) & (local_C < logits_CV.shape[1])).nonzero().squeeze(1)
+def _softmax_minus_onehot(exponentials_CV: Tensor, scale_C: Tensor, local_C: Tensor) -> Tensor:
+    """Turn ``exponentials_CV`` into the softmax minus the onehot of the label, in place."""
+    dlogits_CV = exponentials_CV.mul_(scale_C.unsqueeze(1))
+    mine = ((local_C >= 0) & (local_C < dlogits_CV.shape[1])).nonzero().squeeze(1)
     dlogits_CV[mine, local_C[mine]] -= 1.0
     return dlogits_CV

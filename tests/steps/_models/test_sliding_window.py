@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron.steps._models.gpt import packed_attention
+from nemotron.steps._models.attention import packed_attention
 from nemotron.steps._models.sliding_window import windowed_attention
 
 CU_SEQLENS = (0, 1, 9, 40)

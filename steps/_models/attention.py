@@ -1,0 +1,226 @@
+"""Attention on packed rows: heads taken out of the qkv output and rotated, documents kept apart.
+
+Both functions keep only what their gradients need: ``rotated_heads`` nothing but the tables that
+all layers share (and its input, where heads are normed), ``packed_attention`` its inputs, its
+output and one number a token and head.
+
+S tokens, N attention heads, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._tensor_parallel.prologue import RMSNormPrologue
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms of every query and every key head (Qwen3), with weights [D]."""
+
+    query: RMSNormPrologue
+    key: RMSNormPrologue
+
+
+def rotary_tables(
+    config: DecoderConfig, cu_seqlens: Sequence[int], *, dtype: torch.dtype, device: torch.device
+) -> Rotary:
+    """Return cosine and sine of every token's angles, [S, 1, 1, D / 2] each."""
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+    positions_S = torch.cat([torch.arange(length, device=device) for length in lengths])
+    angles = positions_S.float().unsqueeze(1) * rotary_frequencies(config).to(device)
+    cos, sin = (table.to(dtype)[:, None, None] for table in (angles.cos(), angles.sin()))
+    return cos, sin
+
+
+def rotary_frequencies(config: DecoderConfig) -> Tensor:
+    """Return the angle per position of every pair of features, [D / 2] fp32.
+
+    In fp32 as every peer computes them: a checkpoint was trained with their rounding.
+
+    Llama 3.1's ``rope_scaling`` keeps the high frequencies, divides the low ones by ``factor`` and
+    blends between.
+    """
+    pairs = torch.arange(0, config.kv_channels, 2, dtype=torch.float32)
+    frequencies = 1.0 / config.rotary_base ** (pairs / config.kv_channels)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    original = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = original * frequencies / (2.0 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling["factor"])
+
+
+def rotated_heads(
+    qkv_SGXD: Tensor, rotary: Rotary, norms: HeadNorms | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [S, N, D], keys [S, G, D] and values [S, G, D], the first two rotated.
+
+    Args:
+        qkv_SGXD: linear_qkv's output, [S, G, N / G + 2, D]: of each KV group its queries, its key
+            and its value.
+        rotary: Of ``rotary_tables``.
+        norms: Norms of the heads before they are rotated.
+
+    The halves of every head are rotated against each other, as in checkpoints of Llama. Source: Su
+    et al. 2021 (arXiv:2104.09864), equation 34.
+    """
+    return _RotatedHeads.apply(qkv_SGXD, *rotary, norms)
+
+
+class _RotatedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_SGXD: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = _split(qkv_SGXD)
+        kept: list[Tensor] = []
+        if norms is not None:
+            (query, q_rms), (key, k_rms) = _normed(query, norms.query), _normed(key, norms.key)
+            kept = [qkv_SGXD, q_rms, k_rms]
+        ctx.save_for_backward(cos, sin, *kept)
+        ctx.norms, ctx.shape = norms, qkv_SGXD.shape
+        heads = _rotate(query, cos, sin), _rotate(key, cos, sin), value.contiguous()
+        query_SND, key_SGD, value_SGD = (each.flatten(1, 2) for each in heads)
+        return query_SND, key_SGD, value_SGD
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, *kept = ctx.saved_tensors
+        dqkv = grad_outputs[0].new_empty(ctx.shape)
+        parts = _split(dqkv)
+        dquery, dkey, dvalue = (
+            gradient.view(part.shape) for gradient, part in zip(grad_outputs, parts, strict=True)
+        )
+        # A rotation's gradient is the rotation by the angle's negative.
+        _rotate(dquery, cos, -sin, out=parts[0])
+        _rotate(dkey, cos, -sin, out=parts[1])
+        parts[2].copy_(dvalue)
+        if ctx.norms is not None:
+            heads, rms = _split(kept[0]), kept[1:]
+            for each in (0, 1):
+                part = _norm_gradient(ctx.norms[each], parts[each], heads[each], rms[each])
+                parts[each].copy_(part)
+        return dqkv, None, None, None
+
+
+def _split(qkv_SGXD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views of queries [S, G, N / G, D], keys and values [S, G, 1, D]."""
+    return qkv_SGXD[:, :, :-2], qkv_SGXD[:, :, -2:-1], qkv_SGXD[:, :, -1:]
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``[a cos - b sin, b cos + a sin]`` of heads [a, b], [S, G, heads of a group, D]."""
+    if out is None:
+        out = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    (a, b), (out_a, out_b) = heads.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=out_a).sub_(b * sin)
+    torch.mul(b, cos, out=out_b).add_(a * sin)
+    return out
+
+
+def _normed(heads: Tensor, norm: RMSNormPrologue) -> tuple[Tensor, Tensor]:
+    normed, kept = norm.apply(heads.reshape(-1, heads.shape[-1]))
+    return normed.view(heads.shape), kept
+
+
+def _norm_gradient(norm: RMSNormPrologue, dy: Tensor, heads: Tensor, kept: Tensor) -> Tensor:
+    dy, x = (each.reshape(-1, each.shape[-1]) for each in (dy, heads))
+    return norm.gradient(dy, x, kept, norm.again(x, kept)[1]).view(heads.shape)
+
+
+def packed_attention(
+    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
+) -> Tensor:
+    """Return causal attention within each document, [S, N, D].
+
+    On a GPU flash attention over all documents at once. On a CPU one flash kernel a document:
+    exact, and several times faster than one call with a mask, which also computes what it masks.
+    """
+    if query_SND.is_cuda and query_SND.dtype in (torch.bfloat16, torch.float16):
+        bounds = torch.tensor(cu_seqlens, dtype=torch.int32, device=query_SND.device)
+        longest = max(stop - start for start, stop in pairwise(cu_seqlens))
+        heads = (query_SND, key_SGD, value_SGD)
+        causal = {"window_size": (-1, 0), "enable_gqa": query_SND.shape[1] != key_SGD.shape[1]}
+        out = varlen_attn(*heads, bounds, bounds, longest, longest, **causal)
+        assert isinstance(out, Tensor)
+        return out
+    if query_SND.is_cuda:
+        return _attention_by_document(query_SND, key_SGD, value_SGD, cu_seqlens)
+    return _FlashOnCpu.apply(query_SND, key_SGD, value_SGD, cu_seqlens)
+
+
+class _FlashOnCpu(torch.autograd.Function):
+    """The kernels that ``scaled_dot_product_attention`` runs on a CPU, their outputs in one tensor.
+
+    Called through ``scaled_dot_product_attention`` each document's output would be held twice: by
+    autograd, and in the tensor that all of them are put together in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
+    ) -> Tensor:
+        out_SND = torch.empty_like(query_SND)
+        log_sum_SN = query_SND.new_empty(
+            query_SND.shape[:2], dtype=torch.promote_types(query_SND.dtype, torch.float32)
+        )
+        for part in _documents(cu_seqlens):
+            heads = (_as_batch(each[part]) for each in (query_SND, key_SGD, value_SGD))
+            out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *heads, 0.0, True
+            )
+            out_SND[part] = out.squeeze(0).transpose(0, 1)
+            log_sum_SN[part] = log_sum.squeeze(0).T
+        ctx.save_for_backward(query_SND, key_SGD, value_SGD, out_SND, log_sum_SN)
+        ctx.cu_seqlens = cu_seqlens
+        return out_SND
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *heads, out_SND, log_sum_SN = ctx.saved_tensors
+        gradients = [torch.empty_like(each) for each in heads]
+        for part in _documents(ctx.cu_seqlens):
+            computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _as_batch(grad_outputs[0][part]),
+                *(_as_batch(each[part]) for each in heads),
+                _as_batch(out_SND[part]),
+                log_sum_SN[part].T.unsqueeze(0),
+                0.0,
+                True,
+            )
+            for gradient, of_part in zip(gradients, computed, strict=True):
+                gradient[part] = of_part.squeeze(0).transpose(0, 1)
+        return *gradients, None
+
+
+def _attention_by_document(
+    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
+) -> Tensor:
+    outs = []
+    for part in _documents(cu_seqlens):
+        query, key, value = (_as_batch(each[part]) for each in (query_SND, key_SGD, value_SGD))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        outs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _documents(cu_seqlens: Sequence[int]) -> list[slice]:
+    return [slice(start, stop) for start, stop in pairwise(cu_seqlens)]
+
+
+def _as_batch(heads_SND: Tensor) -> Tensor:
+    """Return [S, N, D] as a batch of one, [1, N, S, D]."""
+    return heads_SND.transpose(0, 1).unsqueeze(0)
