@@ -7,8 +7,8 @@ sides, at tensor-parallel size 1 and 2 over gloo, one thread a rank, fp32:
 * packed chats: rows of real conversations, where documents end and only answers are trained.
 
 Both sides' first losses agree, or the figures mean nothing; later ones drift apart, because here
-the parts of a fused linear (q, k and v; gate and up) share one lora_a. Two floors of the same shapes
-say how far it could go: the base's GEMMs, and those with attention and the adapters' GEMMs.
+the parts of a fused linear (q, k and v; gate and up) share one lora_a. Two floors of the same
+shapes say how far it could go: the base's GEMMs, and those with attention and the adapters' GEMMs.
 
     python benchmarks/lora_tp.py [--chats FILE] [--rounds N] [--json FILE]
 """

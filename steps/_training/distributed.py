@@ -97,7 +97,7 @@ def open_layout(
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield _make_groups(tensor_model_parallel_size, stage_size, world_size, device)
+        yield make_layout(tensor_model_parallel_size, stage_size, device)
     finally:
         dist.destroy_process_group()
 
@@ -110,9 +110,15 @@ def _device() -> torch.device:
     return device
 
 
-def _make_groups(
-    tensor_size: int, stage_size: int, world_size: int, device: torch.device
-) -> Layout:
+def make_layout(tensor_size: int, stage_size: int, device: torch.device) -> Layout:
+    """Return the layout of all ranks of the default process group; a collective.
+
+    Args:
+        tensor_size: Ranks of a tensor-parallel group.
+        stage_size: Ranks of a pipeline stage, tensor- times data-parallel.
+        device: Where this rank computes.
+    """
+    world_size = dist.get_world_size()
     stages = [range(first, first + stage_size) for first in range(0, world_size, stage_size)]
     world = ProcessGroup(dist.group.WORLD, dist.get_rank(), world_size)
     return Layout(
