@@ -6,6 +6,7 @@ loading one can run code.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -111,6 +112,17 @@ def read_config(directory: Path) -> dict[str, Any]:
         what = "has no config.json" if directory.is_dir() else "does not exist"
         raise _missing(directory, what)
     return read_json(path)
+
+
+def describes(directory: Path, config: DecoderConfig) -> bool:
+    """Return whether the ``config.json`` in a directory is that of a model.
+
+    A run config knows the sequence length of its run and not what the model was made for, so that
+    is left out.
+    """
+    described = DecoderConfig.from_hf(read_config(directory))
+    limit = config.max_position_embeddings
+    return dataclasses.replace(described, max_position_embeddings=limit) == config
 
 
 def copy_model_files(source: Path, target: Path, *, has_tokenizer: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import sys
 from dataclasses import dataclass
@@ -22,14 +21,13 @@ from nemotron.steps._formats.fingerprint import base_fingerprint
 from nemotron.steps._formats.huggingface import (
     CHAT_TEMPLATE,
     HuggingFaceCheckpoint,
+    describes,
     read_chat_template,
-    read_config,
     tokenizer_sha256,
 )
 from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
 from nemotron.steps._formats.weights import ReportedWeights, Weights
-from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps.convert.merge_lora.checks import ID
 
 
@@ -101,7 +99,9 @@ def open_inputs(
     if files is None:
         problem = f"{base} carries no config and tokenizer; set hf_model_path to the source model"
         raise step_error(ID, "missing_base_checkpoint", problem, where="hf_model_path")
-    _check_model_files(files, opened.weights.config)
+    if not describes(files, opened.weights.config):
+        problem = f"{files}/config.json describes another model than the base"
+        raise step_error(ID, "base_model_mismatch", problem, where=str(files))
     fingerprint = _check_base(
         adapter_dir, record, opened, base=base, allow_unverified_base=allow_unverified_base
     )
@@ -174,15 +174,6 @@ def _check_base(
         problem = f"{base} has fingerprint {got[:16]}; {adapter_dir} was trained on {wanted[:16]}"
         raise step_error(ID, "base_model_mismatch", problem, where=str(base))
     return got
-
-
-def _check_model_files(model_files: Path, config: DecoderConfig) -> None:
-    described = DecoderConfig.from_hf(read_config(model_files))
-    # A run config knows the sequence length of its run, not what the model was made for.
-    limit = config.max_position_embeddings
-    if dataclasses.replace(described, max_position_embeddings=limit) != config:
-        problem = f"{model_files}/config.json describes another model than the base"
-        raise step_error(ID, "base_model_mismatch", problem, where=str(model_files))
 
 
 def _check_tokenizer(adapter_dir: Path, record: Artifact | None, model_files: Path) -> None:
