@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nemotron.steps._formats.huggingface import read_json
+from nemotron.steps._formats.huggingface import pickled_weights, read_json
 from nemotron.steps._formats.lora import adapter_error
 from nemotron.steps._formats.megatron import TRACKER
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
@@ -36,6 +36,14 @@ from nemotron.steps._models.layouts import (
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+_CONVERT_PICKLED = (
+    "import sys, pathlib, shutil, torch; from safetensors.torch import save_file; "
+    "source, target = map(pathlib.Path, sys.argv[1:]); target.mkdir(); "
+    f"save_file(torch.load(source / '{_PICKLED}', weights_only=True), "
+    f"target / '{ADAPTER_WEIGHTS}'); "
+    f"shutil.copy(source / '{ADAPTER_CONFIG}', target)"
+)
 _PREFIX = "base_model.model."
 # What scales the tensors is also written beside them: an alpha that is changed in the config alone
 # gives an adapter that loads everywhere and does something else.
@@ -203,9 +211,13 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
         tensors, their shapes, the rank, and that all values are finite.
 
         Raises:
-            NemotronError: ``adapter_missing``, ``artifact_damaged``, ``adapter_config``,
+            NemotronError: ``adapter_missing``, ``pickled_weights``, ``artifact_damaged``,
+            ``adapter_config``,
     x"""
     path = directory / ADAPTER_CONFIG
+    if (directory / _PICKLED).is_file() and not (directory / ADAPTER_WEIGHTS).is_file():
+        problem = f"{directory} holds a pickled adapter ({_PICKLED})"
+        raise pickled_weights(directory, problem, _CONVERT_PICKLED)
     if not path.is_file() or not (directory / ADAPTER_WEIGHTS).is_file():
         file = ADAPTER_WEIGHTS if path.is_file() else ADAPTER_CONFIG
         raise adapter_error("missing", directory, f"{directory} has no {file}")
