@@ -20,22 +20,34 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._formats.huggingface import read_json
+from nemotron.steps._formats.huggingface import pickled_weights, read_json
+from nemotron.steps._formats.lora import adapter_error
 from nemotron.steps._formats.megatron import TRACKER
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
+from nemotron.steps._formats.weights import damaged
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import (
     LORA_TARGETS,
-    hf_tensors,
     lora_from_hf,
     lora_hf_modules,
+    lora_shapes,
     lora_to_hf,
 )
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+_CONVERT_PICKLED = (
+    "import sys, pathlib, shutil, torch; from safetensors.torch import save_file; "
+    "source, target = map(pathlib.Path, sys.argv[1:]); target.mkdir(); "
+    f"save_file(torch.load(source / '{_PICKLED}', weights_only=True), "
+    f"target / '{ADAPTER_WEIGHTS}'); "
+    f"shutil.copy(source / '{ADAPTER_CONFIG}', target)"
+)
 _PREFIX = "base_model.model."
+# What scales the tensors is also written beside them: an alpha that is changed in the config alone
+# gives an adapter that loads everywhere and does something else.
+_SCALING = "lora_scaling"
 # What we would otherwise ignore, each with the value that means nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -157,6 +169,17 @@ def write_adapter(
         shape=lambda name: tuple(tensors[name].shape),
         dtype=lambda name: tensors[name].dtype,
         read=lambda name: tensors[name],
+        metadata={
+            _SCALING: json.dumps(
+                {
+                    "r": dim,
+                    "lora_alpha": _number(alpha),
+                    "use_rslora": use_rslora,
+                    "rank_pattern": rank_pattern,
+                    "alpha_pattern": alpha_pattern,
+                }
+            )
+        },
     )
     values = {
         "peft_type": "LORA",
@@ -184,31 +207,33 @@ def write_adapter(
 def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
     """Return the adapter in ``directory`` after checking it against the model it is to adapt.
 
-    Checked are: every field of the config that changes what an adapter does, the exact set of
-    tensors, their shapes, the rank, and that all values are finite.
+        Checked are: every field of the config that changes what an adapter does, the exact set of
+        tensors, their shapes, the rank, and that all values are finite.
 
-    Raises:
-        NemotronError: ``adapter_missing``, ``artifact_damaged``, ``adapter_config``,
-            ``adapter_keys_missing``, ``adapter_keys_unexpected``, ``adapter_shape``,
-            ``adapter_not_finite``.
-    """
+        Raises:
+            NemotronError: ``adapter_missing``, ``pickled_weights``, ``artifact_damaged``,
+            ``adapter_config``,
+    x"""
     path = directory / ADAPTER_CONFIG
+    if (directory / _PICKLED).is_file() and not (directory / ADAPTER_WEIGHTS).is_file():
+        problem = f"{directory} holds a pickled adapter ({_PICKLED})"
+        raise pickled_weights(directory, problem, _CONVERT_PICKLED)
     if not path.is_file() or not (directory / ADAPTER_WEIGHTS).is_file():
         file = ADAPTER_WEIGHTS if path.is_file() else ADAPTER_CONFIG
-        raise _error("missing", directory, f"{directory} has no {file}")
+        raise adapter_error("missing", directory, f"{directory} has no {file}")
     values = read_json(path)
     dim, alpha, targets = _check_config(path, values)
     rank_pattern = _check_pattern(path, values, "rank_pattern")
+    alpha_pattern = _check_pattern(path, values, "alpha_pattern")
     file = SafetensorsFile(directory / ADAPTER_WEIGHTS)
     wanted = _wanted_shapes(path, targets, dim=dim, rank_pattern=rank_pattern, config=config)
     _check_keys(file, wanted)
+    _check_scaling(path, values, file)
     for name, shape in wanted.items():
-        if file.entries[name].shape != shape:
-            got = list(file.entries[name].shape)
-            problem = f"{name} is {got}; its rank and the base ask for {list(shape)}"
-            raise _error("shape", file.path, problem)
+        _check_shape(file, name, shape)
         if not torch.isfinite(file.read(name)).all():
-            raise _error("not_finite", file.path, f"{name} holds values that are not finite")
+            problem = f"{name} holds values that are not finite"
+            raise adapter_error("not_finite", file.path, problem)
     return Adapter(
         directory=directory,
         config=config,
@@ -217,7 +242,7 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
         dropout=float(values.get("lora_dropout") or 0.0),
         use_rslora=values.get("use_rslora") is True,
         rank_pattern=rank_pattern,
-        alpha_pattern=_check_pattern(path, values, "alpha_pattern"),
+        alpha_pattern=alpha_pattern,
         target_modules=targets,
         base_model_name_or_path=values.get("base_model_name_or_path"),
         file=file,
@@ -269,29 +294,35 @@ def _check_pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str,
     for module, value in pattern.items():
         is_number = isinstance(value, kinds) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or (key == "rank_pattern" and value < 1):
-            raise _error("config", path, f"{key} gives {module} {value!r}; wanted a number")
+            raise adapter_error("config", path, f"{key} gives {module} {value!r}; wanted a number")
         try:
             re.compile(module)
         except re.error as error:
-            raise _error("config", path, f"{key}: {module!r} is no pattern: {error}") from None
+            raise adapter_error(
+                "config", path, f"{key}: {module!r} is no pattern: {error}"
+            ) from None
     return pattern
 
 
 def _check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float, tuple[str, ...]]:
     """Return rank, alpha and target modules of an adapter that is plain LoRA."""
     if values.get("peft_type") != "LORA":
-        raise _error("config", path, f"peft_type is {values.get('peft_type')!r}; wanted LORA")
+        raise adapter_error(
+            "config", path, f"peft_type is {values.get('peft_type')!r}; wanted LORA"
+        )
     for key, neutral in _NEUTRAL.items():
         value = values.get(key)
         if value is not None and value not in neutral:
-            raise _error("config", path, f"{key} is {value!r}, which is not supported")
+            raise adapter_error("config", path, f"{key} is {value!r}, which is not supported")
     dim, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-        raise _error("config", path, f"r is {dim!r}; wanted a number of 1 or more")
+        raise adapter_error("config", path, f"r is {dim!r}; wanted a number of 1 or more")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise _error("config", path, f"lora_alpha is {alpha!r}; wanted a number")
+        raise adapter_error("config", path, f"lora_alpha is {alpha!r}; wanted a number")
     if not isinstance(targets, list) or not targets:
-        raise _error("config", path, f"target_modules is {targets!r}; wanted a list of names")
+        raise adapter_error(
+            "config", path, f"target_modules is {targets!r}; wanted a list of names"
+        )
     return dim, float(alpha), tuple(sorted(str(target) for target in targets))
 
 
@@ -304,11 +335,7 @@ def _wanted_shapes(
     config: DecoderConfig,
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that an adapter of these targets has."""
-    linears = {
-        name.removesuffix(".weight"): tensor.shape
-        for name, tensor in hf_tensors(config).items()
-        if tensor.layer is not None and len(tensor.shape) == 2
-    }
+    linears = lora_shapes(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for target in targets:
         modules = [name for name in linears if re.search(rf"(^|\.){re.escape(target)}$", name)]
@@ -316,7 +343,7 @@ def _wanted_shapes(
             leaves = [leaf for group in LORA_TARGETS.values() for leaf in group]
             close = get_close_matches(target, leaves, n=1)
             hint = f" (closest: {close[0]})" if close else ""
-            raise _error("config", path, f"no module of the base is named {target}{hint}")
+            raise adapter_error("config", path, f"no module of the base is named {target}{hint}")
         for module in modules:
             name_a, name_b = _names(module)
             own_dim = _by_pattern(rank_pattern, module, default=dim)
@@ -325,36 +352,58 @@ def _wanted_shapes(
     return wanted
 
 
+def _check_scaling(path: Path, values: Mapping[str, Any], file: SafetensorsFile) -> None:
+    """Check rank and alpha of the config against what our writer put beside the tensors."""
+    try:
+        written = dict(json.loads(file.metadata.get(_SCALING, "{}")))
+    except (ValueError, TypeError):
+        raise damaged(file.path, f"its {_SCALING} does not parse") from None
+    for key, wanted in written.items():
+        got = values.get(key) or (False if key == "use_rslora" else {})
+        if got != wanted:
+            kind = "rank" if key in ("r", "rank_pattern") else "alpha"
+            problem = f"{key} is {got}; {file.path.name} was saved with {wanted}"
+            raise adapter_error(kind, path, problem)
+
+
 def _check_keys(file: SafetensorsFile, wanted: Mapping[str, Any]) -> None:
     missing = sorted(set(wanted) - set(file.entries))
     unexpected = sorted(set(file.entries) - set(wanted))
+    if missing and len(missing) == len(unexpected) == len(wanted):
+        _refuse_prefix(file, missing[0])
     if missing:
+        for half in (".lora_A.weight", ".lora_B.weight"):
+            if set(missing) == {name for name in wanted if name.endswith(half)}:
+                problem = f"all {len(missing)} tensors *{half} are missing: one half of each pair"
+                raise adapter_error("half_missing", file.path, problem)
         close = get_close_matches(missing[0], unexpected, n=1)
         hint = f" (the file has {close[0]})" if close else ""
         problem = f"{len(missing)} of {len(wanted)} tensors are missing, first {missing[0]}{hint}"
-        raise _error("keys_missing", file.path, problem)
+        raise adapter_error("keys_missing", file.path, problem)
     if unexpected:
         close = get_close_matches(unexpected[0], list(wanted), n=1)
         hint = f" (closest: {close[0]})" if close else ""
         problem = f"{len(unexpected)} tensors are unexpected, first {unexpected[0]}{hint}"
-        raise _error("keys_unexpected", file.path, problem)
+        raise adapter_error("keys_unexpected", file.path, problem)
 
 
-_FIXES = {
-    "missing": "pass a directory with adapter_config.json and adapter_model.safetensors",
-    "config": "use a plain LoRA adapter on linear layers of the decoder",
-    "keys_missing": "use the adapter as its trainer saved it",
-    "keys_unexpected": "use the adapter as its trainer saved it",
-    "shape": "use the base that the adapter was trained on, and the config it was saved with",
-    "not_finite": "take an earlier save of the adapter; this training diverged",
-}
+def _refuse_prefix(file: SafetensorsFile, wanted: str) -> None:
+    """Name the case that all tensors are there, under another prefix: PEFT loads nothing then."""
+    core = wanted.removeprefix(f"{_PREFIX}model.")
+    found = next((name for name in file.entries if name.endswith(core)), None)
+    if found is not None:
+        prefixes = f"{found.removesuffix(core)!r}; wanted {wanted.removesuffix(core)!r}"
+        raise adapter_error("prefix", file.path, f"its tensors are under the prefix {prefixes}")
 
 
-def _error(kind: str, where: Path, problem: str) -> NemotronError:
-    return NemotronError(
-        f"adapter_{kind}",
-        problem,
-        where=str(where),
-        fix=_FIXES[kind],
-        exit_code=ExitCode.DATA,
-    )
+def _check_shape(file: SafetensorsFile, name: str, wanted: tuple[int, ...]) -> None:
+    got = file.entries[name].shape
+    if got == wanted:
+        return
+    rank_dim = 0 if name.endswith(".lora_A.weight") else 1
+    is_rank = len(got) == 2 and got[1 - rank_dim] == wanted[1 - rank_dim]
+    if is_rank:
+        problem = f"{name} has rank {got[rank_dim]}; {ADAPTER_CONFIG} says {wanted[rank_dim]}"
+        raise adapter_error("rank", file.path, problem)
+    problem = f"{name} is {list(got)}; its rank and the base ask for {list(wanted)}"
+    raise adapter_error("shape", file.path, problem)

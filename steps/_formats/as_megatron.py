@@ -19,6 +19,8 @@ class AsMegatron:
         self.config = weights.config
         self._weights = weights
         self._rules = {rule.megatron: rule for rule in weight_rules(weights.config)}
+        # Both halves of linear_fc1 are asked for one after the other.
+        self._last: tuple[tuple[str, int | None], Tensor] | None = None
 
     def read(
         self,
@@ -29,8 +31,14 @@ class AsMegatron:
         columns: slice | None = None,
     ) -> Tensor:
         """Return one tensor, or the slice asked for, of one layer where it is layered."""
-        rule = self._rules[name]
-        parts = [self._weights.read(part.format(layer=layer)) for part in rule.hf]
-        tensor = join_rows(parts, layout=rule.layout, config=self.config)
+        if self._last is not None and self._last[0] == (name, layer):
+            tensor = self._last[1]
+        else:
+            self._last = None
+            rule = self._rules[name]
+            parts = [self._weights.read(part.format(layer=layer)) for part in rule.hf]
+            tensor = join_rows(parts, layout=rule.layout, config=self.config)
+            if len(parts) > 1:
+                self._last = (name, layer), tensor
         tensor = tensor[rows] if rows else tensor
         return tensor[:, columns] if columns else tensor

@@ -6,7 +6,9 @@ loading one can run code.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,6 +115,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def describes(directory: Path, config: DecoderConfig) -> bool:
+    """Return whether the ``config.json`` in a directory is that of a model.
+
+    A run config knows the sequence length of its run and not what the model was made for, so that
+    is left out.
+    """
+    described = DecoderConfig.from_hf(read_config(directory))
+    limit = config.max_position_embeddings
+    return dataclasses.replace(described, max_position_embeddings=limit) == config
+
+
 def copy_model_files(source: Path, target: Path, *, has_tokenizer: bool = True) -> None:
     """Copy config, generation config and, unless told not to, tokenizer and chat template."""
     copy_files(source, target, _CONFIG_FILES + (TOKENIZER_FILES if has_tokenizer else ()))
@@ -213,14 +226,30 @@ def _missing(directory: Path, what: str) -> NemotronError:
 
 
 def _pickled(directory: Path) -> NemotronError:
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2]); "
+        "T.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+    )
+    return pickled_weights(directory, f"{directory} holds pickled weights (.bin or .pt)", script)
+
+
+def pickled_weights(directory: Path, problem: str, script: str) -> NemotronError:
+    """Return the error of a directory whose weights are pickles, with the command to convert it.
+
+    Args:
+        directory: The directory.
+        problem: What is wrong.
+        script: Python that converts the first argument, a directory, into the second.
+    """
+    target = directory.with_name(f"{directory.name}-safetensors")
+    command = shlex.join(["python", "-c", script, str(directory), str(target)])
     return NemotronError(
         "pickled_weights",
-        f"{directory} holds pickled weights (.bin or .pt) and no safetensors",
+        f"{problem} and no safetensors",
         where=str(directory),
         why="loading a pickle can run code, so they are not read",
-        fix='convert it where you trust it: python -c "from transformers import '
-        f"AutoModelForCausalLM as M; M.from_pretrained('{directory}', torch_dtype='auto')"
-        f".save_pretrained('{directory}-safetensors')\", and copy the tokenizer files",
+        fix=f"convert it where you trust it: {command}",
         exit_code=ExitCode.DATA,
     )
 

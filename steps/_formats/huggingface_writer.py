@@ -1,18 +1,77 @@
-"""Writes the weights of a Hugging Face directory as safetensors, one tensor at a time."""
+"""Writes Hugging Face directories: safetensors, one tensor at a time, and the files beside them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from nemotron.steps._formats.fingerprint import Fingerprint
-from nemotron.steps._formats.huggingface import INDEX_FILE, WEIGHTS_FILE
+from nemotron.artifacts import Artifact, Input, Producer, publish, write_artifact
+from nemotron.steps._formats.fingerprint import Compare, Fingerprint, read_back
+from nemotron.steps._formats.huggingface import (
+    CHAT_TEMPLATE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    HuggingFaceCheckpoint,
+    copy_model_files,
+    model_properties,
+)
 from nemotron.steps._formats.safetensors_file import write_safetensors
-from nemotron.steps._formats.weights import Weights, size_bytes
+from nemotron.steps._formats.weights import ReportedWeights, Weights, size_bytes
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+
+def publish_huggingface(
+    root: Path,
+    weights: Weights,
+    *,
+    source: Path,
+    has_tokenizer: bool = True,
+    chat_template: str | None = None,
+    produced_by: Producer,
+    inputs: Sequence[Input],
+    properties: Callable[[], Mapping[str, Any]] = dict,
+    show_progress: bool = True,
+    compare: Compare | None = None,
+) -> Artifact:
+    """Write weights as a ``checkpoint_hf`` artifact, read it back and give it its name.
+
+    Args:
+        root: The final directory; an earlier artifact there is replaced.
+        weights: What to write.
+        source: Directory that config, generation config, tokenizer and chat template come from.
+        has_tokenizer: Whether tokenizer and chat template go along.
+        chat_template: Takes the place of that in ``source``.
+        produced_by: Goes into ``artifact.json``.
+        inputs: Go into ``artifact.json``.
+        properties: Called after the weights were written, for what else goes into it.
+        show_progress: Print a line every few seconds.
+        compare: Gets the weights as they are read back; what it returns goes into the properties.
+
+    Raises:
+        NemotronError: As ``publish`` and ``compare``; ``artifact_damaged`` where what was read back
+            is not what was written.
+    """
+    with publish(root) as directory:
+        copy_model_files(source, directory, has_tokenizer=has_tokenizer)
+        if has_tokenizer and chat_template is not None:
+            (directory / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+        reported = ReportedWeights(weights, f"writing {root}") if show_progress else weights
+        fingerprint = write_weights(directory, reported)
+        written = HuggingFaceCheckpoint(directory)
+        compared = read_back(written, fingerprint, where=directory, compare=compare)
+        model = model_properties(source, weights.config, fingerprint)
+        return write_artifact(
+            directory,
+            artifact_type="checkpoint_hf",
+            produced_by=produced_by,
+            inputs=inputs,
+            properties={**model, **properties(), **compared},
+        )
 
 
 def write_weights(

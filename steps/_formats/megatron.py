@@ -37,7 +37,7 @@ _ALIASES = {
     "decoder.layers.mlp.linear_fc1.layer_norm_weight": "decoder.layers.pre_mlp_layernorm.weight",
 }
 # Training state that lies beside the weights in the same files.
-_NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state", "common_state")
+NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state", "common_state")
 
 
 class MegatronCheckpoint:
@@ -124,7 +124,7 @@ class MegatronCheckpoint:
             layers = range(self.config.num_layers) if rule.is_layered else (None,)
             for layer in layers:
                 wanted.add(self._check_tensor(rule, layer))
-        got = [name for name in self._reader.names if not name.startswith(_NOT_WEIGHTS)]
+        got = [name for name in self._reader.names if not name.startswith(NOT_WEIGHTS)]
         check_names(got, wanted, where=str(self.iteration_dir))
 
     def _check_tensor(self, rule: WeightRule, layer: int | None) -> str:
@@ -174,6 +174,8 @@ class MegatronWeights:
         if key not in self._last:
             self._last.clear()
             fused = self._checkpoint.read(tensor.rule.megatron, layer=tensor.layer)
+            if tensor.rule.layout == "same":
+                return fused
             parts = split_rows(fused, layout=tensor.rule.layout, config=self.config)
             self._last[key] = parts
         return self._last[key][tensor.part]

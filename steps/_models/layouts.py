@@ -186,7 +186,7 @@ def lora_to_hf(
         config: Sizes of the model.
     """
     tensors = {}
-    parts = split_rows(lora_b, layout=_LAYOUTS.get(_target(name), "same"), config=config)
+    parts = split_lora_rows(name, lora_b, config=config)
     for module, part in zip(lora_hf_modules(name), parts, strict=True):
         tensors[f"{_PEFT_PREFIX}{module}.lora_A.weight"] = lora_a
         tensors[f"{_PEFT_PREFIX}{module}.lora_B.weight"] = part.contiguous()
@@ -215,9 +215,27 @@ def lora_from_hf(
             if present != keys or not is_shared:
                 raise _not_fused(name, keys)
             lora_b = [tensors[f"{key}B.weight"] for key in keys]
-            layout = _LAYOUTS.get(target, "same")
-            factors[name] = (lora_a, join_rows(lora_b, layout=layout, config=config))
+            factors[name] = (lora_a, join_lora_rows(name, lora_b, config=config))
     return factors
+
+
+def join_lora_rows(name: str, parts: Sequence[Tensor], *, config: DecoderConfig) -> Tensor:
+    """Return lora_b of a Megatron module from those of its parts, in the order of the modules."""
+    return join_rows(parts, layout=_LAYOUTS.get(_target(name), "same"), config=config)
+
+
+def split_lora_rows(name: str, lora_b: Tensor, *, config: DecoderConfig) -> tuple[Tensor, ...]:
+    """Return lora_b of each part of a Megatron module; inverse of ``join_lora_rows``."""
+    return split_rows(lora_b, layout=_LAYOUTS.get(_target(name), "same"), config=config)
+
+
+def lora_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Return [out features, in features] of every module that an adapter may be on, by HF name."""
+    return {
+        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for name, tensor in hf_tensors(config).items()
+        if tensor.layer is not None and len(tensor.shape) == 2
+    }
 
 
 def lora_hf_modules(name: str) -> tuple[str, ...]:

@@ -36,9 +36,10 @@ def empty(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return here
 
 
-def test_the_four_steps_are_there() -> None:
+def test_the_steps_are_there() -> None:
     assert [step.id for step in STEPS] == [
         "convert/hf_to_megatron",
+        "convert/megatron_to_hf",
         "convert/merge_lora",
         "data_prep/sft_packing",
         "peft/megatron_bridge",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 from nemotron.artifacts import MANIFEST, Producer, describe_input, read_artifact, verify_files
 from nemotron.steps._entry import run_step, step_error
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.megatron_writer import publish_megatron
+from nemotron.steps._models.run_config import megatron_would_misread
 from nemotron.steps.convert.hf_to_megatron.checks import ID, check
 from nemotron.steps.convert.hf_to_megatron.schema import Config
 
@@ -20,6 +23,12 @@ def run(config: Config, producer: Producer) -> None:
     if (source / MANIFEST).is_file():
         verify_files(source, read_artifact(source, "checkpoint_hf"))
     weights = HuggingFaceCheckpoint(source)
+    if megatron_would_misread(weights.config.rope_scaling):
+        print(
+            "warning: Megatron has other constants of Llama 3 rope scaling than this model; it "
+            "would compute other logits. The steps here take the constants of hf/config.json",
+            file=sys.stderr,
+        )
     artifact = publish_megatron(
         config.output_dir,
         weights,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import sys
 from dataclasses import dataclass
@@ -17,18 +16,18 @@ from nemotron.artifacts import (
     verify_files,
 )
 from nemotron.steps._entry import step_error
-from nemotron.steps._formats.adapter import Adapter, find_adapter_dir, open_adapter
+from nemotron.steps._formats.any_adapter import find_any_adapter, open_any_adapter
 from nemotron.steps._formats.fingerprint import base_fingerprint
 from nemotron.steps._formats.huggingface import (
     CHAT_TEMPLATE,
     HuggingFaceCheckpoint,
+    describes,
     read_chat_template,
-    read_config,
     tokenizer_sha256,
 )
+from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
 from nemotron.steps._formats.weights import ReportedWeights, Weights
-from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps.convert.merge_lora.checks import ID
 
 
@@ -46,7 +45,7 @@ class MergeInputs:
         lineage: Goes into the output's ``artifact.json``.
     """
 
-    adapter: Adapter
+    adapter: LoraAdapter
     base: Weights
     model_files: Path
     chat_template: str | None
@@ -74,7 +73,8 @@ def open_inputs(
     """Return the inputs of a merge, checked; nothing has been written when this fails.
 
     Args:
-        lora_checkpoint: Adapter directory, or a directory whose tracker names one.
+        lora_checkpoint: Adapter directory of PEFT or checkpoint of Megatron-Bridge, or a directory
+            whose tracker names one.
         base: Base checkpoint.
         is_megatron_base: Whether ``base`` is a Megatron checkpoint.
         model_files: Where config and tokenizer come from; the base by default.
@@ -86,9 +86,9 @@ def open_inputs(
             ``adapter_not_validated``, ``artifact_damaged``, and what opening adapter and base
             raises.
     """
-    adapter_dir = find_adapter_dir(lora_checkpoint)
+    adapter_dir = find_any_adapter(lora_checkpoint)
     if adapter_dir is None:
-        problem = f"no adapter_config.json at {lora_checkpoint} or in the save its tracker names"
+        problem = f"neither PEFT's nor Megatron-Bridge's adapter files are at {lora_checkpoint}"
         raise step_error(ID, "missing_adapter", problem, where="lora_checkpoint")
     if base is None or not base.is_dir():
         raise step_error(ID, "missing_base_checkpoint", f"{base} does not exist")
@@ -99,13 +99,15 @@ def open_inputs(
     if files is None:
         problem = f"{base} carries no config and tokenizer; set hf_model_path to the source model"
         raise step_error(ID, "missing_base_checkpoint", problem, where="hf_model_path")
-    _check_model_files(files, opened.weights.config)
+    if not describes(files, opened.weights.config):
+        problem = f"{files}/config.json describes another model than the base"
+        raise step_error(ID, "base_model_mismatch", problem, where=str(files))
     fingerprint = _check_base(
         adapter_dir, record, opened, base=base, allow_unverified_base=allow_unverified_base
     )
     _check_tokenizer(adapter_dir, record, files)
     return MergeInputs(
-        adapter=open_adapter(adapter_dir, config=opened.weights.config),
+        adapter=open_any_adapter(adapter_dir, config=opened.weights.config),
         base=opened.weights,
         model_files=files,
         chat_template=_other_chat_template(adapter_dir, record, files),
@@ -172,15 +174,6 @@ def _check_base(
         problem = f"{base} has fingerprint {got[:16]}; {adapter_dir} was trained on {wanted[:16]}"
         raise step_error(ID, "base_model_mismatch", problem, where=str(base))
     return got
-
-
-def _check_model_files(model_files: Path, config: DecoderConfig) -> None:
-    described = DecoderConfig.from_hf(read_config(model_files))
-    # A run config knows the sequence length of its run, not what the model was made for.
-    limit = config.max_position_embeddings
-    if dataclasses.replace(described, max_position_embeddings=limit) != config:
-        problem = f"{model_files}/config.json describes another model than the base"
-        raise step_error(ID, "base_model_mismatch", problem, where=str(model_files))
 
 
 def _check_tokenizer(adapter_dir: Path, record: Artifact | None, model_files: Path) -> None:

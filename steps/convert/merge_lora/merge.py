@@ -5,25 +5,22 @@ merged = W + scale * lora_b @ lora_a, product and sum in fp32, cast once to the 
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemotron.artifacts import Producer, publish, write_artifact
+from nemotron.artifacts import Producer
 from nemotron.steps._entry import step_error
-from nemotron.steps._formats.adapter import Adapter
-from nemotron.steps._formats.fingerprint import base_fingerprint
-from nemotron.steps._formats.huggingface import (
-    CHAT_TEMPLATE,
-    HuggingFaceCheckpoint,
-    copy_model_files,
-    model_properties,
-)
-from nemotron.steps._formats.huggingface_writer import write_weights
+from nemotron.steps._formats.huggingface_writer import publish_huggingface
+from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron_writer import publish_megatron
-from nemotron.steps._formats.weights import ReportedWeights, Weights, damaged
+from nemotron.steps._formats.weights import Weights
+from nemotron.steps._training.layerwise import compare_merged
 from nemotron.steps.convert.merge_lora.checks import ID
 from nemotron.steps.convert.merge_lora.inputs import MergeInputs
 
@@ -37,7 +34,7 @@ class MergedWeights:
         deltas: Largest absolute change by tensor, of the adapted tensors read so far.
     """
 
-    def __init__(self, base: Weights, adapter: Adapter) -> None:
+    def __init__(self, base: Weights, adapter: LoraAdapter) -> None:
         self.config, self.names = base.config, base.names
         self.shape, self.dtype = base.shape, base.dtype
         self.deltas: dict[str, float] = {}
@@ -91,7 +88,7 @@ def publish_merged(
     debug: bool,
     produced_by: Producer,
 ) -> None:
-    """Write the merged checkpoints, each read back before it gets its name.
+    """Write the merged checkpoints, each read back and compared before it gets its name.
 
     Args:
         inputs: From ``open_inputs``.
@@ -103,21 +100,24 @@ def publish_merged(
         produced_by: Goes into ``artifact.json``.
 
     Raises:
-        NemotronError: ``merged_not_finite``, ``artifact_damaged``, and what ``publish`` raises.
+        NemotronError: ``merged_not_finite``, ``merged_differs``, ``artifact_damaged``, and what
+            ``publish`` raises.
     """
     merged = MergedWeights(inputs.base, inputs.adapter)
+    verify = partial(_verify, inputs)
     if output_hf_path is not None:
-        with publish(output_hf_path) as directory:
-            weights = ReportedWeights(merged, "merging") if show_progress else merged
-            properties = _write_hf(directory, inputs, weights, has_tokenizer=has_tokenizer)
-            properties |= _describe_merge(inputs, merged)
-            write_artifact(
-                directory,
-                artifact_type="checkpoint_hf",
-                produced_by=produced_by,
-                inputs=inputs.lineage,
-                properties=properties,
-            )
+        publish_huggingface(
+            output_hf_path,
+            merged,
+            source=inputs.model_files,
+            has_tokenizer=has_tokenizer,
+            chat_template=inputs.chat_template,
+            produced_by=produced_by,
+            inputs=inputs.lineage,
+            properties=partial(_describe_merge, inputs, merged),
+            show_progress=show_progress,
+            compare=verify,
+        )
     if output_megatron_path is not None:
         publish_megatron(
             output_megatron_path,
@@ -127,6 +127,7 @@ def publish_merged(
             produced_by=produced_by,
             inputs=inputs.lineage,
             show_progress=show_progress,
+            compare=verify,
         )
     _report(inputs, merged, debug=debug)
     for output in (output_hf_path, output_megatron_path):
@@ -134,17 +135,27 @@ def publish_merged(
             print(f"written and read back: {output}")
 
 
-def _write_hf(
-    directory: Path, inputs: MergeInputs, weights: Weights, *, has_tokenizer: bool
-) -> dict[str, Any]:
-    """Write a complete Hugging Face directory, read it back, and return the model's properties."""
-    copy_model_files(inputs.model_files, directory, has_tokenizer=has_tokenizer)
-    if has_tokenizer and inputs.chat_template is not None:
-        (directory / CHAT_TEMPLATE).write_text(inputs.chat_template, encoding="utf-8")
-    fingerprint = write_weights(directory, weights)
-    if base_fingerprint(HuggingFaceCheckpoint(directory)) != fingerprint:
-        raise damaged(directory, "the weights read back are not those that were written")
-    return model_properties(inputs.model_files, weights.config, fingerprint)
+def _verify(inputs: MergeInputs, written: Weights) -> dict[str, Any]:
+    """Compare the logits of base and adapter with those of what was written."""
+    found = compare_merged(inputs.base, inputs.adapter, written)
+    change, difference = found.largest_change, found.largest_difference
+    if not found.is_equal:
+        problem = (
+            f"logits of the merged weights differ by {difference:.3e} from those of base and "
+            f"adapter; rounding explains {found.tolerance:.3e}"
+        )
+        raise step_error(ID, "merged_differs", problem)
+    print(
+        f"logits of base + adapter and of merged differ by {difference:.3e} at most "
+        f"({found.num_tokens} tokens; the adapter changes them by up to {change:.3e})"
+    )
+    if difference > change / 2:
+        print(
+            "warning: most of what the adapter does is lost in rounding the merged weights to the "
+            "base's type; serve the adapter beside the base, or merge into one of a wider type",
+            file=sys.stderr,
+        )
+    return {"verified": asdict(found)}
 
 
 def _describe_merge(inputs: MergeInputs, merged: MergedWeights) -> dict[str, Any]:

@@ -243,24 +243,47 @@ def test_open_reads_pefts_own_patterns(tmp_path: Path, config: DecoderConfig) ->
         assert len(adapter.read(name)[0]) == peer.r["default"]
 
 
-def test_open_names_a_missing_half(adapter: Path, config: DecoderConfig) -> None:
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_open_names_a_missing_half(adapter: Path, config: DecoderConfig, half: str) -> None:
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            if half in name:
+                tensors.pop(name)
+
+    _change_weights(adapter, drop)
+    error = _error(adapter, config)
+    assert error.code == "adapter_half_missing"
+    assert f"all 8 tensors *.{half}.weight are missing" in error.problem
+
+
+def test_open_names_a_missing_tensor(adapter: Path, config: DecoderConfig) -> None:
     _change_weights(adapter, lambda tensors: tensors.pop(f"{Q_PROJ}.lora_B.weight"))
     error = _error(adapter, config)
     assert error.code == "adapter_keys_missing"
     assert f"1 of 16 tensors are missing, first {Q_PROJ}.lora_B.weight" in error.problem
 
 
-def test_open_names_a_wrong_prefix_and_the_close_match(
-    adapter: Path, config: DecoderConfig
-) -> None:
+def test_open_names_a_wrong_prefix(adapter: Path, config: DecoderConfig) -> None:
     def rename(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
             tensors[name.removeprefix("base_model.model.")] = tensors.pop(name)
 
     _change_weights(adapter, rename)
     error = _error(adapter, config)
-    assert error.code == "adapter_keys_missing"
-    assert "(the file has model.layers.0.self_attn.k_proj.lora_A.weight)" in error.problem
+    assert error.code == "adapter_prefix"
+    assert "prefix 'model.'; wanted 'base_model.model.model.'" in error.problem
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 12}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2}}]
+)
+def test_open_names_a_scale_that_was_changed_after_the_save(
+    adapter: Path, config: DecoderConfig, changes: dict[str, Any]
+) -> None:
+    _change_config(adapter, **changes)
+    error = _error(adapter, config)
+    assert error.code == "adapter_alpha"
+    assert f"{next(iter(changes))} is " in error.problem
 
 
 def test_open_names_an_extra_key(adapter: Path, config: DecoderConfig) -> None:
@@ -290,8 +313,12 @@ def test_open_refuses_a_rank_that_is_not_that_of_the_tensors(
 ) -> None:
     _change_config(adapter, r=4)
     error = _error(adapter, config)
-    assert error.code == "adapter_shape"
-    assert "is [3, 16]; its rank and the base ask for [4, 16]" in error.problem
+    assert error.code == "adapter_rank"
+    assert "r is 4; adapter_model.safetensors was saved with 3" in error.problem
+    _change_weights(adapter, lambda _: None)  # as another writer leaves it
+    error = _error(adapter, config)
+    assert error.code == "adapter_rank"
+    assert "lora_A.weight has rank 3; adapter_config.json says 4" in error.problem
 
 
 def test_open_names_a_tensor_of_another_shape(adapter: Path, config: DecoderConfig) -> None:

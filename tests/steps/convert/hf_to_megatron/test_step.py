@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,27 @@ def test_an_output_inside_of_the_input_is_refused(tmp_path: Path) -> None:
     assert [error.code for error in errors] == ["output_path_overlaps_inputs"]
     assert errors[0].exit_code == ExitCode.USAGE
     assert check(Config(hf_model_path=tmp_path / "a", output_dir=tmp_path / "b")) == []
+
+
+@pytest.mark.parametrize("is_misread", [False, True])
+def test_a_model_that_megatron_itself_would_misread_is_converted_with_a_warning(
+    tmp_path: Path,
+    save_base: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    is_misread: bool,
+) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16 if is_misread else 8192,
+    }
+    save_base(tmp_path / "hf", rope_parameters=rope, max_position_embeddings=16384)
+    exit_code, text = _start(
+        tmp_path, capsys, hf_model_path=tmp_path / "hf", output_dir=tmp_path / "out"
+    )
+    assert exit_code == 0
+    assert ("warning: Megatron has other constants" in text) is is_misread
+    assert open_megatron(tmp_path / "out").config == HuggingFaceCheckpoint(tmp_path / "hf").config

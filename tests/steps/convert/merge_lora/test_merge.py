@@ -12,20 +12,24 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from nemotron.artifacts import Producer, read_artifact, verify_files, write_artifact
+from nemotron.artifacts import Producer, read_artifact, verify_files
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats import safetensors_file
+from nemotron.steps._formats.adapter import open_adapter
 from nemotron.steps._formats.fingerprint import base_fingerprint
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint, read_chat_template
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
+from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
 from nemotron.steps._formats.megatron_writer import publish_megatron
+from nemotron.steps.convert.merge_lora import merge
 from nemotron.steps.convert.merge_lora.merge import add_delta
 from nemotron.steps.convert.merge_lora.schema import Config
 from nemotron.steps.convert.merge_lora.step import run
+from tests.steps._formats.harm import HARMS, resign
 
 PRODUCER = Producer(step="convert/merge_lora", config_sha256="0" * 64, code_version="0")
 IDS = torch.arange(60).reshape(3, 20)
@@ -53,18 +57,6 @@ def _error(adapter: Path, base: Path, output: Path, **changes: Any) -> NemotronE
 def _logits(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
         return model(IDS).logits
-
-
-def _resign(directory: Path, **properties: Any) -> None:
-    """Write ``artifact.json`` anew over changed files, as a careless tool might."""
-    artifact = read_artifact(directory, "checkpoint_lora")
-    (directory / "artifact.json").unlink()
-    write_artifact(
-        directory,
-        artifact_type="checkpoint_lora",
-        produced_by=artifact.produced_by,
-        properties=artifact.properties | properties,
-    )
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -200,12 +192,12 @@ def test_an_adapter_brings_the_chat_template_that_it_was_trained_with(
 ) -> None:
     saved = adapter / "iter_0000020"
     digest = hashlib.sha256(b"other").hexdigest()
-    _resign(saved, chat_template_sha256=digest)
+    resign(saved, chat_template_sha256=digest)
     _merge(adapter, base_hf, tmp_path / "warned")
     assert "was trained with another chat template" in capsys.readouterr().err
     assert read_chat_template(tmp_path / "warned") == read_chat_template(base_hf)
     (saved / "chat_template.jinja").write_text("other", encoding="utf-8")
-    _resign(saved)
+    resign(saved)
     _merge(adapter, base_hf, tmp_path / "out")
     assert read_chat_template(tmp_path / "out") == "other"
     _merge(adapter, base_hf, tmp_path / "bare", save_tokenizer=False)
@@ -254,7 +246,7 @@ def test_an_adapter_that_records_no_base_is_refused_unless_told(
 def test_an_adapter_that_was_never_validated_is_refused_unless_told(
     tmp_path: Path, base_hf: Path, adapter: Path
 ) -> None:
-    _resign(adapter / "iter_0000020", valid_loss=None)
+    resign(adapter / "iter_0000020", valid_loss=None)
     error = _error(adapter, base_hf, tmp_path / "out" / "hf")
     assert (error.code, error.exit_code) == ("adapter_not_validated", ExitCode.DATA)
     _merge(adapter, base_hf, tmp_path / "out" / "hf", allow_unvalidated=True)
@@ -355,24 +347,62 @@ def test_a_changed_weight_of_a_base_without_digests_is_another_base(
     assert error.code == "base_model_mismatch"
 
 
-@pytest.mark.parametrize(
-    ("code", "change"),
-    [
-        ("adapter_keys_missing", lambda tensors, name: tensors.pop(name)),
-        ("adapter_keys_unexpected", lambda tensors, name: tensors.update(x=tensors[name] + 0)),
-        ("adapter_shape", lambda tensors, name: tensors.update({name: torch.zeros(4, 16)})),
-        ("adapter_not_finite", lambda tensors, name: tensors[name].fill_(float("nan"))),
-    ],
-)
+@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
 def test_a_harmful_adapter_is_refused_even_with_digests_that_fit(
-    tmp_path: Path, base_hf: Path, adapter: Path, code: str, change: Callable[..., object]
+    tmp_path: Path, base_hf: Path, adapter: Path, harm: Callable[[Path], None]
 ) -> None:
-    saved = adapter / "iter_0000020"
-    tensors = load_file(saved / "adapter_model.safetensors")
-    change(tensors, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")
-    save_file(tensors, saved / "adapter_model.safetensors")
-    _resign(saved)
-    assert _error(adapter, base_hf, tmp_path / "out" / "hf").code == code
+    harm(adapter / "iter_0000020")
+    resign(adapter / "iter_0000020")
+    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
+    assert (error.code, error.exit_code) == (HARMS[harm], ExitCode.DATA)
+
+
+def test_a_merge_that_computes_something_else_is_not_published(
+    tmp_path: Path, base_hf: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget_the_scale(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Any:
+        return add_delta(weight, a, b, scale=1.01 * scale)
+
+    monkeypatch.setattr(merge, "add_delta", forget_the_scale)
+    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
+    assert (error.code, error.exit_code) == ("merged_differs", ExitCode.NUMERIC)
+
+
+def test_the_artifact_says_how_far_the_logits_are_apart(
+    tmp_path: Path, base_hf: Path, adapter: Path
+) -> None:
+    output = tmp_path / "out"
+    paths = {"output_hf_path": output / "hf", "output_megatron_path": output / "megatron"}
+    _merge(adapter, base_hf, **{"output": output / "hf", **paths})
+    for path, kind in (
+        (output / "hf", "checkpoint_hf"),
+        (output / "megatron", "checkpoint_megatron"),
+    ):
+        found = read_artifact(path, kind).properties["verified"]
+        assert found["largest_difference"] <= found["tolerance"] < 1e-4
+        assert found["largest_change"] > 0.1
+        assert found["num_tokens"] == 32
+
+
+def test_an_adapter_of_megatron_bridge_merges_like_the_same_in_pefts_layout(
+    tmp_path: Path, base_megatron: Path, base_hf: Path, adapter: Path
+) -> None:
+    opened = open_adapter(adapter / "iter_0000020", config=HuggingFaceCheckpoint(base_hf).config)
+    (tmp_path / "theirs").mkdir()
+    write_megatron_adapter(tmp_path / "theirs", opened, pretrained_checkpoint="x", iteration=7)
+    (tmp_path / "out").mkdir()
+    _merge(adapter, base_megatron, tmp_path / "ours")
+    error = _error(tmp_path / "theirs", base_megatron, tmp_path / "out" / "hf")
+    assert error.code == "base_model_mismatch"
+    assert "does not record the fingerprint of its base" in error.problem
+    allowed = {"allow_unverified_base": True}
+    _merge(tmp_path / "theirs", base_megatron, tmp_path / "out" / "a", **allowed)
+    _merge(tmp_path / "theirs" / "iter_0000007", base_hf, tmp_path / "out" / "b", **allowed)
+    wanted = load_file(tmp_path / "ours" / "model.safetensors")
+    for output in ("a", "b"):
+        got = load_file(tmp_path / "out" / output / "model.safetensors")
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def test_a_sum_that_does_not_fit_the_type_of_the_base_is_refused(

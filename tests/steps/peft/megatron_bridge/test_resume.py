@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from nemotron.artifacts import hold, read_artifact, verify_files, write_artifact
 from nemotron.errors import ExitCode
 from nemotron.steps.peft.megatron_bridge.schema import Config
+from tests.steps._formats.harm import HARMS, other_base, resign
 
 Train = Callable[..., Any]
 # 12 rows in global batches of 4 are 3 iterations an epoch: a stop after 5 is in the second epoch.
@@ -236,3 +237,13 @@ def test_a_save_without_the_optimizer_is_an_adapter_only(
     verify_files(run.adapter, read_artifact(run.adapter, "checkpoint_lora"))
     train_here(**changes, **{"train.train_iters": 1})
     assert "iter_0000002 is an adapter only" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("harm", [each for each in HARMS if each is not other_base])
+def test_a_harmful_adapter_is_refused_even_with_digests_that_fit(
+    train_here: Train, resumable: Path, harm: Callable[[Path], None]
+) -> None:
+    harm(resumable / "iter_0000005")
+    resign(resumable / "iter_0000005")
+    run = train_here(**PLAN, **{"checkpoint.save": str(resumable)})
+    assert (run.exit_code, run.error["code"]) == (ExitCode.DATA, HARMS[harm])

@@ -1,0 +1,162 @@
+"""Logits of a model that need not fit in memory: one layer at a time is read, applied, forgotten.
+
+What a merge is proved with. The layers are those that the trainer computes with, in fp32; beside
+one layer only the embedding or the output layer is held, in its own type.
+
+S tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nemotron.steps._formats.as_megatron import AsMegatron
+from nemotron.steps._formats.lora import LoraAdapter, fused_factors
+from nemotron.steps._formats.weights import Weights
+from nemotron.steps._models.gpt import GPTModel, LoraTargets
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup
+from nemotron.steps._tensor_parallel.linear import LoraSpec
+from nemotron.steps._tensor_parallel.prologue import rms_norm
+from nemotron.steps._training.base_model import load_base_model
+
+_LENGTHS = (1, 11, 20)  # of the documents, tokens
+_ROWS_AT_A_TIME = 8192  # of the output layer, in fp32
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """Logits of a base with its adapter against those of the merged weights, on fixed tokens.
+
+    Attributes:
+        num_tokens: Tokens compared.
+        largest_change: Largest difference that the adapter makes to the base's logits.
+        largest_difference: Largest difference between base with adapter and merged.
+        tolerance: What rounding the merged weights to their type may make of it.
+    """
+
+    num_tokens: int
+    largest_change: float
+    largest_difference: float
+    tolerance: float
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the merged weights do what base and adapter do, as far as their type allows."""
+        return self.largest_difference <= self.tolerance
+
+
+def compare_merged(base: Weights, adapter: LoraAdapter, merged: Weights) -> LogitComparison:
+    """Return how far merged weights are from their base with its adapter.
+
+    Every tensor of ``merged`` is read once, a tied embedding twice.
+    """
+    config = base.config
+    tokens_S = fixed_tokens(config.vocab_size)
+    dtype = torch.promote_types(base.dtype("model.embed_tokens.weight"), torch.float32)
+    readers = AsMegatron(base), AsMegatron(merged)
+    before, of_merged = (_embed(weights, tokens_S, dtype) for weights in (base, merged))
+    both = before
+    for layer in range(config.num_layers):
+        factors = fused_factors(adapter, layer)
+        model = _load_layer(readers[0], layer, factors, dtype)
+        before = _apply(model, tokens_S, before)
+        _load_factors(model, layer, factors)
+        both = _apply(model, tokens_S, both)
+        del model
+        of_merged = _apply(_load_layer(readers[1], layer, {}, dtype), tokens_S, of_merged)
+    without, wanted = _logits(base, before), _logits(base, both)
+    got = _logits(merged, of_merged)
+    eps = torch.finfo(base.dtype("model.layers.0.mlp.down_proj.weight")).eps
+    return LogitComparison(
+        num_tokens=len(tokens_S),
+        largest_change=(wanted - without).abs().max().item(),
+        largest_difference=(wanted - got).abs().max().item(),
+        tolerance=_tolerance(eps, wanted.std().item(), num_layers=config.num_layers),
+    )
+
+
+def fixed_tokens(vocab_size: int) -> Tensor:
+    """Return the tokens that models are compared on, [S] int64; the same for a vocabulary."""
+    generator = torch.Generator().manual_seed(20)
+    return torch.randint(0, vocab_size, (sum(_LENGTHS),), generator=generator)
+
+
+def _tolerance(eps: float, spread: float, *, num_layers: int) -> float:
+    """Return how far rounding may move a logit.
+
+    Each weight is off by up to eps / 2 of itself, uniformly; the errors of the 2 L branches add up
+    as a random walk; 8 of its standard deviations. On top the rounding of fp32 arithmetic, of which
+    1e-5 of the spread of the logits has not been seen.
+    """
+    return spread * (8.0 * eps / math.sqrt(12.0) * math.sqrt(2.0 * num_layers) + 1e-5)
+
+
+def _cu_seqlens() -> list[int]:
+    return [sum(_LENGTHS[:count]) for count in range(len(_LENGTHS) + 1)]
+
+
+def _embed(weights: Weights, tokens_S: Tensor, dtype: torch.dtype) -> Tensor:
+    return weights.read("model.embed_tokens.weight")[tokens_S].to(dtype)
+
+
+class _OneLayer:
+    """A reader of a model that has one layer of another, as neither its first nor its last."""
+
+    def __init__(self, reader: AsMegatron, layer: int) -> None:
+        self.config = replace(reader.config, num_layers=3)
+        self._reader, self._layer = reader, layer
+
+    def read(
+        self,
+        name: str,
+        *,
+        layer: int | None = None,
+        rows: slice | None = None,
+        columns: slice | None = None,
+    ) -> Tensor:
+        return self._reader.read(name, layer=self._layer, rows=rows, columns=columns)
+
+
+def _load_layer(reader: AsMegatron, layer: int, factors: Factors, dtype: torch.dtype) -> GPTModel:
+    ranks = {_inner(name, layer): len(lora_a) for name, (lora_a, _) in factors.items()}
+    lora = LoraTargets(list(ranks), LoraSpec(dim=1, alpha=1.0), ranks, dict(ranks))
+    return load_base_model(
+        _OneLayer(reader, layer),
+        lora=lora if factors else None,
+        group=ProcessGroup(),
+        dtype=dtype,
+        device=torch.device("cpu"),
+        layers=range(1, 2),
+    )
+
+
+def _load_factors(model: GPTModel, layer: int, factors: Factors) -> None:
+    own = {_inner(name, layer): pair for name, pair in factors.items()}
+    for linear in model.adapted_linears():
+        linear.load_lora(*own[linear.name])
+
+
+def _inner(name: str, layer: int) -> str:
+    return name.replace(f"decoder.layers.{layer}.", "decoder.layers.1.", 1)
+
+
+@torch.no_grad()
+def _apply(model: GPTModel, tokens_S: Tensor, hidden_SH: Tensor) -> Tensor:
+    return model(tokens_S, _cu_seqlens(), received_SH=hidden_SH)
+
+
+@torch.no_grad()
+def _logits(weights: Weights, hidden_SH: Tensor) -> Tensor:
+    """Return the logits of the last layer's output, [S, V]."""
+    norm_H = weights.read("model.norm.weight").to(hidden_SH.dtype)
+    hidden_SH = rms_norm(hidden_SH, norm_H, weights.config.layernorm_epsilon)
+    is_tied = weights.config.share_embeddings_and_output_weights
+    output_VH = weights.read("model.embed_tokens.weight" if is_tied else "lm_head.weight")
+    blocks = output_VH.split(_ROWS_AT_A_TIME)
+    return torch.cat([hidden_SH @ block.to(hidden_SH.dtype).T for block in blocks], dim=1)

@@ -1,0 +1,1 @@
+"""Megatron checkpoint in, Hugging Face checkpoint out."""
