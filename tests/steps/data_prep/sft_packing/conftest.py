@@ -38,6 +38,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = ByteLevelDecoder()  # pyright: ignore
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+    special += ["<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"]
     trainer = BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=special,

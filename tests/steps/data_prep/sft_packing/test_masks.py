@@ -23,7 +23,7 @@ from nemotron.steps.data_prep.sft_packing.masks import (
     build_encoder,
 )
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
-from nemotron.steps.data_prep.sft_packing.templates import read_template
+from nemotron.steps.data_prep.sft_packing.templates import bundled_names, read_template
 from nemotron.steps.data_prep.sft_packing.tokenizer import load_tokenizer
 
 NO_STOP = (
@@ -73,13 +73,13 @@ def require_masks_of_transformers(
         assert not any(mask[length:])
 
 
-@pytest.mark.parametrize("name", ["chatml", "nano3"])
+@pytest.mark.parametrize("name", bundled_names())
 def test_encode_agrees_with_transformers(
     tokenizer_dir: Path, make_rows: Callable[..., list[dict[str, Any]]], name: str
 ) -> None:
     encoder = encoder_of(tokenizer_dir, name)
     assert encoder.encodes_pieces
-    require_masks_of_transformers(encoder, tokenizer_dir, read_template(name), make_rows(200))
+    require_masks_of_transformers(encoder, tokenizer_dir, read_template(name), make_rows(400))
 
 
 def test_encode_agrees_with_transformers_for_a_tokenizer_with_a_dummy_prefix(
