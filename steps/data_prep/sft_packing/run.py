@@ -28,6 +28,8 @@ from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 from nemotron.steps.data_prep.sft_packing.schema import Config
 from nemotron.steps.data_prep.sft_packing.stages import Packing, plan_packing, tokenize_tasks
 
+# About two seconds of work.
+_WORKER_BYTES = 4 << 20
 # What the system says when a file cannot be written.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -109,12 +111,18 @@ def run_stage(config: Config, name: str, tasks: Sequence[Task]) -> list[Receipt]
 
     receipts = run_tasks(
         tasks,
-        num_workers=config.num_workers or available_cores(),
+        num_workers=config.num_workers or _worth_starting(tasks),
         mode=config.execution_mode,
         on_done=on_done,
     )
     progress.finish()
     return receipts
+
+
+def _worth_starting(tasks: Sequence[Task]) -> int:
+    """Return as many workers as have work for longer than it takes to start them."""
+    work = sum(task.size_bytes for task in tasks)
+    return min(available_cores(), 1 + work // _WORKER_BYTES)
 
 
 def _tidy(job: Job, *, keep_tokens: bool) -> None:

@@ -105,6 +105,7 @@ def run_packing(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
             "chat_template": None,
             "pack_size": 256,
             "num_shards": 1,
+            "num_workers": 1,
             "train_ratio": 0.8,
             "valid_ratio": 0.1,
             "test_ratio": 0.1,
