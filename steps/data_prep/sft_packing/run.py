@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +29,6 @@ from nemotron.steps.data_prep.sft_packing.stages import Packing, plan_packing, t
 
 # About two seconds of work.
 _WORKER_BYTES = 4 << 20
-# What the system says when a file cannot be written.
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 def pack_conversations(config: Config, producer: Producer) -> dict[str, Any]:
@@ -140,11 +137,12 @@ def _tidy(job: Job, *, keep_tokens: bool) -> None:
 
 @contextmanager
 def clear_write_errors(output: Path) -> Iterator[None]:
-    """Say where a run could not write, and why, instead of how it found out."""
+    """Say where a run could not write, and why, instead of how it found out.
+
+    What cannot be read has an error of its own by then.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
         where = str(error.filename or output)
         raise step_error(STEP, "cannot_write", str(error), where=where) from None

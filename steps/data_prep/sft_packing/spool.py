@@ -97,8 +97,9 @@ class SpoolWriter:
             "lengths": np.array([len(tokens) for tokens in documents], dtype=np.uint32),
             "first_trained": np.array([at for item in held for at in item[3]], dtype=np.uint32),
         }
-        with aside(self.directory / f"{name}.tokens") as path:
-            np.concatenate(documents).astype(np.int32, copy=False).tofile(path)
+        tokens = np.concatenate(documents).astype(np.int32, copy=False)
+        with aside(self.directory / f"{name}.tokens") as path, path.open("wb") as stream:
+            stream.write(tokens)  # ndarray.tofile would hide why it failed
         with aside(self.directory / f"{name}.npz") as path, path.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **index)
         self.names.append(name)
