@@ -23,8 +23,11 @@ from torch import Tensor
 
 from nemotron.steps._tensor_parallel.dropout import DropoutRows
 
-# Row groups kept decoded: a permuted epoch touches them in random order.
-_CACHED_GROUPS = 8
+# Row groups whose rows are mixed at a time, and kept decoded. Packed rows stand in random order
+# already, so a window loses nothing; a permutation of all rows would decode a whole group a row.
+WINDOW_GROUPS = 8
+# A batch may lie across two windows.
+_CACHED_GROUPS = 2 * WINDOW_GROUPS
 _COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
 
 
@@ -80,6 +83,8 @@ class PackedSplit:
         self._groups: list[tuple[Path, int]] = []
         self._first_rows = [0]
         self._cache: OrderedDict[int, list[PackedRow]] = OrderedDict()
+        self._order_of: tuple[int, int] | None = None
+        self._order = np.empty(0, dtype=np.int64)
         for path in sorted(directory.glob("*.parquet")):
             metadata = _open(path).metadata
             missing = set(_COLUMNS) - set(metadata.schema.to_arrow_schema().names)
@@ -92,6 +97,14 @@ class PackedSplit:
 
     def __len__(self) -> int:
         return self._first_rows[-1]
+
+    def global_batch(self, iteration: int, *, global_batch_size: int, seed: int) -> list[int]:
+        """Return the row numbers of an iteration's global batch, from 0; see ``epoch_order``."""
+        epoch, batch = divmod(iteration, len(self) // global_batch_size)
+        if self._order_of != (seed, epoch):
+            self._order_of = (seed, epoch)
+            self._order = epoch_order(self._first_rows, seed=seed + epoch)
+        return self._order[batch * global_batch_size :][:global_batch_size].tolist()
 
     def __getitem__(self, index: int) -> PackedRow:
         group = int(np.searchsorted(self._first_rows, index, side="right")) - 1
@@ -112,17 +125,28 @@ class PackedSplit:
         return self._cache[group]
 
 
-def global_batch(iteration: int, *, num_rows: int, global_batch_size: int, seed: int) -> list[int]:
-    """Return the row numbers of an iteration's global batch; the same at every layout.
+def epoch_order(first_rows: Sequence[int], *, seed: int) -> np.ndarray:
+    """Return the rows of one epoch in the order of training; the same at every layout.
 
-    Rows come in a permutation per epoch, ``torch.randperm(num_rows, seed + epoch)``, of which the
-    incomplete last batch is dropped.
+    Row groups come in random order, ``WINDOW_GROUPS`` of them at a time are one window, and the
+    rows of a window come in random order. A split of one window is a plain permutation,
+    ``torch.randperm(num_rows, seed)``. What is left of an epoch after its last whole global batch
+    is dropped, other rows each time.
+
+    Args:
+        first_rows: First row of each row group, and the number of rows.
+        seed: Seed of the epoch.
     """
-    batches_per_epoch = num_rows // global_batch_size
-    epoch, batch = divmod(iteration, batches_per_epoch)
-    generator = torch.Generator().manual_seed(seed + epoch)
-    permutation = torch.randperm(num_rows, generator=generator)
-    return permutation[batch * global_batch_size :][:global_batch_size].tolist()
+    generator = torch.Generator().manual_seed(seed)
+    groups = np.arange(len(first_rows) - 1)
+    if len(groups) > WINDOW_GROUPS:
+        groups = torch.randperm(len(groups), generator=generator).numpy()
+    windows = []
+    for start in range(0, len(groups), WINDOW_GROUPS):
+        window = groups[start : start + WINDOW_GROUPS].tolist()
+        rows = np.concatenate([np.arange(first_rows[i], first_rows[i + 1]) for i in window])
+        windows.append(rows[torch.randperm(len(rows), generator=generator).numpy()])
+    return np.concatenate([np.empty(0, np.int64), *windows])
 
 
 def split_batch(

@@ -20,7 +20,6 @@ from nemotron.steps._training.batches import (
     MicroBatch,
     PackedSplit,
     collate,
-    global_batch,
     split_batch,
 )
 from nemotron.steps._training.distributed import Layout, gather_tensors
@@ -248,9 +247,8 @@ class Trainer:
 
     def _accumulate_gradients(self, iteration: int) -> Tensor:
         """Return loss sum, supervised tokens and tokens of the global batch, [3] fp64."""
-        rows = global_batch(
+        rows = self.train_rows.global_batch(
             iteration - 1,
-            num_rows=len(self.train_rows),
             global_batch_size=self.batch.global_batch_size,
             seed=self.seed,
         )

@@ -6,22 +6,39 @@ The launcher's checks import this module, so it stays light.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 
 STEP = "data_prep/sft_packing"
+HUB = "hf://"
 # A blend names files, it holds no conversations: a larger .json is data.
 MAX_BLEND_BYTES = 1 << 20
 CONVERSATION_FIELDS = ("messages", "conversations", "instruction")
 
+WeightBy = Literal["rows", "tokens"]
+
 
 class Dataset(BaseModel):
-    """One source of a blend."""
+    """One source of a blend.
+
+    Attributes:
+        name: Names it in reports; different for every source.
+        path: File, directory or glob, relative to the blend file, or ``hf://owner/name``.
+        weight: Relative share of the blend; 0 leaves the source out.
+        max_rows: At most this many conversations, chosen by hash: more are a superset of fewer.
+        repeat: How often the training split sees it; 1.5 repeats half of it, chosen by hash.
+        messages_field: Field of a conversation.
+        tools_field: Field of the tool definitions.
+        subset: Of a data set on the hub, only the files of this subset.
+        split: Of a data set on the hub, only the files of this split.
+        into: The split of the output that takes all of it; None where ratios decide.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,39 +46,83 @@ class Dataset(BaseModel):
     path: str = Field(min_length=1)
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     max_rows: int | None = Field(default=None, ge=1)
+    repeat: float = Field(default=1.0, ge=1, le=1000)
     messages_field: str = "messages"
     tools_field: str = "tools"
+    subset: str | None = None
+    split: str | None = None
+    into: Literal["train", "valid", "test"] | None = Field(default=None, exclude=True)
 
-    @field_validator("path")
-    @classmethod
-    def _is_local(cls, path: str) -> str:
-        if "://" in path:
-            raise ValueError(f"{path} is not local; this step reads local files only")
-        return path
+    @model_validator(mode="after")
+    def _check_path(self) -> Self:
+        is_hub = self.path.startswith(HUB)
+        if "://" in self.path and not is_hub:
+            raise ValueError(f"{self.path} is neither local nor {HUB}")
+        if not is_hub and (self.split or self.subset):
+            raise ValueError(
+                "split and subset choose files of a data set on the hub; to give one split of the "
+                "output its own data, list it under train, valid or test instead of datasets"
+            )
+        return self
 
 
 class Blend(BaseModel):
-    """The content of a blend file."""
+    """The content of a blend file: ``datasets``, or one list for each split."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    datasets: tuple[Dataset, ...] = Field(min_length=1)
+    datasets: tuple[Dataset, ...] = ()
+    train: tuple[Dataset, ...] = ()
+    valid: tuple[Dataset, ...] = ()
+    test: tuple[Dataset, ...] = ()
+    weight_by: WeightBy = "rows"
 
-    @field_validator("datasets")
-    @classmethod
-    def _names_differ(cls, datasets: tuple[Dataset, ...]) -> tuple[Dataset, ...]:
-        names = [dataset.name for dataset in datasets]
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.datasets) == any((self.train, self.valid, self.test)):
+            raise ValueError("wanted either datasets, or lists called train, valid and test")
+        if not self.datasets and not self.train:
+            raise ValueError("train is empty")
+        names = [dataset.name for dataset in self.sources]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two datasets have the name {twice[0]!r}")
-        if not any(dataset.weight for dataset in datasets):
+        if not any(dataset.weight for dataset in self.datasets or self.train):
             raise ValueError("every dataset has weight 0")
-        return datasets
+        return self
+
+    @property
+    def sources(self) -> tuple[Dataset, ...]:
+        """All data sets, those of a per-split list with their split in ``into``."""
+        lists: dict[Literal["train", "valid", "test"], tuple[Dataset, ...]] = {
+            "train": self.train,
+            "valid": self.valid,
+            "test": self.test,
+        }
+        own = (
+            dataset.model_copy(update={"into": split})
+            for split, datasets in lists.items()
+            for dataset in datasets
+        )
+        return self.datasets or tuple(own)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The data sets of a run, and what their weights count."""
+
+    datasets: tuple[Dataset, ...]
+    weight_by: WeightBy = "rows"
+
+    @property
+    def are_per_split(self) -> bool:
+        """Whether the blend says which split takes what, instead of ratios."""
+        return any(dataset.into for dataset in self.datasets)
 
 
 def read_blend(
     blend_path: str, *, messages_field: str, tools_field: str, max_rows: int | None
-) -> tuple[Dataset, ...]:
+) -> Sources:
     """Return the data sets that ``blend_path`` stands for.
 
     Paths inside a blend file are relative to its directory. A path that is no blend file is one
@@ -80,18 +141,28 @@ def read_blend(
     try:
         if content is None:
             alone = Dataset(name=path.stem or blend_path, path=blend_path)
-            return (alone.model_copy(update=defaults),)
+            return Sources((alone.model_copy(update=defaults),))
         blend = Blend.model_validate(content)
     except ValidationError as error:
         raise _bad_blend(path, error) from None
-    return tuple(
-        Dataset.model_validate(
-            defaults
-            | dataset.model_dump(exclude_unset=True)
-            | {"path": str(path.parent / dataset.path)}
-        )
-        for dataset in blend.datasets
+    return Sources(
+        tuple(
+            dataset.model_copy(
+                update={
+                    name: value
+                    for name, value in defaults.items()
+                    if name not in dataset.model_fields_set
+                }
+                | {"path": _resolved(dataset.path, path.parent)}
+            )
+            for dataset in blend.sources
+        ),
+        blend.weight_by,
     )
+
+
+def _resolved(path: str, directory: Path) -> str:
+    return path if path.startswith(HUB) else str(directory / path)
 
 
 def _blend_content(path: Path, messages_field: str) -> dict[str, Any] | None:
@@ -115,8 +186,7 @@ def _bad_blend(path: Path, error: ValidationError) -> NemotronError:
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         problem = f"unknown key {place!r}"
-        if first["loc"][0] in ("train", "valid", "test"):
-            problem += "; splits are made by ratio, from one list called datasets"
     else:
-        problem = f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        said = first["msg"].removeprefix("Value error, ")
+        problem = f"{place}: {said}" if place else said
     return step_error(STEP, "bad_blend", problem, where=str(path))

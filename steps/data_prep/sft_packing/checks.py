@@ -10,7 +10,7 @@ from pathlib import Path
 from nemotron.artifacts import refuse_overlap
 from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
-from nemotron.steps.data_prep.sft_packing.blend import STEP, Dataset, read_blend
+from nemotron.steps.data_prep.sft_packing.blend import HUB, STEP, Sources, read_blend
 from nemotron.steps.data_prep.sft_packing.schema import Config
 from nemotron.steps.data_prep.sft_packing.templates import is_inline, read_template
 
@@ -31,7 +31,7 @@ def check(config: Config) -> list[NemotronError]:
     return errors
 
 
-def datasets_of(config: Config) -> tuple[Dataset, ...]:
+def datasets_of(config: Config) -> Sources:
     """Return the data sets that a config asks for.
 
     Raises:
@@ -46,8 +46,9 @@ def datasets_of(config: Config) -> tuple[Dataset, ...]:
 
 
 def _check_paths(config: Config) -> None:
-    datasets = datasets_of(config)
-    for item in datasets:
+    for item in datasets_of(config).datasets:
+        if item.path.startswith(HUB):
+            continue
         for name in glob.glob(item.path, recursive=True):  # noqa: PTH207
             refuse_overlap(config.output_dir, {item.name: Path(name)})
     tokenizer = Path(config.tokenizer_options.model)

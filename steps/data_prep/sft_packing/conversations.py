@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemotron.steps.data_prep.sft_packing.reasoning import FIELDS
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 
 ALPACA = "instruction"
+SHAREGPT = "conversations"
+ALPACA_FIELDS = (ALPACA, "input", "output", "history", "system")
 DEFAULT_FIELD = "messages"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -32,7 +35,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
 # What a conversation says: fields beyond these may differ between copies of one conversation.
 IDENTITY = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id")
 
@@ -62,7 +65,7 @@ def detect_field(row: Any, *, messages_field: str) -> str | None:
         return None
     if messages_field != DEFAULT_FIELD:
         return messages_field if messages_field in row else None
-    known = (DEFAULT_FIELD, "conversations", ALPACA)
+    known = (DEFAULT_FIELD, SHAREGPT, ALPACA)
     return next((name for name in known if name in row), None)
 
 
@@ -165,7 +168,7 @@ def _parsed(text: Any) -> Any:
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """Templates read reasoning_content, some read thinking; data sets use three names for it."""
-    found = next((message[name] for name in REASONING_FIELDS if name in message), None)
+    found = next((message[name] for name in FIELDS if name in message), None)
     if found is None:
         return message
     return {"thinking": found, **message, "reasoning_content": found}

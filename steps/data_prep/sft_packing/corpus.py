@@ -1,35 +1,46 @@
-"""Data sets to tokenized documents: read, filter, encode, and account for every row."""
+"""The first stage: data sets to tokenized documents in spools, and an account of every row."""
 
 from __future__ import annotations
 
-import heapq
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from nemotron.artifacts import sha256_file, sha256_json
+from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP, Dataset
-from nemotron.steps.data_prep.sft_packing.conversations import (
-    Conversation,
-    detect_field,
-    read_conversation,
+from nemotron.steps.data_prep.sft_packing.inputs import (
+    Part,
+    cut_into_parts,
+    list_files,
+    part_bytes,
+    unreadable,
 )
-from nemotron.steps.data_prep.sft_packing.documents import (
-    Documents,
-    DocumentsBuilder,
-    blend_counts,
-    concatenate,
-    smallest_hashes,
+from nemotron.steps.data_prep.sft_packing.long_documents import LongDocuments, survives
+from nemotron.steps.data_prep.sft_packing.receipts import Receipt, code_digest
+from nemotron.steps.data_prep.sft_packing.rejects import BY_CONFIG, SAMPLES_PER_REASON
+from nemotron.steps.data_prep.sft_packing.selection import Conversations
+from nemotron.steps.data_prep.sft_packing.spool import SpoolIndex, read_index
+from nemotron.steps.data_prep.sft_packing.tokenizing import (
+    EncoderSettings,
+    RowSettings,
+    TokenizeTask,
 )
-from nemotron.steps.data_prep.sft_packing.inputs import Row, list_files, read_rows
-from nemotron.steps.data_prep.sft_packing.masks import Encoder
-from nemotron.steps.data_prep.sft_packing.rejects import BY_CONFIG, BadRowError, Rejects
 
-BATCH = 512
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of a data set, its size and digest when the run began."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
 
 
 @dataclass
@@ -38,205 +49,252 @@ class Source:
 
     Attributes:
         dataset: What the blend says.
+        files: Its files.
+        tasks: What reads them, in their order.
         rows_read: Rows seen.
-        rejects: Rows that were dropped, by reason.
-        documents: The documents that are left.
+        dropped: Rows that are not used, by reason.
+        samples: Some of them, with file and line.
     """
 
     dataset: Dataset
-    documents: Documents
+    files: tuple[InputFile, ...]
+    tasks: tuple[TokenizeTask, ...]
     rows_read: int = 0
-    rejects: Rejects = field(default_factory=Rejects)
+    dropped: Counter[str] = field(default_factory=Counter)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
-    def drop(self, row: Row, error: BadRowError) -> None:
-        """Count a row that is not used."""
-        self.rejects.add(error, file=row.file, place=row.place, position=row.position)
-
-    def keep(self, chosen: np.ndarray, reason: str) -> None:
-        """Keep only some of the documents."""
-        dropped = len(self.documents) - len(chosen)
-        if dropped:
-            self.rejects.counts[reason] += dropped
-            self.documents = self.documents.take(chosen)
+    @property
+    def num_bad(self) -> int:
+        """Rows that were unusable, without those that the config leaves out."""
+        return sum(count for reason, count in self.dropped.items() if reason not in BY_CONFIG)
 
 
-class Progress:
-    """Says every few seconds how many rows were read, and how fast."""
-
-    def __init__(self, interval_s: float) -> None:
-        self._interval_s = interval_s
-        self._start = self._last = time.monotonic()
-        self._rows = 0
-
-    def advance(self) -> None:
-        """Count one row."""
-        self._rows += 1
-        now = time.monotonic()
-        if now - self._last >= self._interval_s:
-            self._last = now
-            rate = self._rows / (now - self._start)
-            print(f"{STEP}: {self._rows:,} rows read, {rate:,.0f} rows/s", flush=True)
-
-
-class _Found(NamedTuple):
-    conversation: Conversation
-    number: int
-    row: Row
-
-
-def read_corpus(
+def plan_sources(
     datasets: Sequence[Dataset],
     *,
-    encoder: Encoder,
+    directory: Path,
+    encoder: EncoderSettings,
+    tokenizer_sha256: str,
     used_in_field: str,
     used_in_filter: str | None,
-    sample: str | None,
-    sample_seed: int,
-    max_bad_fraction: float,
-    progress_interval_s: float,
 ) -> list[Source]:
-    """Return the tokenized documents of a blend, data set by data set.
+    """Return the data sets with the tasks that tokenize them; one of weight 0 is not read.
+
+    A task's key holds the digest of its file's content and everything that turns it into tokens,
+    and nothing about packing: another ``pack_size`` finds the same tasks done.
 
     Args:
-        datasets: The data sets; one of weight 0 is not read.
-        encoder: Turns conversations into documents.
-        used_in_field: Field that ``used_in_filter`` looks at.
-        used_in_filter: Keep only rows that name this there; None keeps all.
-        sample: Share of each data set's documents, such as ``10%``; None for all.
-        sample_seed: Decides which documents ``sample`` takes.
-        max_bad_fraction: Share of a data set's rows that may be unusable, in [0, 1].
-        progress_interval_s: Seconds between lines about the progress.
+        datasets: The data sets.
+        directory: Where the tasks leave spools and receipts.
+        encoder: What encodes.
+        tokenizer_sha256: Digest of the tokenizer.
+        used_in_field: See ``RowSettings``.
+        used_in_filter: See ``RowSettings``.
 
     Raises:
-        NemotronError: ``missing_training_data``, ``bad_rows``, ``bad_loss_masks``,
-            ``seq_length_mismatch``: no document fits.
+        NemotronError: ``missing_training_data``, ``unreadable_input``.
     """
-    progress = Progress(progress_interval_s)
-    sources = [Source(item, DocumentsBuilder().build()) for item in datasets if item.weight > 0]
-    for source in sources:
-        found = _conversations(
-            source,
+    wanted = [item for item in datasets if item.weight > 0]
+    files = [list_files(item) for item in wanted]
+    size_bytes = part_bytes([file for group in files for file in group])
+    how = {
+        "code": code_digest(),
+        "tokenizer": tokenizer_sha256,
+        "encoder": {**vars(encoder), "tokenizer": ""},
+    }
+
+    def task(part: Part, sha256: str, rows: RowSettings) -> TokenizeTask:
+        what = [part.kind, part.start, part.stop, sha256, vars(rows), how]
+        length = (part.stop or part.path.stat().st_size) - part.start
+        if part.kind == "parquet":
+            length = size_bytes
+        key = sha256_json(what)[:32]
+        return TokenizeTask(key, directory, part, length, rows, encoder)
+
+    sources: list[Source] = []
+    with ThreadPoolExecutor() as pool:
+        described = [list(pool.map(_describe, group)) for group in files]
+    for dataset, group in zip(wanted, described, strict=True):
+        rows = RowSettings(
+            messages_field=dataset.messages_field,
+            tools_field=dataset.tools_field,
             used_in_field=used_in_field,
             used_in_filter=used_in_filter,
-            progress=progress,
+            max_rows=dataset.max_rows,
         )
-        _encode(_limited(found, source, source.dataset.max_rows), source, encoder)
-        _require_good_rows(source, max_bad_fraction)
-        if sample is not None:
-            count = round(len(source.documents) * float(sample.rstrip("%")) / 100)
-            source.keep(smallest_hashes(source.documents.uids, count, seed=sample_seed), "sample")
-        _require_documents(source)
-    counts = blend_counts(
-        [len(source.documents) for source in sources],
-        [source.dataset.weight for source in sources],
-    )
-    for source, count in zip(sources, counts, strict=True):
-        source.keep(smallest_hashes(source.documents.uids, count), "weight")
+        tasks = (
+            task(part, file.sha256, rows)
+            for file in group
+            for part in cut_into_parts(file.path, size_bytes=size_bytes)
+        )
+        sources.append(Source(dataset, tuple(group), tuple(tasks)))
     return sources
 
 
-def all_documents(sources: Sequence[Source]) -> Documents:
-    """Return the documents of all data sets, in the order of the blend."""
-    return concatenate([source.documents for source in sources])
+def _describe(file: Path) -> InputFile:
+    try:
+        return InputFile(file, file.stat().st_size, sha256_file(file))
+    except OSError as error:
+        raise unreadable(file, error) from None
 
 
-def _conversations(
-    source: Source,
-    *,
-    used_in_field: str,
-    used_in_filter: str | None,
-    progress: Progress,
-) -> Iterator[_Found]:
-    """Yield the usable conversations of a data set; the first row that has one sets the field."""
-    messages_field, tools_field = source.dataset.messages_field, source.dataset.tools_field
-    field_name: str | None = None
-    rows = (row for file in list_files(source.dataset) for row in read_rows(file))
-    for row in rows:
-        source.rows_read += 1
-        progress.advance()
-        try:
-            value = _value(row)
-            _require_used_in(value, used_in_field, used_in_filter)
-            if field_name is None:
-                field_name = detect_field(value, messages_field=messages_field)
-            if field_name is None:
-                raise BadRowError("no_conversation", f"no field {messages_field!r}")
-            conversation = read_conversation(value, field=field_name, tools_field=tools_field)
-        except BadRowError as error:
-            source.drop(row, error)
-        except RecursionError:
-            source.drop(row, BadRowError("malformed_json", "nested too deeply"))
-        else:
-            yield _Found(conversation, source.rows_read, row)
+def account(source: Source, receipts: Sequence[Receipt], *, max_bad_fraction: float) -> None:
+    """Add up what a data set's tasks say about its rows.
+
+    Raises:
+        NemotronError: ``bad_rows`` or ``bad_loss_masks``: more rows than ``max_bad_fraction`` are
+            unusable; ``unreadable_input``: a file has changed meanwhile.
+    """
+    seen: Counter[str] = Counter()
+    for task, receipt in zip(source.tasks, receipts, strict=True):
+        path = str(task.part.path)
+        source.rows_read += receipt["rows_read"]
+        source.dropped.update(receipt["dropped"])
+        for sample in receipt["samples"]:
+            seen[sample["reason"]] += 1
+            if seen[sample["reason"]] <= SAMPLES_PER_REASON:
+                source.samples.append(
+                    {
+                        "file": path,
+                        **_place(receipt["place"], seen[path] + sample["position"]),
+                        "reason": sample["reason"],
+                        "detail": sample["detail"],
+                    }
+                )
+        seen[path] += receipt["positions"]
+    for file in source.files:
+        if file.path.stat().st_size != file.size_bytes:
+            raise step_error(
+                STEP, "unreadable_input", "it changed while it was read", where=str(file.path)
+            )
+    if source.num_bad > max_bad_fraction * source.rows_read:
+        raise _too_many_bad(source, max_bad_fraction)
 
 
-def _value(row: Row) -> dict[str, Any]:
-    if isinstance(row.value, BadRowError):
-        raise row.value
-    if not isinstance(row.value, dict):
-        raise BadRowError("not_an_object", f"the row is of type {type(row.value).__name__}")
-    return row.value
+def _place(place: str, position: int) -> dict[str, int]:
+    """Lines are counted from 1, items and rows from 0."""
+    return {place: position + 1 if place == "line" else position}
 
 
-def _require_used_in(value: dict[str, Any], used_in_field: str, wanted: str | None) -> None:
-    """A row names its uses as one word, as words between commas, or as a list."""
-    if wanted is None:
-        return
-    uses = value.get(used_in_field)
-    if isinstance(uses, str):
-        uses = [uses, *(part.strip() for part in uses.split(","))]
-    if not isinstance(uses, list) or wanted not in uses:
-        raise BadRowError("used_in", f"{used_in_field} does not name {wanted!r}")
-
-
-def _limited(found: Iterator[_Found], source: Source, max_rows: int | None) -> Iterable[_Found]:
-    """Return at most ``max_rows`` conversations in their order, holding no more than that many."""
-    if max_rows is None:
-        return found
-    chosen = heapq.nsmallest(max_rows, found, key=lambda item: item.conversation.uid)
-    usable = source.rows_read - source.rejects.counts.total()
-    if usable > len(chosen):
-        source.rejects.counts["max_rows"] += usable - len(chosen)
-    return sorted(chosen, key=lambda item: item.number)
-
-
-def _encode(found: Iterable[_Found], source: Source, encoder: Encoder) -> None:
-    builder = DocumentsBuilder()
-    stream = iter(found)
-    while batch := list(islice(stream, BATCH)):
-        encoded = encoder.encode([item.conversation for item in batch])
-        for item, document in zip(batch, encoded, strict=True):
-            if isinstance(document, BadRowError):
-                source.drop(item.row, document)
-            else:
-                builder.add(document, uid=item.conversation.uid)
-    source.documents = builder.build()
-
-
-def _require_good_rows(source: Source, max_bad_fraction: float) -> None:
-    rejects = source.rejects
-    if rejects.num_bad <= max_bad_fraction * source.rows_read:
-        return
-    share = rejects.num_bad / source.rows_read
-    reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.counts.most_common(3))
-    example = next(item for item in rejects.samples if item["reason"] not in BY_CONFIG)
-    where = f"{example['file']}:{example.get('line', example.get('item'))}"
+def _too_many_bad(source: Source, max_bad_fraction: float) -> NemotronError:
+    share = source.num_bad / source.rows_read
+    reasons = ", ".join(f"{count} {reason}" for reason, count in source.dropped.most_common(3))
+    example = next(item for item in source.samples if item["reason"] not in BY_CONFIG)
+    place = next(example[name] for name in ("line", "item", "row") if name in example)
     # Almost every row without a trained token is the template's doing, not the data's.
-    is_masks = rejects.counts["no_trainable_tokens"] * 2 > rejects.num_bad
+    is_masks = source.dropped["no_trainable_tokens"] * 2 > source.num_bad
     problem = (
-        f"{rejects.num_bad} of {source.rows_read} rows ({share:.1%}) of the data set "
+        f"{source.num_bad} of {source.rows_read} rows ({share:.1%}) of the data set "
         f"{source.dataset.name} cannot be used; max_bad_fraction is {max_bad_fraction:g}: "
         f"{reasons}; the first: {example['detail']}"
     )
-    raise step_error(STEP, "bad_loss_masks" if is_masks else "bad_rows", problem, where=where)
+    name = "bad_loss_masks" if is_masks else "bad_rows"
+    return step_error(STEP, name, problem, where=f"{example['file']}:{place}")
 
 
-def _require_documents(source: Source) -> None:
-    if len(source.documents):
+@dataclass(frozen=True)
+class Corpus:
+    """What the first stage left.
+
+    Attributes:
+        spools: Names of all spools, in the order of the blend.
+        conversations: All conversations in them.
+    """
+
+    spools: tuple[str, ...]
+    conversations: Conversations
+
+
+def load_corpus(
+    sources: Sequence[Source],
+    receipts: Callable[[Source], Sequence[Receipt]],
+    *,
+    directory: Path,
+    policy: LongDocuments,
+    max_tokens: int,
+) -> Corpus:
+    """Return all conversations of the spools; tokens stay on disk.
+
+    Args:
+        sources: The data sets.
+        receipts: The receipts of a data set's tasks.
+        directory: Where the spools are.
+        policy: What becomes of documents longer than ``max_tokens``.
+        max_tokens: Most stored tokens of a document.
+
+    Raises:
+        NemotronError: ``seq_length_mismatch``: the policy is ``error`` and a document is too long.
+    """
+    names: list[str] = []
+    columns: list[tuple[np.ndarray, ...]] = []
+    for number, source in enumerate(sources):
+        first_rows: Counter[Path] = Counter()
+        for task, receipt in zip(source.tasks, receipts(source), strict=True):
+            for name in receipt["spools"]:
+                index = read_index(directory, name)
+                if policy == "error":
+                    _require_short(index, max_tokens, task.part, first_rows[task.part.path])
+                columns.append(_columns(index, number, len(names), policy, max_tokens))
+                names.append(name)
+            first_rows[task.part.path] += receipt["positions"]
+    if not columns:
+        columns = [tuple(np.empty(0, kind) for kind in _KINDS)]
+    return Corpus(tuple(names), Conversations(*map(np.concatenate, zip(*columns, strict=True))))
+
+
+_KINDS = (np.uint64, np.int32, np.int32, np.uint32, np.uint32, np.int64, np.bool_)
+
+
+def _columns(
+    index: SpoolIndex, dataset: int, spool: int, policy: LongDocuments, max_tokens: int
+) -> tuple[np.ndarray, ...]:
+    count = len(index.uids)
+    lengths = index.lengths.astype(np.int64)
+    alive = survives(lengths, index.first_trained, policy=policy, max_tokens=max_tokens)
+    most = lengths if policy == "split" else np.minimum(lengths, max_tokens)
+    firsts = np.cumsum(index.num_documents, dtype=np.int64) - index.num_documents
+    return (
+        index.uids,
+        np.full(count, dataset, dtype=np.int32),
+        np.full(count, spool, dtype=np.int32),
+        np.arange(count, dtype=np.uint32),
+        index.rows,
+        np.add.reduceat(alive * (most - 1), firsts),
+        np.logical_or.reduceat(alive, firsts),
+    )
+
+
+def _require_short(index: SpoolIndex, max_tokens: int, part: Part, first_row: int) -> None:
+    long = np.flatnonzero(index.lengths > max_tokens)
+    if len(long) == 0:
         return
-    counts = source.rejects.counts
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    owners = np.repeat(index.rows, index.num_documents)
+    first = long[np.argmin(owners[long])]
+    place = first_row + int(owners[first]) + (part.kind == "lines")
+    problem = (
+        f"a document of {index.lengths[first]} tokens where at most {max_tokens} fit, "
+        "and long_documents is error"
+    )
+    raise step_error(STEP, "seq_length_mismatch", problem, where=f"{part.path}:{place}")
+
+
+def require_conversations(source: Source, num_left: int) -> None:
+    """Check that a data set has something left.
+
+    Raises:
+        NemotronError: ``seq_length_mismatch`` or ``missing_training_data``.
+    """
+    if num_left:
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in source.dropped.most_common())
     problem = f"none of the {source.rows_read} rows is left ({reasons or 'the files are empty'})"
-    is_length = counts["over_long"] * 2 > source.rows_read
+    is_length = source.dropped["over_long"] * 2 > source.rows_read
     name = "seq_length_mismatch" if is_length else "missing_training_data"
     raise step_error(STEP, name, problem, where=source.dataset.name)
+
+
+def token_groups(tokens: np.ndarray, *, max_tokens: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of runs of conversations of at most about ``max_tokens`` each."""
+    number = (np.cumsum(tokens) - tokens) // max_tokens
+    starts = np.flatnonzero(np.diff(number, prepend=-1))
+    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(tokens)], strict=True))

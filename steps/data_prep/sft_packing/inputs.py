@@ -1,105 +1,157 @@
-"""Files to rows: JSONL line by line, JSON lists item by item, each with its place in the file."""
+"""Data sets to files, and files to parts: the pieces that tasks read one by one.
+
+JSONL is cut into byte ranges that begin and end with a line, Parquet into row groups; a JSON list
+or a compressed file is one part, because nothing says where in it a row begins.
+"""
 
 from __future__ import annotations
 
 import glob
-import json
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nemotron.artifacts import MANIFEST
+from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
-from nemotron.steps.data_prep.sft_packing.blend import STEP, Dataset
-from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
+from nemotron.steps.data_prep.sft_packing.blend import HUB, STEP, Dataset
+from nemotron.steps.data_prep.sft_packing.hub import hub_files
 
-SUFFIXES = (".jsonl", ".json")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+DATA = (".jsonl", ".json", ".parquet")
+COMPRESSED = (".gz", ".zst")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A task's result is written when all of it is there, so these bound memory and what a kill costs.
+MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 64 << 20
+PARTS_PER_CORPUS = 256
+
+Kind = Literal["lines", "list", "parquet"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a file.
+class Part:
+    """What one task reads of a file.
 
     Attributes:
-        file: The file.
-        place: ``line`` (JSONL, from 1) or ``item`` (JSON list, from 0).
-        position: Number of the line or item.
-        value: The parsed JSON, or why it does not parse.
+        path: The file.
+        kind: How its rows are stored.
+        start: First byte of ``lines``, first row group of ``parquet``, else 0.
+        stop: Behind the last byte or row group; None for the whole file.
     """
 
-    file: Path
-    place: str
-    position: int
-    value: Any | BadRowError
+    path: Path
+    kind: Kind
+    start: int = 0
+    stop: int | None = None
 
 
 def list_files(dataset: Dataset) -> list[Path]:
     """Return the files of a data set in the order of their names.
 
-    A directory gives the ``.jsonl`` and ``.json`` files directly in it, without hidden files.
+    A directory gives the data files directly in it, without hidden ones.
 
     Raises:
         NemotronError: ``missing_training_data``.
     """
+    if dataset.path.startswith(HUB):
+        return sorted(hub_files(dataset, is_data=is_data))
     path = Path(dataset.path)
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = [item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file()]
+        files = [item for item in path.iterdir() if is_data(item) and item.is_file()]
         files = [item for item in files if item.name != MANIFEST and not item.name.startswith(".")]
     else:
         files = [Path(name) for name in glob.glob(dataset.path, recursive=True)]  # noqa: PTH207
         files = [item for item in files if item.is_file()]
     if not files:
-        what = "holds no .jsonl or .json file" if path.is_dir() else "does not exist"
+        what = f"holds no {', '.join(DATA)} file" if path.is_dir() else "does not exist"
         raise step_error(STEP, "missing_training_data", f"{path} {what}", where=dataset.name)
     for item in files:
-        if item.suffix not in SUFFIXES:
-            problem = f"{item} is neither .jsonl nor .json"
+        if not is_data(item):
+            problem = f"{item} is none of {', '.join(DATA)}, plain or {' or '.join(COMPRESSED)}"
             raise step_error(STEP, "missing_training_data", problem, where=dataset.name)
     return sorted(files)
 
 
-def read_rows(file: Path) -> Iterator[Row]:
-    """Yield the rows of one file; blank lines are no rows.
+def is_data(path: Path) -> bool:
+    """Return whether a file's name says that this step reads it."""
+    stem = Path(path.stem) if path.suffix in COMPRESSED else path
+    return stem.suffix in DATA and not (stem.suffix == ".parquet" and path.suffix in COMPRESSED)
+
+
+def part_bytes(files: Sequence[Path]) -> int:
+    """Return how large the parts of a corpus should be; depends on its size alone."""
+    total = sum(file.stat().st_size for file in files)
+    return min(max(total // PARTS_PER_CORPUS, MIN_PART_BYTES), MAX_PART_BYTES)
+
+
+def cut_into_parts(file: Path, *, size_bytes: int) -> list[Part]:
+    """Return the parts of a file, each of about ``size_bytes``, in order.
 
     Raises:
-        NemotronError: ``bad_rows``: a JSON list that does not parse; none of it can be read.
+        NemotronError: ``unreadable_input``.
     """
-    if file.suffix == ".json" and _starts_with_list(file):
-        for index, value in enumerate(_read_list(file)):
-            yield Row(file, "item", index, value)
-        return
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if not text.isspace() and text:
-                yield Row(file, "line", number, _parse(text))
-
-
-def _parse(line: bytes) -> Any | BadRowError:
     try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRowError("invalid_unicode", f"byte {error.start} is not UTF-8")
-    except json.JSONDecodeError as error:
-        return BadRowError("malformed_json", f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return BadRowError("malformed_json", str(error))
+        if file.suffix == ".parquet":
+            return list(_row_groups(file, size_bytes))
+        with open_bytes(file) as stream:
+            head = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
+        if head.startswith(b"[") and ".json" in file.suffixes:
+            return [Part(file, "list")]
+        if file.suffix in COMPRESSED:
+            return [Part(file, "lines")]
+        return list(_line_ranges(file, size_bytes))
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise unreadable(file, error) from None
 
 
-def _starts_with_list(file: Path) -> bool:
+def open_bytes(file: Path) -> io.BufferedReader:
+    """Return a buffered stream of a file's bytes, decompressed where its name says so."""
+    if file.suffix not in COMPRESSED:
+        return file.open("rb")
+    codec = "gzip" if file.suffix == ".gz" else "zstd"
+    stream = pa.CompressedInputStream(pa.OSFile(str(file)), codec)
+    return io.BufferedReader(stream)  # pyright: ignore[reportArgumentType]
+
+
+def unreadable(file: Path, error: Exception) -> NemotronError:
+    """Return the error for a file that cannot be read to its end."""
+    problem = f"{type(error).__name__}: {error}"[:300]
+    return step_error(STEP, "unreadable_input", problem, where=str(file))
+
+
+def _row_groups(file: Path, size_bytes: int) -> Iterator[Part]:
+    metadata = pq.read_metadata(file)
+    start = held_bytes = 0
+    for group in range(metadata.num_row_groups):
+        held_bytes += metadata.row_group(group).total_byte_size
+        if held_bytes >= size_bytes or group == metadata.num_row_groups - 1:
+            yield Part(file, "parquet", start, group + 1)
+            start, held_bytes = group + 1, 0
+
+
+def _line_ranges(file: Path, size_bytes: int) -> Iterator[Part]:
+    total = file.stat().st_size
+    start = 0
     with file.open("rb") as stream:
-        return stream.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] == b"["
+        while start < total:
+            stop = _end_of_line(stream, start + size_bytes - 1, total)
+            yield Part(file, "lines", start, stop)
+            start = stop
 
 
-def _read_list(file: Path) -> list[Any]:
-    try:
-        return json.loads(file.read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        problem, where = error.msg, f"{file}:{error.lineno}"
-    except (ValueError, RecursionError) as error:
-        problem, where = str(error), str(file)
-    raise step_error(STEP, "bad_rows", f"not a JSON list: {problem}", where=where)
+def _end_of_line(stream: io.BufferedReader, position: int, total: int) -> int:
+    """Return where the line that holds ``position`` ends, without holding it."""
+    if position >= total:
+        return total
+    stream.seek(position)
+    while chunk := stream.read(1 << 20):
+        found = chunk.find(b"\n")
+        if found >= 0:
+            return stream.tell() - len(chunk) + found + 1
+    return total

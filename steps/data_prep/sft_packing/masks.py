@@ -19,6 +19,8 @@ from tokenizers import Tokenizer
 from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.conversations import Conversation
+from nemotron.steps.data_prep.sft_packing.engine import Engine
+from nemotron.steps.data_prep.sft_packing.reasoning import Reasoning, Variant, variants
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 from nemotron.steps.data_prep.sft_packing.rendering import (
     ANSWER,
@@ -27,6 +29,7 @@ from nemotron.steps.data_prep.sft_packing.rendering import (
     ChatTemplate,
     Rendered,
 )
+from nemotron.steps.data_prep.sft_packing.sanitizing import Sanitizer
 from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, template_text
 
 # Encoding one text, or one text in two pieces, gives the same tokens unless the tokenizer adds
@@ -34,22 +37,16 @@ from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, templa
 _WHOLE, _PIECES = "a\nb c", ("a\n", "b c")
 
 
-# Not cut; cut at the end of a turn; cut within one.
-TRUNCATIONS = ("", "truncate_turn", "truncate")
-
-
 class Document(NamedTuple):
-    """A tokenized conversation.
+    """A tokenized conversation, or one turn of it.
 
     Attributes:
         ids: Token ids, int32.
         mask: uint8, 1 where the token itself is trained (not yet shifted).
-        truncated: How it was cut; one of ``TRUNCATIONS``.
     """
 
     ids: np.ndarray
     mask: np.ndarray
-    truncated: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,59 +55,90 @@ class Encoder:
 
     Attributes:
         tokenizer: The tokenizer.
+        engine: Encodes text with it.
         template: The compiled template.
         add_bos: Put the BOS token first where it is not.
         add_eos: End with the EOS token where the template ends turns with no special token.
-        max_tokens: Longest document, stored tokens; longer ones end with an earlier turn.
+        reasoning: What becomes of reasoning.
+        sanitizer: Keeps control strings that somebody wrote as text; None lets them act.
         stop_token_id: The token that ends a turn, or None.
         encodes_pieces: Whether pieces may be encoded apart with this tokenizer.
     """
 
     tokenizer: ChatTokenizer
+    engine: Engine
     template: ChatTemplate
     add_bos: bool
     add_eos: bool
-    max_tokens: int
+    reasoning: Reasoning
+    sanitizer: Sanitizer | None
     stop_token_id: int | None
     encodes_pieces: bool
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Document | BadRowError]:
-        """Return one document, or why there is none, for each conversation."""
-        rendered: list[Rendered | BadRowError] = [self._render(item) for item in conversations]
-        texts = [item for item in rendered if not isinstance(item, BadRowError)]
-        encode = _encode_pieces if self.encodes_pieces else _encode_whole
-        encoded = encode(texts, backend=self.tokenizer.backend)
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[Document] | BadRowError]:
+        """Return the documents, or why there is none, of each conversation."""
+        rendered = [self._render(item) for item in conversations]
+        texts = [text for item in rendered if not isinstance(item, BadRowError) for text in item]
+        if self.encodes_pieces:
+            encoded = _encode_pieces(texts, engine=self.engine, sanitizer=self.sanitizer)
+        else:
+            encoded = _encode_whole(texts, backend=self.tokenizer.backend)
         return [
-            item if isinstance(item, BadRowError) else self._finish(*next(encoded))
+            item if isinstance(item, BadRowError) else self._documents(len(item), encoded)
             for item in rendered
         ]
 
-    def _render(self, conversation: Conversation) -> Rendered | BadRowError:
+    def _render(self, conversation: Conversation) -> list[Rendered] | BadRowError:
         try:
-            return self.template.render(conversation.messages, conversation.tools)
+            return [
+                self._render_variant(variant, conversation)
+                for variant in variants(conversation.messages, self.reasoning)
+            ]
         except BadRowError as error:
             return error
 
-    def _finish(self, ids: np.ndarray, mask: np.ndarray) -> Document | BadRowError:
-        """End the document with its last trained token: attention is causal, so what comes after
-        (a newline, a question without an answer) changes no loss and would only take room.
-        """
-        trained = np.flatnonzero(mask)
-        if len(trained) == 0 or trained[-1] == 0:
+    def _render_variant(self, variant: Variant, conversation: Conversation) -> Rendered:
+        messages, tools = variant.messages, conversation.tools
+        if self.sanitizer is not None:
+            messages = self.sanitizer.hide(messages)
+            tools = self.sanitizer.hide_tools(tools)
+        rendered = self.template.render(messages, tools)
+        if not self.encodes_pieces and Sanitizer.has_placeholder(rendered.text):
+            detail = "this tokenizer cannot encode a control string as text; sanitize=false lets it"
+            raise BadRowError("control_string", detail)
+        if variant.num_trained is None:
+            return rendered
+        num_turns = sum(message["role"] == "assistant" for message in messages)
+        if len(rendered.spans) != num_turns:
+            detail = f"{len(rendered.spans)} marked spans for {num_turns} turns of the assistant"
+            raise BadRowError("spans_not_per_turn", detail)
+        return Rendered(rendered.text, rendered.spans[-variant.num_trained :])
+
+    def _documents(
+        self, count: int, encoded: Iterator[tuple[np.ndarray, np.ndarray]]
+    ) -> list[Document] | BadRowError:
+        finished = [self._finish(*next(encoded)) for _ in range(count)]
+        documents = [document for document in finished if document is not None]
+        if not documents:
             return BadRowError(
                 "no_trainable_tokens", "the template marks nothing as the assistant's"
             )
+        return documents
+
+    def _finish(self, ids: np.ndarray, mask: np.ndarray) -> Document | None:
+        """End the document with its last trained token: attention is causal, so what comes after
+        (a newline, a question without an answer) changes no loss and would only take room.
+        """
+        trained = mask.nonzero()[0]
+        if len(trained) == 0 or trained[-1] == 0:
+            return None
         ids, mask = ids[: trained[-1] + 1], mask[: trained[-1] + 1]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.add_bos and bos is not None and ids[0] != bos:
             ids, mask = np.insert(ids, 0, bos), np.insert(mask, 0, 0)
         if self.add_eos and self.stop_token_id is None and ids[-1] != eos:
             ids, mask = np.append(ids, np.int32(eos)), np.append(mask, np.uint8(1))
-        document = truncate(ids, mask, max_tokens=self.max_tokens, stop_token_id=self.stop_token_id)
-        if document is None:
-            detail = f"{len(ids)} tokens, of which the first {self.max_tokens} hold no answer"
-            return BadRowError("over_long", detail)
-        return document
+        return Document(ids, mask)
 
 
 def build_encoder(
@@ -119,7 +147,10 @@ def build_encoder(
     chat_template: str | None,
     add_bos: bool,
     add_eos: bool,
-    max_tokens: int,
+    reasoning: Reasoning = "keep",
+    sanitize: bool = True,
+    engine: str = "tokenizers",
+    today: str | None = None,
 ) -> Encoder:
     """Return an encoder after trying its template on one question and answer.
 
@@ -128,7 +159,10 @@ def build_encoder(
         chat_template: Bundled name, inline text or file; None for the tokenizer's own.
         add_bos: See ``Encoder``.
         add_eos: See ``Encoder``.
-        max_tokens: See ``Encoder``.
+        reasoning: See ``Encoder``.
+        sanitize: Whether control strings in what others than the assistant say stay text.
+        engine: What encodes text: ``tokenizers`` or ``kitoken``.
+        today: The date that ``strftime_now`` gives templates, ISO; None for the real one.
 
     Raises:
         NemotronError: ``bad_chat_template``: there is none, or it does not parse or render;
@@ -141,7 +175,10 @@ def build_encoder(
         raise step_error(STEP, "tokenizer_mismatch", problem, where=str(tokenizer.directory))
     try:
         compiled = ChatTemplate(
-            text, variables=tokenizer.variables, special_tokens=tokenizer.special_tokens
+            text,
+            variables=tokenizer.variables,
+            special_tokens=tokenizer.special_tokens,
+            today=today,
         )
         _require_mask(compiled)
     except jinja2.TemplateSyntaxError as error:
@@ -157,31 +194,12 @@ def build_encoder(
         template=compiled,
         add_bos=add_bos,
         add_eos=add_eos,
-        max_tokens=max_tokens,
+        engine=Engine(tokenizer, engine),
+        reasoning=reasoning,
+        sanitizer=Sanitizer(tokenizer.special_tokens) if sanitize else None,
         stop_token_id=None if stop is None else tokenizer.backend.token_to_id(stop),
         encodes_pieces=_can_encode_pieces(tokenizer.backend),
     )
-
-
-def truncate(
-    ids: np.ndarray, mask: np.ndarray, *, max_tokens: int, stop_token_id: int | None
-) -> Document | None:
-    """Return a document of at most ``max_tokens``, or None if nothing trained is left of it.
-
-    It ends with the last assistant's turn that fits whole; where not even the first one does, it
-    ends in the middle of that turn, without an end-of-turn token that the model did not say there.
-    """
-    if len(ids) <= max_tokens:
-        return Document(ids, mask)
-    is_end = (mask == 1) & (np.append(mask[1:], 0) == 0)
-    if stop_token_id is not None:
-        is_end &= ids == stop_token_id
-    ends = np.flatnonzero(is_end[:max_tokens])
-    last = ends if len(ends) else np.flatnonzero(mask[:max_tokens])
-    if len(last) == 0 or last[-1] == 0:
-        return None
-    length = int(last[-1]) + 1
-    return Document(ids[:length], mask[:length], "truncate_turn" if len(ends) else "truncate")
 
 
 def _require_mask(template: ChatTemplate) -> None:
@@ -201,25 +219,34 @@ def _can_encode_pieces(backend: Tokenizer) -> bool:
 
 
 def _encode_pieces(
-    texts: Sequence[Rendered], *, backend: Tokenizer
+    texts: Sequence[Rendered], *, engine: Engine, sanitizer: Sanitizer | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield ids and mask of each text, its trained spans encoded apart from the rest."""
     pieces: list[str] = []
+    plain: set[int] = set()
     is_trained: list[int] = []
     num_pieces: list[int] = []
     for text, spans in texts:
         before, position = len(pieces), 0
+        is_touched = sanitizer is not None and sanitizer.has_placeholder(text)
         for start, end in [*spans, (len(text), len(text))]:
             for piece, flag in ((text[position:start], 0), (text[start:end], 1)):
-                if piece:
+                if not piece:
+                    continue
+                if is_touched and sanitizer is not None:
+                    for part, is_plain in sanitizer.cut(piece):
+                        if is_plain:
+                            plain.add(len(pieces))
+                        pieces.append(part)
+                        is_trained.append(flag)
+                else:
                     pieces.append(piece)
                     is_trained.append(flag)
             position = end
         num_pieces.append(len(pieces) - before)
-    encodings = backend.encode_batch_fast(pieces, add_special_tokens=False)
-    lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
-    all_ids = (encoding.ids for encoding in encodings)
-    ids = np.fromiter(chain.from_iterable(all_ids), dtype=np.int32, count=int(lengths.sum()))
+    encoded = engine.encode(pieces, plain=plain)
+    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+    ids = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
     mask = np.repeat(np.array(is_trained, dtype=np.uint8), lengths)
     ends = np.append(0, np.cumsum(lengths))[np.append(0, np.cumsum(num_pieces, dtype=np.int64))]
     for start, end in pairwise(ends.tolist()):

@@ -1,95 +1,178 @@
-"""Documents to a finished artifact: split, pack, write, and say what came out."""
+"""Finished shards to a finished artifact, and what there is to say about it."""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron.artifacts import Producer, describe_input, sha256_file, write_artifact, write_text
-from nemotron.steps.data_prep.sft_packing.corpus import Source, all_documents
-from nemotron.steps.data_prep.sft_packing.documents import Documents
-from nemotron.steps.data_prep.sft_packing.inputs import list_files
-from nemotron.steps.data_prep.sft_packing.masks import Encoder
-from nemotron.steps.data_prep.sft_packing.packing import Rows, pack
-from nemotron.steps.data_prep.sft_packing.parquet import write_shards
+import numpy as np
+
+from nemotron.artifacts import Producer, describe_input, write_artifact, write_text
+from nemotron.steps.data_prep.sft_packing.corpus import Source
+from nemotron.steps.data_prep.sft_packing.job import Job
+from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 from nemotron.steps.data_prep.sft_packing.rejects import write_rejects
-from nemotron.steps.data_prep.sft_packing.splits import split_documents
+from nemotron.steps.data_prep.sft_packing.splits import SPLITS
+from nemotron.steps.data_prep.sft_packing.stages import Packing, shard_paths
+
+# Not beside the shards: pyarrow takes every file of a directory for Parquet.
+SIDECARS = "packed_metadata"
+_COUNTS = ("rows", "conversations", "documents", "tokens", "supervised_tokens")
 
 
-def write_packed(
+def assemble(
     directory: Path,
-    sources: Sequence[Source],
+    job: Job,
+    packing: Packing,
+    receipts: Sequence[Receipt],
     *,
-    encoder: Encoder,
     produced_by: Producer,
-    ratios: Mapping[str, float],
-    shards: Mapping[str, int],
-    pack_size: int,
-    algorithm: str,
-    seed: int,
-    row_group_size: int,
-    compression: str,
 ) -> dict[str, Any]:
-    """Write the packed_parquet artifact and return its properties, ``report`` among them.
+    """Put the artifact together in ``directory`` and return its properties, ``report`` among them.
+
+    Shards are linked, not copied, where the file system can: they are there already.
 
     Args:
-        directory: Directory of the artifact.
-        sources: Documents of every data set.
-        encoder: What encoded them.
+        directory: Where to.
+        job: The run.
+        packing: Its second stage.
+        receipts: Receipts of that stage's tasks.
         produced_by: What the manifest names as producer.
-        ratios: Share of the documents in each split.
-        shards: Files of each split.
-        pack_size: Tokens of a row at training time.
-        algorithm: See ``packing.pack``.
-        seed: Seed of packing.
-        row_group_size: Rows of a Parquet row group.
-        compression: Codec name of pyarrow.
-
-    Raises:
-        NemotronError: ``empty_split``, ``too_many_tiny_shards``.
     """
-    properties: dict[str, Any] = {
-        "pack_size": pack_size,
-        "tokenizer_sha256": encoder.tokenizer.sha256,
-        "chat_template_sha256": hashlib.sha256(encoder.template.text.encode()).hexdigest(),
-        "vocab_size": encoder.tokenizer.vocab_size,
-        "eos_token_id": encoder.tokenizer.eos_token_id,
-        "pad_token_id": encoder.tokenizer.pad_token_id,
-        "algorithm": algorithm,
-        "seed": seed,
+    for name, held in shard_paths(job.workspace.packs, receipts).items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _link(held, target)
+    splits = {
+        name: _split_counts([receipt for receipt in receipts if receipt["split"] == name])
+        for name in SPLITS
+        if any(receipt["split"] == name for receipt in receipts)
     }
-    metadata = {name: str(value) for name, value in properties.items()}
-    documents = all_documents(sources)
-    splits: dict[str, dict[str, int]] = {}
-    for name, chosen in split_documents(documents.uids, ratios).items():
-        part = documents.take(chosen)
-        rows = pack(part.runtime_lengths, capacity=pack_size, algorithm=algorithm, seed=seed)
-        write_shards(
-            directory / "splits" / name,
-            part,
-            rows,
-            num_shards=shards[name],
-            row_group_size=row_group_size,
-            compression=compression,
-            metadata=metadata | {"split": name},
-        )
-        splits[name] = _counts(part, rows)
-    properties |= {"splits": splits, "report": _report(sources, splits, pack_size)}
-    samples = [sample for source in sources for sample in source.rejects.samples]
+    for name, counts in splits.items():
+        sidecar = _sidecar(counts, job.settings.pack_size)
+        path = directory / SIDECARS / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, json.dumps(sidecar) + "\n")
+    report = _report(job, packing, receipts, splits)
+    properties = {**job.properties, "splits": splits, "report": report}
+    samples = [sample for source in job.sources for sample in source.samples]
     write_rejects(directory / "rejects.jsonl", samples)
     # Goes on with the adapter: served with another template, it would answer other questions.
-    write_text(directory / "chat_template.jinja", encoder.template.text)
+    write_text(directory / "chat_template.jinja", job.template)
     write_artifact(
         directory,
         artifact_type="packed_parquet",
         produced_by=produced_by,
-        inputs=[describe_input("training_jsonl", Path(item.dataset.path)) for item in sources],
+        inputs=[describe_input("training_jsonl", Path(item.dataset.path)) for item in job.sources],
         properties=properties,
     )
     return properties
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _split_counts(receipts: Sequence[Receipt]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    per_row: Counter[int] = Counter()
+    for receipt in receipts:
+        total.update(receipt["counts"])
+        per_row.update({documents: rows for documents, rows in receipt["documents_per_row"]})
+    return {name: total[name] for name in _COUNTS} | {
+        "documents_per_row_p99": _percentile(per_row, 0.99),
+        "documents_per_row_max": max(per_row),
+        "longest_document": max(receipt["longest_document"] for receipt in receipts),
+        "shortest_row": min(receipt["shortest_row"] for receipt in receipts),
+    }
+
+
+def _percentile(counts: Counter[int], share: float) -> int:
+    values = np.array(sorted(counts))
+    reached = np.cumsum([counts[value] for value in values.tolist()])
+    return int(values[np.searchsorted(reached, share * reached[-1])])
+
+
+def _sidecar(counts: Mapping[str, int], pack_size: int) -> list[dict[str, Any]]:
+    """Return what Megatron-Bridge reads beside packed data, to pad cu_seqlens for CUDA graphs."""
+    tokens = counts["tokens"] - counts["documents"]
+    return [
+        {
+            "dataset_max_seqlen": counts["longest_document"],
+            "max_samples_per_bin": counts["documents_per_row_max"],
+            "packing_factor": round(counts["documents"] / counts["rows"], 2),
+            "packing_efficiency": round(100 * tokens / (counts["rows"] * pack_size), 2),
+            "pack_size": pack_size,
+            "min_packed_seqlen": counts["shortest_row"],
+        }
+    ]
+
+
+def _report(
+    job: Job,
+    packing: Packing,
+    receipts: Sequence[Receipt],
+    splits: Mapping[str, Mapping[str, int]],
+) -> dict[str, Any]:
+    total: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for receipt in receipts:
+        total.update(receipt["counts"])
+    for source in job.sources:
+        dropped.update(source.dropped)
+    cut = {name: total[name] for name in ("split", "truncate", "truncate_turn") if total[name]}
+    runtime_tokens = total["tokens"] - total["documents"] - total["pad_tokens"]
+    return {
+        "rows_read": sum(source.rows_read for source in job.sources),
+        "kept": int((packing.selection.copies > 0).sum()),
+        "dropped": dict(sorted(dropped.items())),
+        "truncated": cut,
+        "tokens_cut": total["tokens_cut"],
+        "tokens": total["tokens"],
+        "pad_tokens": total["pad_tokens"],
+        "supervised_tokens": total["supervised_tokens"],
+        "packing_efficiency": runtime_tokens / (total["rows"] * job.settings.pack_size),
+        "documents_per_row": total["documents"] / total["rows"],
+        "weight_by": job.blend.weight_by,
+        "datasets": [
+            _dataset_report(source, number, packing, receipts)
+            for number, source in enumerate(job.sources)
+        ],
+    }
+
+
+def _dataset_report(
+    source: Source, number: int, packing: Packing, receipts: Sequence[Receipt]
+) -> dict[str, Any]:
+    found: Counter[str] = Counter()
+    for receipt in receipts:
+        found.update(receipt["datasets"].get(str(number), {}))
+    mine = packing.corpus.conversations.datasets == number
+    copies = packing.selection.copies[mine]
+    return {
+        "name": source.dataset.name,
+        "files": [
+            {"path": str(file.path), "size_bytes": file.size_bytes, "sha256": file.sha256}
+            for file in source.files
+        ],
+        "weight": source.dataset.weight,
+        "repeat": source.dataset.repeat,
+        "rows_read": source.rows_read,
+        "kept": int((copies > 0).sum()),
+        "conversations": int(copies.sum()),
+        "documents": found["documents"],
+        "tokens": found["tokens"],
+        "supervised_tokens": found["supervised_tokens"],
+        "dropped": dict(sorted(source.dropped.items())),
+    }
 
 
 def format_report(properties: Mapping[str, Any]) -> str:
@@ -113,54 +196,19 @@ def format_report(properties: Mapping[str, Any]) -> str:
             f"{name:<8}{counts['rows']:>10,}{counts['documents']:>12,}"
             f"{counts['tokens']:>14,}{counts['supervised_tokens']:>14,}"
         )
+    if len(report["datasets"]) > 1:
+        lines += _blend_lines(report)
     return "\n".join(lines)
 
 
-def _counts(documents: Documents, rows: Rows) -> dict[str, int]:
-    return {
-        "rows": rows.num_rows,
-        "documents": len(documents),
-        "tokens": len(documents.ids),
-        "supervised_tokens": int(documents.supervised_tokens.sum()),
-    }
-
-
-def _report(
-    sources: Sequence[Source], splits: Mapping[str, Mapping[str, int]], pack_size: int
-) -> dict[str, Any]:
-    total: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    truncated: Counter[str] = Counter()
-    for counts in splits.values():
-        total.update(counts)
-    for source in sources:
-        dropped.update(source.rejects.counts)
-        truncated.update(source.documents.truncation_counts)
-    runtime_tokens = total["tokens"] - total["documents"]
-    return {
-        "rows_read": sum(source.rows_read for source in sources),
-        "kept": total["documents"],
-        "dropped": dict(sorted(dropped.items())),
-        "truncated": dict(sorted(truncated.items())),
-        "tokens": total["tokens"],
-        "supervised_tokens": total["supervised_tokens"],
-        "packing_efficiency": runtime_tokens / (total["rows"] * pack_size),
-        "documents_per_row": total["documents"] / total["rows"],
-        "datasets": [_dataset_report(source) for source in sources],
-    }
-
-
-def _dataset_report(source: Source) -> dict[str, Any]:
-    return {
-        "name": source.dataset.name,
-        "files": [
-            {"path": str(file), "size_bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            for file in list_files(source.dataset)
-        ],
-        "weight": source.dataset.weight,
-        "rows_read": source.rows_read,
-        "documents": len(source.documents),
-        "tokens": len(source.documents.ids),
-        "supervised_tokens": int(source.documents.supervised_tokens.sum()),
-        "dropped": dict(sorted(source.rejects.counts.items())),
-    }
+def _blend_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return what each data set came to: its weight, and its share of rows and of tokens."""
+    rows = sum(item["conversations"] for item in report["datasets"])
+    lines = [f"{'data set':<20}{'weight':>8}{'rows':>12}{'share':>8}{'tokens':>14}{'share':>8}"]
+    lines += [
+        f"{item['name']:<20}{item['weight']:>8g}{item['conversations']:>12,}"
+        f"{item['conversations'] / rows:>8.1%}{item['tokens']:>14,}"
+        f"{item['tokens'] / report['tokens']:>8.1%}"
+        for item in report["datasets"]
+    ]
+    return lines

@@ -62,6 +62,8 @@ class ChatTemplate:
         text: Jinja source.
         variables: What the template sees beside the conversation, such as ``eos_token``.
         special_tokens: Texts of the tokenizer's special tokens; one of them ends a turn.
+        today: The date that ``strftime_now`` gives, ISO; None for the real one. A run that goes on
+            after midnight must render what it rendered before.
 
     Raises:
         jinja2.TemplateSyntaxError: The source does not parse.
@@ -74,10 +76,15 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, text: str, *, variables: Mapping[str, str], special_tokens: Sequence[str]
+        self,
+        text: str,
+        *,
+        variables: Mapping[str, str],
+        special_tokens: Sequence[str],
+        today: str | None = None,
     ) -> None:
         self.text = text
-        environment, self._tracker = _environment()
+        environment, self._tracker = _environment(today)
         self._template = environment.from_string(text)
         self._variables = dict(variables)
         self._has_markers = _has_generation_tag(environment.parse(text))
@@ -227,7 +234,7 @@ class _Generation(Extension):
         return said
 
 
-def _environment() -> tuple[ImmutableSandboxedEnvironment, _Tracker]:
+def _environment(today: str | None) -> tuple[ImmutableSandboxedEnvironment, _Tracker]:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -235,7 +242,8 @@ def _environment() -> tuple[ImmutableSandboxedEnvironment, _Tracker]:
     environment.extend(tracker=tracker)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    now = datetime.fromisoformat(today) if today else datetime.now()
+    environment.globals["strftime_now"] = now.strftime
     return environment, tracker
 
 
@@ -263,10 +271,6 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
 
 
 def _require_unicode(text: str) -> None:

@@ -2,6 +2,7 @@
 
 Keys that upstream's Ray engine reads and that mean nothing here are accepted, so that its configs
 keep working; each says so. A value that asks for something this step does not do is refused.
+The launcher reads this module, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from pydantic import Field, model_validator
 
 from nemotron.config import Schema
 
-Algorithm = Literal["first_fit_shuffle", "first_fit_decreasing", "concatenative"]
+Algorithm = Literal[
+    "shuffle_fill",
+    "first_fit_shuffle",
+    "first_fit_decreasing",
+    "best_fit_decreasing",
+    "concatenative",
+]
 
 
 class TokenizerConfig(Schema):
@@ -40,7 +47,7 @@ class PlanConfig(Schema):
 
 
 class DownloadConfig(Schema):
-    """Accepted for upstream's configs; without effect, only local files are read."""
+    """Accepted for upstream's configs; without effect, huggingface_hub fetches as it is set up."""
 
     batch_size: int = 1
     stage_cpus: float = 0.5
@@ -51,8 +58,12 @@ class DownloadConfig(Schema):
 
 
 class TokenizationConfig(Schema):
-    """Accepted for upstream's configs; without effect, the tokenizer uses the cores it finds."""
+    """What encodes text; ``cpus_per_worker`` is accepted for upstream's configs without effect."""
 
+    engine: Literal["tokenizers", "kitoken"] = Field(
+        default="tokenizers",
+        description="kitoken is faster; used only where a trial shows it equal to tokenizers",
+    )
     cpus_per_worker: float = 1.0
 
 
@@ -81,7 +92,17 @@ class Config(Schema):
     )
     chat_template: str | None = Field(
         default="nano3",
-        description="chatml, nano3, a template file, inline template text; null: the tokenizer's",
+        description="chatml, llama3, nano3, qwen3, a template file, inline template text; "
+        "null: the tokenizer's",
+    )
+    reasoning: Literal["keep", "strip", "split_per_turn"] = Field(
+        default="keep",
+        description="reasoning of every turn, of none, or one document per turn as at inference",
+    )
+    sanitize: bool = Field(
+        default=True,
+        description="control strings such as <|im_end|> in what others than the assistant say "
+        "stay text",
     )
     messages_field: str = Field(
         default="messages",
@@ -110,7 +131,16 @@ class Config(Schema):
     )
 
     pack_size: int = Field(default=4096, ge=2, description="tokens of a row at training time")
-    algorithm: Algorithm = "first_fit_shuffle"
+    pad_seq_to_mult: int = Field(
+        default=1,
+        ge=1,
+        description="pad documents to a multiple of this: 2 x CP, or CP x TP with sequence "
+        "parallelism",
+    )
+    algorithm: Algorithm = "shuffle_fill"
+    long_documents: Literal["truncate_turn", "truncate", "drop", "split", "error"] = Field(
+        default="truncate_turn", description="what becomes of documents longer than pack_size"
+    )
     max_doc_tokens: int | None = Field(
         default=None, ge=2, description="stored tokens of a document, at most pack_size + 1"
     )
@@ -129,8 +159,18 @@ class Config(Schema):
     parquet_row_group_size: int = Field(default=64, ge=1, description="rows of a row group")
     parquet_compression: Literal["zstd", "snappy", "none"] = "zstd"
 
-    force: bool = Field(default=False, description="without effect: every run packs anew")
-    execution_mode: Literal["auto"] = Field(default="auto", description="one process")
+    force: bool = Field(default=False, description="do everything again, whatever is done already")
+    keep_tokens: bool = Field(
+        default=True,
+        description="keep tokenized documents beside output_dir, so that packing them otherwise "
+        "needs no tokenizing",
+    )
+    num_workers: int | None = Field(
+        default=None, ge=1, description="processes; null: one for each core that is available"
+    )
+    execution_mode: Literal["auto", "ray"] = Field(
+        default="auto", description="processes of this host, or Ray (RAY_ADDRESS or a local one)"
+    )
     plan: PlanConfig = PlanConfig()
     download: DownloadConfig = DownloadConfig()
     tokenization: TokenizationConfig = TokenizationConfig()
@@ -138,6 +178,11 @@ class Config(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.pack_size % self.pad_seq_to_mult:
+            raise ValueError(
+                f"pack_size {self.pack_size} is not a multiple of pad_seq_to_mult "
+                f"{self.pad_seq_to_mult}"
+            )
         if self.valid_shards is None and self.test_shards is None:
             total = self.train_ratio + self.valid_ratio + self.test_ratio
             if abs(total - 1.0) > 1e-6:

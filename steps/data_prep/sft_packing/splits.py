@@ -9,6 +9,8 @@ import numpy as np
 from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 
+SPLITS = ("train", "valid", "test")
+
 
 def split_counts(num_documents: int, ratios: Mapping[str, float]) -> dict[str, int]:
     """Return the documents of each split with a ratio above 0, by largest remainder.

@@ -10,13 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nemotron.steps._training.batches import (
+    WINDOW_GROUPS,
     BadRowError,
     PackedRow,
     PackedSplit,
     collate,
-    global_batch,
+    epoch_order,
     split_batch,
 )
 
@@ -44,11 +47,44 @@ def test_rows_of_a_micro_batch_stand_one_after_the_other() -> None:
     assert batch.row_tokens == (2, 1)
 
 
-def test_an_epoch_uses_every_row_once_and_the_next_one_another_order() -> None:
-    batches = [global_batch(i, num_rows=10, global_batch_size=3, seed=1) for i in range(6)]
+def test_an_epoch_uses_every_row_once_and_the_next_one_another_order(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [row([i, i], [1, 0], [0]) for i in range(10)])
+    split = PackedSplit(tmp_path, vocab_size=10)
+    batches = [split.global_batch(i, global_batch_size=3, seed=1) for i in range(6)]
     first, second = ([*chain(*batches[k : k + 3])] for k in (0, 3))
     assert len(set(first)) == len(set(second)) == 9  # one row is left over, another each time
     assert first != second
+
+
+def test_a_small_split_is_permuted_as_a_whole() -> None:
+    wanted = torch.randperm(10, generator=torch.Generator().manual_seed(3))
+    assert epoch_order([0, 4, 8, 10], seed=3).tolist() == wanted.tolist()
+
+
+@given(sizes=st.lists(st.integers(1, 5), max_size=40), seed=st.integers(0, 2**32))
+def test_a_large_split_is_permuted_window_by_window(sizes: list[int], seed: int) -> None:
+    first_rows = [0, *np.cumsum(np.array(sizes, dtype=int)).tolist()]
+    order = epoch_order(first_rows, seed=seed)
+    assert sorted(order.tolist()) == list(range(sum(sizes)))
+    groups = (np.searchsorted(first_rows, order, side="right") - 1).tolist()
+    last = {group: place for place, group in enumerate(groups)}
+    is_open: set[int] = set()
+    for place, group in enumerate(groups):
+        is_open.add(group)
+        assert len(is_open) <= WINDOW_GROUPS
+        is_open -= {group} if last[group] == place else set()
+
+
+def test_an_epoch_of_a_large_split_decodes_every_row_group_once(tmp_path: Path) -> None:
+    rows = [row([i % 8, i % 8], [1, 0], [0]) for i in range(4 * WINDOW_GROUPS * 2)]
+    write(tmp_path / "a.parquet", rows)
+    split = PackedSplit(tmp_path, vocab_size=8)
+    decoded: list[int] = []
+    for index in split.global_batch(0, global_batch_size=len(rows), seed=0):
+        held = set(split._cache)
+        assert int(split[index].input_ids[0]) == index % 8
+        decoded += set(split._cache) - held
+    assert sorted(decoded) == list(range(4 * WINDOW_GROUPS))
 
 
 def test_ranks_share_the_global_batch_without_overlap() -> None:

@@ -38,6 +38,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = ByteLevelDecoder()  # pyright: ignore
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+    special += ["<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"]
     trainer = BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=special,
@@ -104,6 +105,7 @@ def run_packing(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
             "chat_template": None,
             "pack_size": 256,
             "num_shards": 1,
+            "num_workers": 1,
             "train_ratio": 0.8,
             "valid_ratio": 0.1,
             "test_ratio": 0.1,

@@ -13,7 +13,8 @@ from nemotron.steps.data_prep.sft_packing.blend import Dataset, read_blend
 
 
 def read(path: Path | str) -> tuple[Dataset, ...]:
-    return read_blend(str(path), messages_field="messages", tools_field="tools", max_rows=9)
+    found = read_blend(str(path), messages_field="messages", tools_field="tools", max_rows=9)
+    return found.datasets
 
 
 def write(path: Path, content: Any) -> Path:
@@ -42,14 +43,20 @@ def test_read_blend_takes_json_with_conversations_as_data(tmp_path: Path, conten
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ({"dataset": []}, "datasets: Field required"),
-        ({"train": [], "datasets": [{"name": "a", "path": "a"}]}, "splits are made by ratio"),
-        ({"datasets": []}, "at least 1 item"),
+        ({"dataset": []}, "unknown key 'dataset'"),
+        (
+            {"train": [{"name": "a", "path": "a"}], "datasets": [{"name": "b", "path": "a"}]},
+            "either",
+        ),
+        ({"valid": [{"name": "a", "path": "a"}]}, "train is empty"),
+        ({"datasets": []}, "wanted either datasets"),
+        ({"datasets": [{"name": "a", "path": "a", "repeat": 0.5}]}, "datasets.0.repeat"),
+        ({"datasets": [{"name": "a", "path": "a", "split": "train"}]}, "data set on the hub"),
         ({"datasets": [{"name": "a", "path": "a", "wieght": 1}]}, "datasets.0.wieght"),
         ({"datasets": [{"name": "a", "path": "a", "weight": -1}]}, "datasets.0.weight"),
         ({"datasets": [{"name": "a", "path": "a", "weight": 0}]}, "every dataset has weight 0"),
         ({"datasets": [{"name": "a", "path": "a"}] * 2}, "the name 'a'"),
-        ({"datasets": [{"name": "a", "path": "hf://x/y"}]}, "hf://x/y is not local"),
+        ({"datasets": [{"name": "a", "path": "s3://x/y"}]}, "s3://x/y is neither local nor"),
     ],
 )
 def test_read_blend_names_the_entry_that_is_wrong(
@@ -61,5 +68,5 @@ def test_read_blend_names_the_entry_that_is_wrong(
 
 
 def test_read_blend_refuses_a_remote_path() -> None:
-    with pytest.raises(NemotronError, match="s3://bucket is not local"):
+    with pytest.raises(NemotronError, match="s3://bucket is neither"):
         read("s3://bucket")

@@ -21,10 +21,9 @@ from nemotron.steps.data_prep.sft_packing.masks import (
     Document,
     Encoder,
     build_encoder,
-    truncate,
 )
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
-from nemotron.steps.data_prep.sft_packing.templates import read_template
+from nemotron.steps.data_prep.sft_packing.templates import bundled_names, read_template
 from nemotron.steps.data_prep.sft_packing.tokenizer import load_tokenizer
 
 NO_STOP = (
@@ -34,15 +33,20 @@ NO_STOP = (
 
 
 def encoder_of(directory: Path, chat_template: str | None = None, **options: Any) -> Encoder:
-    settings: dict[str, Any] = {"add_bos": False, "add_eos": True, "max_tokens": 10**6}
+    settings: dict[str, Any] = {"add_bos": False, "add_eos": True}
     tokenizer = load_tokenizer(str(directory))
     return build_encoder(tokenizer=tokenizer, chat_template=chat_template, **(settings | options))
 
 
 def encode(encoder: Encoder, *messages: tuple[str, str]) -> Document:
     rows = {"messages": [{"role": role, "content": text} for role, text in messages]}
-    (document,) = encoder.encode([read_conversation(rows, field="messages", tools_field="tools")])
-    assert isinstance(document, Document)
+    (found,) = encoder.encode([read_conversation(rows, field="messages", tools_field="tools")])
+    return only(found)
+
+
+def only(found: list[Document] | BadRowError) -> Document:
+    assert not isinstance(found, BadRowError)
+    (document,) = found
     return document
 
 
@@ -59,24 +63,23 @@ def require_masks_of_transformers(
         return_assistant_tokens_mask=True,
         return_dict=True,
     )
-    documents = encoder.encode(conversations)
+    documents = [only(found) for found in encoder.encode(conversations)]
     for document, ids, mask in zip(
         documents, peer["input_ids"], peer["assistant_masks"], strict=True
     ):
-        assert isinstance(document, Document)
         length = len(document.ids)
         assert document.ids.tolist() == ids[:length]
         assert document.mask.tolist() == mask[:length]
         assert not any(mask[length:])
 
 
-@pytest.mark.parametrize("name", ["chatml", "nano3"])
+@pytest.mark.parametrize("name", bundled_names())
 def test_encode_agrees_with_transformers(
     tokenizer_dir: Path, make_rows: Callable[..., list[dict[str, Any]]], name: str
 ) -> None:
     encoder = encoder_of(tokenizer_dir, name)
     assert encoder.encodes_pieces
-    require_masks_of_transformers(encoder, tokenizer_dir, read_template(name), make_rows(200))
+    require_masks_of_transformers(encoder, tokenizer_dir, read_template(name), make_rows(400))
 
 
 def test_encode_agrees_with_transformers_for_a_tokenizer_with_a_dummy_prefix(
@@ -140,43 +143,7 @@ def test_encode_reports_a_row_that_fails_and_keeps_the_others(tokenizer_dir: Pat
         [read_conversation(row, field="messages", tools_field="-") for row in rows]
     )
     assert [isinstance(item, BadRowError) for item in encoded] == [False, True, False]
-    assert np.array_equal(encoded[0].ids, encoded[2].ids)  # pyright: ignore
-
-
-STOP = 9
-
-
-@pytest.mark.parametrize(
-    ("mask", "max_tokens", "length", "how"),
-    [
-        ([0, 1, 1, 0, 0, 1, 1], 7, 7, ""),
-        ([0, 1, 1, 0, 0, 1, 1], 6, 3, "truncate_turn"),
-        ([0, 1, 1, 0, 0, 1, 1], 3, 3, "truncate_turn"),
-        ([0, 0, 0, 1, 1, 1, 1], 5, 5, "truncate"),
-        ([0, 1, 1, 1, 1, 1, 1], 2, 2, "truncate"),
-    ],
-)
-def test_truncate_prefers_the_end_of_a_turn(
-    mask: list[int], max_tokens: int, length: int, how: str
-) -> None:
-    array = np.array(mask, dtype=np.uint8)
-    ids = np.where((array == 1) & (np.append(array[1:], 0) == 0), STOP, 1)
-    document = truncate(ids, array, max_tokens=max_tokens, stop_token_id=STOP)
-    assert document is not None
-    assert (len(document.ids), document.truncated) == (length, how)
-
-
-def test_truncate_does_not_take_a_pause_within_a_turn_for_its_end() -> None:
-    mask = np.array([0, 1, 1, 0, 1, 1, 1], dtype=np.uint8)
-    ids = np.array([1, 1, 1, 1, 1, 1, STOP])
-    document = truncate(ids, mask, max_tokens=5, stop_token_id=STOP)
-    assert document is not None
-    assert (len(document.ids), document.truncated) == (5, "truncate")
-
-
-def test_truncate_drops_a_document_whose_answer_lies_beyond_the_limit() -> None:
-    mask = np.array([0, 0, 0, 0, 1], dtype=np.uint8)
-    assert truncate(mask, mask, max_tokens=4, stop_token_id=None) is None
+    assert np.array_equal(only(encoded[0]).ids, only(encoded[2]).ids)
 
 
 @pytest.mark.parametrize(

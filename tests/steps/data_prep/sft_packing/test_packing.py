@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron.steps.data_prep.sft_packing.packing import Rows, pack
+from nemotron.steps.data_prep.sft_packing.schema import Algorithm
 
-ALGORITHMS = ("first_fit_shuffle", "first_fit_decreasing", "concatenative")
+ALGORITHMS = get_args(Algorithm)
 CAPACITY = 50
 lengths_of = st.lists(st.integers(1, CAPACITY), max_size=80)
 
@@ -65,10 +67,48 @@ def test_concatenative_keeps_the_order_and_opens_a_row_only_when_the_last_is_ful
         assert sum(lengths[index] for index in row) + lengths[following[0]] > CAPACITY
 
 
-def test_first_fit_shuffle_depends_on_the_seed_alone() -> None:
+@given(lengths=lengths_of)
+def test_best_fit_decreasing_makes_rows_of_the_sizes_of_a_plain_scan(lengths: list[int]) -> None:
+    array = np.array(lengths, dtype=np.int64)
+    rows = pack(array, capacity=CAPACITY, algorithm="best_fit_decreasing", seed=1)
+    scanned: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row in scanned if sum(row) + length <= CAPACITY]
+        if fitting:
+            max(fitting, key=sum).append(length)
+        else:
+            scanned.append([length])
+    found = [sorted(lengths[index] for index in row) for row in row_lists(rows)]
+    assert len(found) == len(scanned)
+    assert sorted(map(sum, found)) == sorted(map(sum, scanned))
+
+
+def test_shuffle_fill_needs_no_more_rows_than_best_fit_but_mixes_short_documents() -> None:
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(np.log(400), 1.1, 5000).astype(int), 1, 4096)
+    ours, best, fit = (
+        pack(lengths, capacity=4096, algorithm=name, seed=0)
+        for name in ("shuffle_fill", "best_fit_decreasing", "first_fit_shuffle")
+    )
+    assert ours.num_rows <= best.num_rows <= fit.num_rows
+    most = [np.percentile(np.diff(rows.starts), 99) for rows in (ours, best, fit)]
+    assert most[0] <= 2 * most[2] < most[1]
+
+
+def test_shuffle_fill_gives_way_where_best_fit_saves_rows() -> None:
+    lengths = np.array([10, 10, 10, 10, 25, 25, 40, 40, 40, 40] * 50)
+    ours, best = (
+        pack(lengths, capacity=CAPACITY, algorithm=name, seed=0)
+        for name in ("shuffle_fill", "best_fit_decreasing")
+    )
+    assert ours.num_rows == best.num_rows == 250
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS[:4])
+def test_pack_depends_on_the_seed_alone(algorithm: str) -> None:
     lengths = np.arange(1, 51)
     one, same, other = (
-        row_lists(pack(lengths, capacity=CAPACITY, algorithm="first_fit_shuffle", seed=seed))
+        row_lists(pack(lengths, capacity=CAPACITY, algorithm=algorithm, seed=seed))
         for seed in (1, 1, 2)
     )
     assert one == same

@@ -76,7 +76,11 @@ def test_shards_follow_the_contract_of_the_reader(
         assert set(groups[:-1]) == {8}
         assert parquet.metadata.row_group(0).column(0).compression == "ZSTD"
         table = parquet.read()
-        entries = {key.decode(): text.decode() for key, text in schema.metadata.items()}
+        entries = {
+            key.decode(): text.decode()
+            for key, text in (parquet.metadata.metadata or {}).items()
+            if key.startswith(b"nemotron.")
+        }
         assert entries["nemotron.format_version"] == "1"
         assert entries["nemotron.mask_convention"].startswith("shifted")
         assert entries["nemotron.rows"] == str(table.num_rows)
@@ -87,12 +91,29 @@ def test_shards_follow_the_contract_of_the_reader(
     for split, counts in properties["splits"].items():
         rows = packed_rows(packed, split)
         documents = [document for row in rows for document in documents_of(row)]
+        per_row = [len(row["seq_start_id"]) for row in rows]
+        runtime_lengths = [len(row["input_ids"]) - len(row["seq_start_id"]) for row in rows]
         assert counts == {
             "rows": len(rows),
+            "conversations": len(documents),
             "documents": len(documents),
             "tokens": sum(len(ids) for ids, _ in documents),
             "supervised_tokens": sum(sum(mask) for _, mask in documents),
+            "documents_per_row_p99": np.percentile(per_row, 99, method="inverted_cdf"),
+            "documents_per_row_max": max(per_row),
+            "longest_document": max(len(ids) - 1 for ids, _ in documents),
+            "shortest_row": min(runtime_lengths),
         }
+        assert json.loads((packed / "packed_metadata" / f"{split}.json").read_text()) == [
+            {
+                "dataset_max_seqlen": counts["longest_document"],
+                "max_samples_per_bin": counts["documents_per_row_max"],
+                "packing_factor": round(len(documents) / len(rows), 2),
+                "packing_efficiency": round(100 * sum(runtime_lengths) / (256 * len(rows)), 2),
+                "pack_size": 256,
+                "min_packed_seqlen": min(runtime_lengths),
+            }
+        ]
         for row in rows:
             assert row["seq_start_id"][0] == 0
             assert len(row["input_ids"]) - len(row["seq_start_id"]) <= 256

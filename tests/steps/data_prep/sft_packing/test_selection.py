@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron.steps.data_prep.sft_packing.documents import blend_counts, smallest_hashes
+from nemotron.steps.data_prep.sft_packing.selection import blend_targets, smallest_hashes
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=4, unique=True), st.integers(0, 5))
@@ -26,14 +26,14 @@ def test_smallest_hashes_depend_on_the_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("available", "weights", "counts"),
+    ("available", "weights", "wanted"),
     [
         ([100, 7], [1.0, 1.0], [100, 7]),
-        ([100, 100], [0.9, 0.1], [100, 11]),
+        ([100, 100], [0.9, 0.1], [100, 100 / 9]),
         ([100, 10], [3.0, 1.0], [30, 10]),
     ],
 )
-def test_blend_counts_realise_weights_without_repeating_a_document(
-    available: list[int], weights: list[float], counts: list[int]
+def test_blend_targets_take_the_scarcest_whole_and_the_others_in_proportion(
+    available: list[int], weights: list[float], wanted: list[float]
 ) -> None:
-    assert blend_counts(available, weights) == counts
+    assert blend_targets(available, weights) == pytest.approx(wanted)

@@ -1,0 +1,83 @@
+"""What turns text into token ids: ``tokenizers``, or ``kitoken`` once it has proved equal.
+
+``kitoken`` reads the same tokenizer.json and is several times as fast, but for some tokenizers it
+differs on rare strings. It is therefore tried, once per tokenizer, on ten thousand strings, and on
+every hundredth piece of the data while it works; the first difference ends its use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from itertools import islice
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer
+
+_CHECK_EVERY = 100
+
+
+class EngineMismatchError(Exception):
+    """``kitoken`` and ``tokenizers`` gave a text different tokens."""
+
+
+class Engine:
+    """Encodes pieces of text with one tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: ``tokenizers`` or ``kitoken``.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, name: str = "tokenizers") -> None:
+        self.name = name
+        self._backend = tokenizer.backend
+        self._plain: Tokenizer | None = None
+        self._fast: Any = None
+        if name == "kitoken":
+            from kitoken import Kitoken
+
+            self._fast = Kitoken.from_file(str(tokenizer.directory / "tokenizer.json"))
+
+    def encode(self, pieces: list[str], *, plain: AbstractSet[int]) -> list[Sequence[int]]:
+        """Return the ids of each piece.
+
+        Args:
+            pieces: The texts.
+            plain: Indices of pieces in which no special token is looked for.
+
+        Raises:
+            EngineMismatchError: A piece that was checked came out different.
+        """
+        if self._fast is None:
+            encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
+            found: list[Sequence[int]] = [encoding.ids for encoding in encodings]
+        else:
+            found = self._fast.encode_all(pieces, True)
+            self._check(pieces, found)
+        if plain:
+            numbers = sorted(plain)
+            texts = [pieces[number] for number in numbers]
+            encodings = self._without_special().encode_batch_fast(texts, add_special_tokens=False)
+            for number, encoding in zip(numbers, encodings, strict=True):
+                found[number] = encoding.ids
+        return found
+
+    def _check(self, pieces: list[str], found: Sequence[Sequence[int]]) -> None:
+        sample = list(islice(pieces, 0, None, _CHECK_EVERY))
+        wanted = self._backend.encode_batch_fast(sample, add_special_tokens=False)
+        for text, ids, encoding in zip(sample, found[::_CHECK_EVERY], wanted, strict=True):
+            if list(ids) != encoding.ids:
+                raise EngineMismatchError(f"they differ on {text[:80]!r}")
+
+    def _without_special(self) -> Tokenizer:
+        """The same tokenizer without added tokens, so that their texts are text."""
+        if self._plain is None:
+            content = json.loads(self._backend.to_str())
+            content["added_tokens"] = []
+            content["post_processor"] = None
+            self._plain = Tokenizer.from_str(json.dumps(content))
+        return self._plain

@@ -1,0 +1,185 @@
+"""Runs a list of tasks: here, in a pool of processes, or on Ray. What comes out is the same.
+
+Tasks are independent, idempotent and leave receipts, so an executor only decides where they run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Literal, NamedTuple, Protocol
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._entry import step_error
+from nemotron.steps.data_prep.sft_packing.blend import STEP
+from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
+from nemotron.steps.data_prep.sft_packing.receipts import Receipt
+
+ExecutionMode = Literal["auto", "ray"]
+
+
+class Task(Protocol):
+    """Something to do, once."""
+
+    @property
+    def size_bytes(self) -> int:
+        """How much work it is, about."""
+        ...
+
+    def run(self) -> tuple[Receipt, bool]:
+        """Return the receipt, and whether it was there already."""
+        ...
+
+
+class Outcome(NamedTuple):
+    """A finished task.
+
+    Attributes:
+        number: Its place in the list.
+        receipt: What it left.
+        was_done: Whether an earlier run had done it.
+        peak_bytes: Most memory that its process has held.
+    """
+
+    number: int
+    receipt: Receipt
+    was_done: bool
+    peak_bytes: int
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    *,
+    num_workers: int,
+    mode: ExecutionMode,
+    on_done: Callable[[Outcome], None],
+) -> list[Receipt]:
+    """Return the receipts of all tasks, in their order; the largest tasks start first.
+
+    Args:
+        tasks: What to do.
+        num_workers: How many at once; one is done in this process.
+        mode: ``auto`` for processes of this host, ``ray`` for Ray.
+        on_done: Told of every task when it is done.
+
+    Raises:
+        NemotronError: What a task raised; ``worker_died``.
+        EngineMismatchError: See ``TokenizeTask``.
+    """
+    largest_first = sorted(range(len(tasks)), key=lambda number: -tasks[number].size_bytes)
+    if mode == "ray":
+        outcomes = _on_ray(tasks, largest_first, num_workers)
+    elif min(num_workers, len(tasks)) <= 1:
+        outcomes = (_here(number, tasks[number]) for number in largest_first)
+    else:
+        outcomes = _in_pool(tasks, largest_first, min(num_workers, len(tasks)))
+    receipts: list[Receipt] = [{}] * len(tasks)
+    for outcome in outcomes:
+        receipts[outcome.number] = outcome.receipt
+        on_done(outcome)
+    return receipts
+
+
+def _here(number: int, task: Task) -> Outcome:
+    receipt, was_done = task.run()
+    return Outcome(number, receipt, was_done, _peak_bytes())
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _remote(number: int, task: Task) -> dict[str, Any]:
+    """What a worker does; errors travel as data, because ours do not survive pickling."""
+    try:
+        return {"outcome": tuple(_here(number, task))}
+    except NemotronError as error:
+        return {"error": error.to_dict()}
+    except EngineMismatchError as error:
+        return {"mismatch": str(error)}
+
+
+def _received(answer: dict[str, Any]) -> Outcome:
+    if "error" in answer:
+        fields = dict(answer["error"])
+        code, problem = fields.pop("code"), fields.pop("problem")
+        exit_code = ExitCode(fields.pop("exit_code"))
+        raise NemotronError(code, problem, exit_code=exit_code, **fields)
+    if "mismatch" in answer:
+        raise EngineMismatchError(answer["mismatch"])
+    return Outcome(*answer["outcome"])
+
+
+def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> Iterator[Outcome]:
+    pool = ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    try:
+        queue = iter(order)
+        running: set[Future[dict[str, Any]]] = set()
+        while True:
+            # A few in hand for every worker; the rest is not pickled before its turn.
+            while len(running) < 2 * num_workers and (number := next(queue, None)) is not None:
+                running.add(pool.submit(_remote, number, tasks[number]))
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield _received(future.result())
+    except BrokenProcessPool:
+        problem = "a worker process died; the kernel kills what takes more memory than there is"
+        raise step_error(STEP, "worker_died", problem, where=f"{num_workers} workers") from None
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """One core per worker; the run's Ctrl-C is the parent's business; no worker outlives it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _on_ray(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> Iterator[Outcome]:
+    try:
+        import ray
+    except ImportError:
+        problem = "execution_mode is ray, but the package ray is not installed"
+        raise step_error(STEP, "ray_missing", problem) from None
+    options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"num_cpus": num_workers, "address": "local"}
+    with ray.init(**options):
+        remote = ray.remote(num_cpus=1)(_remote)
+        queue = iter(order)
+        running: list[Any] = []
+        width = 2 * int(ray.cluster_resources().get("CPU", num_workers))
+        while True:
+            while len(running) < width and (number := next(queue, None)) is not None:
+                running.append(remote.remote(number, tasks[number]))
+            if not running:
+                return
+            done, running = ray.wait(running)
+            yield _received(ray.get(done[0]))

@@ -1,0 +1,73 @@
+"""What becomes of a model's reasoning: kept in every turn, removed, or as at inference.
+
+At inference most chat templates show a model the answers it gave before, without the reasoning that
+led to them. ``split_per_turn`` trains on exactly that: one document for every turn, its history
+without reasoning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+Reasoning = Literal["keep", "strip", "split_per_turn"]
+Messages = Sequence[Mapping[str, Any]]
+
+FIELDS = ("reasoning_content", "thinking", "reasoning")
+# A block at the start of an answer; some data lacks the opening tag, which the prompt wrote.
+_BLOCK = re.compile(r"^\s*(?:<think>)?(?:(?!<think>).)*?</think>\s*", re.DOTALL)
+
+
+class Variant(NamedTuple):
+    """One document to make of a conversation.
+
+    Attributes:
+        messages: What it says.
+        num_trained: Only this many of the assistant's last messages are trained; None for all.
+    """
+
+    messages: Messages
+    num_trained: int | None = None
+
+
+def variants(messages: Messages, policy: Reasoning) -> list[Variant]:
+    """Return what to make of one conversation; one without reasoning is never split."""
+    if policy == "keep" or not any(_has_reasoning(message) for message in messages):
+        return [Variant(messages)]
+    if policy == "strip":
+        return [Variant(without_reasoning(messages))]
+    found: list[Variant] = []
+    starts = [0, *_turn_starts(messages)]
+    for start, stop in zip(starts, [*starts[1:], len(messages)], strict=True):
+        turn = messages[start:stop]
+        num_trained = sum(message["role"] == "assistant" for message in turn)
+        if num_trained:
+            found.append(Variant([*without_reasoning(messages[:start]), *turn], num_trained))
+    return found
+
+
+def without_reasoning(messages: Messages) -> list[Mapping[str, Any]]:
+    """Return messages without reasoning, neither in fields nor in a block inside the content."""
+    return [_without(message) if _has_reasoning(message) else message for message in messages]
+
+
+def _turn_starts(messages: Messages) -> list[int]:
+    """A turn starts where the user speaks after somebody else did, except at the very start."""
+    return [
+        index
+        for index in range(1, len(messages))
+        if messages[index]["role"] == "user"
+        and messages[index - 1]["role"] in ("assistant", "tool")
+    ]
+
+
+def _has_reasoning(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and (
+        any(message.get(name) for name in FIELDS) or "</think>" in message["content"]
+    )
+
+
+def _without(message: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {name: value for name, value in message.items() if name not in FIELDS}
+    return rest | {"content": _BLOCK.sub("", message["content"], count=1)}

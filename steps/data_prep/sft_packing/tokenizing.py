@@ -1,0 +1,243 @@
+"""The first stage's task: a part of a file to spools of tokenized documents, and a receipt."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemotron.steps.data_prep.sft_packing.conversations import (
+    ALPACA_FIELDS,
+    SHAREGPT,
+    Conversation,
+    detect_field,
+    read_conversation,
+)
+from nemotron.steps.data_prep.sft_packing.inputs import Part
+from nemotron.steps.data_prep.sft_packing.masks import Encoder, build_encoder
+from nemotron.steps.data_prep.sft_packing.reasoning import Reasoning
+from nemotron.steps.data_prep.sft_packing.receipts import Receipt, done_or, write_receipt
+from nemotron.steps.data_prep.sft_packing.rejects import SAMPLES_PER_REASON, BadRowError
+from nemotron.steps.data_prep.sft_packing.rows import BLANK, PLACES, Row, read_rows
+from nemotron.steps.data_prep.sft_packing.spool import SpoolWriter
+from nemotron.steps.data_prep.sft_packing.tokenizer import load_tokenizer
+
+BATCH_ROWS = 512
+BATCH_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What makes an encoder: plain values, so that they travel to other processes.
+
+    Attributes:
+        tokenizer: Directory of the tokenizer.
+        chat_template: Text of the template.
+        add_bos: See ``masks.Encoder``.
+        add_eos: See ``masks.Encoder``.
+        reasoning: See ``masks.Encoder``.
+        sanitize: See ``masks.build_encoder``.
+        engine: See ``masks.build_encoder``.
+        today: See ``masks.build_encoder``.
+    """
+
+    tokenizer: str
+    chat_template: str
+    add_bos: bool
+    add_eos: bool
+    reasoning: Reasoning
+    sanitize: bool
+    engine: str
+    today: str | None
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """Which rows of a data set are used, and where in a row the conversation is.
+
+    Attributes:
+        messages_field: Field of a conversation.
+        tools_field: Field of the tool definitions.
+        used_in_field: Field that ``used_in_filter`` looks at.
+        used_in_filter: Keep only rows that name this there; None keeps all.
+        max_rows: Tokenize at most this many conversations, those with the smallest hashes.
+    """
+
+    messages_field: str
+    tools_field: str
+    used_in_field: str
+    used_in_filter: str | None
+    max_rows: int | None
+
+
+@dataclass(frozen=True)
+class TokenizeTask:
+    """Tokenizes one part.
+
+    Attributes:
+        key: Digest of everything that the result depends on.
+        directory: Where the result goes.
+        part: What to read.
+        size_bytes: How much work it is, about.
+        rows: Which rows, and what of them.
+        encoder: What encodes them.
+    """
+
+    key: str
+    directory: Path
+    part: Part
+    size_bytes: int
+    rows: RowSettings
+    encoder: EncoderSettings
+
+    def run(self) -> tuple[Receipt, bool]:
+        """Return the receipt, and whether it was there already.
+
+        Raises:
+            NemotronError: ``unreadable_input``, ``bad_rows``: a JSON list that does not parse.
+            EngineMismatchError: ``kitoken`` differs from ``tokenizers``.
+        """
+        return done_or(self.directory, self.key, self._work)
+
+    def _work(self) -> Receipt:
+        writer = SpoolWriter(self.directory, self.key)
+        tally = _Tally(PLACES[self.part.kind])
+        found = _conversations(self.part, self.rows, tally)
+        encoder = encoder_of(self.encoder)
+        for batch in _batches(_limited(found, self.rows.max_rows, tally)):
+            encoded = encoder.encode([item.conversation for item in batch])
+            for item, documents in zip(batch, encoded, strict=True):
+                if isinstance(documents, BadRowError):
+                    tally.drop(item.row.position, documents)
+                else:
+                    writer.add(documents, uid=item.conversation.uid, row=item.row.position)
+                    tally.documents += len(documents)
+                    tally.tokens += sum(len(document.ids) for document in documents)
+        writer.flush()
+        content = {"spools": writer.names, **tally.content()}
+        return write_receipt(self.directory, self.key, content, files=writer.files)
+
+
+@lru_cache(maxsize=2)
+def encoder_of(settings: EncoderSettings) -> Encoder:
+    """Return the encoder of this process for some settings."""
+    return build_encoder(
+        tokenizer=load_tokenizer(settings.tokenizer),
+        chat_template=settings.chat_template,
+        add_bos=settings.add_bos,
+        add_eos=settings.add_eos,
+        reasoning=settings.reasoning,
+        sanitize=settings.sanitize,
+        engine=settings.engine,
+        today=settings.today,
+    )
+
+
+@dataclass
+class _Tally:
+    """What became of a part's rows."""
+
+    place: str
+    positions: int = 0
+    rows_read: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.dropped: Counter[str] = Counter()
+        self.samples: list[dict[str, Any]] = []
+
+    def drop(self, position: int, error: BadRowError) -> None:
+        """Count a row; keep its place while its reason has few."""
+        self.dropped[error.reason] += 1
+        if self.dropped[error.reason] <= SAMPLES_PER_REASON:
+            sample = {"position": position, "reason": error.reason, "detail": error.detail}
+            self.samples.append(sample)
+
+    def content(self) -> dict[str, Any]:
+        samples = sorted(self.samples, key=lambda sample: sample["position"])
+        return {
+            "place": self.place,
+            "positions": self.positions,
+            "rows_read": self.rows_read,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "dropped": dict(self.dropped),
+            "samples": samples,
+        }
+
+
+class _Found(NamedTuple):
+    conversation: Conversation
+    row: Row
+
+
+def _conversations(part: Part, settings: RowSettings, tally: _Tally) -> Iterator[_Found]:
+    """Yield the usable conversations of a part, and count the rest."""
+    columns = (
+        *(settings.messages_field, SHAREGPT, *ALPACA_FIELDS),
+        *(settings.tools_field, settings.used_in_field),
+    )
+    for row in read_rows(part, columns=columns):
+        tally.positions = row.position + 1
+        if row.value is BLANK:
+            continue
+        tally.rows_read += 1
+        try:
+            yield _Found(_conversation(row, settings), row)
+        except BadRowError as error:
+            tally.drop(row.position, error)
+        except RecursionError:
+            tally.drop(row.position, BadRowError("malformed_json", "nested too deeply"))
+
+
+def _conversation(row: Row, settings: RowSettings) -> Conversation:
+    value = row.value
+    if isinstance(value, BadRowError):
+        raise value
+    if not isinstance(value, dict):
+        raise BadRowError("not_an_object", f"the row is of type {type(value).__name__}")
+    _require_used_in(value, settings.used_in_field, settings.used_in_filter)
+    field = detect_field(value, messages_field=settings.messages_field)
+    if field is None:
+        raise BadRowError("no_conversation", f"no field {settings.messages_field!r}")
+    return read_conversation(value, field=field, tools_field=settings.tools_field)
+
+
+def _require_used_in(value: dict[str, Any], used_in_field: str, wanted: str | None) -> None:
+    """A row names its uses as one word, as words between commas, or as a list."""
+    if wanted is None:
+        return
+    uses = value.get(used_in_field)
+    if isinstance(uses, str):
+        uses = [uses, *(part.strip() for part in uses.split(","))]
+    if not isinstance(uses, list) or wanted not in uses:
+        raise BadRowError("used_in", f"{used_in_field} does not name {wanted!r}")
+
+
+def _limited(found: Iterator[_Found], max_rows: int | None, tally: _Tally) -> Iterable[_Found]:
+    """Return the conversations of the smallest hashes, in their order: no part needs more."""
+    if max_rows is None:
+        return found
+    chosen = heapq.nsmallest(max_rows, found, key=lambda item: item.conversation.uid)
+    usable = tally.rows_read - tally.dropped.total()
+    if usable > len(chosen):
+        tally.dropped["max_rows"] += usable - len(chosen)
+    return sorted(chosen, key=lambda item: item.row.position)
+
+
+def _batches(found: Iterable[_Found]) -> Iterator[list[_Found]]:
+    batch: list[_Found] = []
+    size_bytes = 0
+    for item in found:
+        batch.append(item)
+        size_bytes += item.row.size_bytes
+        if len(batch) == BATCH_ROWS or size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
