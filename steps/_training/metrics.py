@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
+import time
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nemotron.artifacts import write_text
 
@@ -43,12 +48,15 @@ class MetricsLog:
             write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._append({"event": "resumed", "iteration": iteration, "directory": str(directory)})
 
+    def is_shown(self, iteration: int) -> bool:
+        """Return whether an iteration gets a printed line; the same answer on all ranks."""
+        return iteration % self._log_interval == 0 or iteration in (1, self._train_iters)
+
     def step(self, iteration: int, values: dict[str, Any]) -> None:
         """Record one optimizer step; ``iteration`` counts from 1."""
         self.iteration = iteration
         self._append({"event": "step", "iteration": iteration, **values})
-        is_shown = iteration % self._log_interval == 0 or iteration in (1, self._train_iters)
-        if is_shown:
+        if self.is_shown(iteration):
             self._print(
                 f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters} | "
                 f"lm loss {values['lm_loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
@@ -82,7 +90,7 @@ class MetricsLog:
         """Write an event, after those that a full disk has kept back so far."""
         if self._path is None:
             return
-        self._pending += json.dumps(event) + "\n"
+        self._pending += json.dumps(event | {"time": round(time.time(), 3)}) + "\n"
         try:
             with self._path.open("ab", buffering=0) as stream:
                 self._pending = self._pending[_write(stream, self._pending.encode()) :]
@@ -92,6 +100,14 @@ class MetricsLog:
     def _print(self, line: str) -> None:
         if self._path is not None:
             print(line, flush=True)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held so far, on its GPU or else in the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _write(stream: FileIO, text: bytes) -> int:
