@@ -5,48 +5,93 @@ from __future__ import annotations
 import json
 import math
 import resource
+import secrets
 import sys
 import time
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
 from nemotron.artifacts import write_text
+from nemotron.steps._entry import PreemptedError
+from nemotron.steps._training.mirror_process import MirrorProcesses, MirrorSettings
 
 METRICS_FILE = "metrics.jsonl"
+# How long a run waits at its end for mirrors: for an upload, or hardly where it has failed itself.
+_PATIENCE_SECONDS, _PATIENCE_OF_FAILED_SECONDS = 30.0, 2.0
 
 
 class MetricsLog:
     """Appends one JSON object per event to ``metrics.jsonl`` and prints some of them.
 
+    Every event has its ``event``, ``iteration`` (optimizer steps taken) and Unix ``time``.
+
     Args:
         directory: Where ``metrics.jsonl`` goes; None on ranks that stay silent.
         train_iters: Iterations of the run, for the printed line.
         log_interval: Iterations between printed lines.
+        config: What the run was asked for, written down where it starts.
+        mirrors: Where the events go as well. Use the log as a context, so that they end with it.
     """
 
-    def __init__(self, directory: Path | None, *, train_iters: int, log_interval: int) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        *,
+        train_iters: int,
+        log_interval: int,
+        config: dict[str, Any],
+        mirrors: MirrorSettings,
+    ) -> None:
         self._path = directory / METRICS_FILE if directory else None
         self._train_iters = train_iters
         self._log_interval = log_interval
+        self._config = config
+        self._mirrors = MirrorProcesses(mirrors)
         self._pending = ""
         self.iteration = 0
 
-    def resume(self, iteration: int, directory: Path) -> None:
-        """Drop what was recorded after ``iteration``, at which the save in ``directory`` was made.
+    def __enter__(self) -> Self:
+        return self
 
-        A line that a killed process left half written is dropped as well.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        has_ended_well = error is None or isinstance(error, PreemptedError)
+        self._mirrors.close(_PATIENCE_SECONDS if has_ended_well else _PATIENCE_OF_FAILED_SECONDS)
+
+    def start(self) -> None:
+        """Record that a run starts at iteration 0."""
+        self._begin({"event": "started", "iteration": 0}, run=secrets.token_hex(4))
+
+    def resume(self, iteration: int, directory: Path) -> None:
+        """Record that a run goes on from the save of ``iteration`` in ``directory``.
+
+        What was recorded after that iteration is dropped, and with it a line that a killed process
+        left half written.
         """
         self.iteration = iteration
-        if self._path is not None:
-            lines = (
-                self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            )
+        kept: list[str] = []
+        if self._path is not None and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _is_until(line, iteration)]
             write_text(self._path, "".join(f"{line}\n" for line in kept))
-        self._append({"event": "resumed", "iteration": iteration, "directory": str(directory)})
+        runs = (json.loads(line).get("run") for line in kept)
+        run = next((each for each in runs if each), None) or secrets.token_hex(4)
+        event = {"event": "resumed", "iteration": iteration, "directory": str(directory)}
+        self._begin(event, run=run)
+
+    def _begin(self, event: dict[str, Any], *, run: str) -> None:
+        """Record a beginning of the run with this id, which mirrors know it by, and start them."""
+        if self._path is None:
+            return
+        offset = self._path.stat().st_size if self._path.exists() else 0
+        self._append(event | {"run": run, "config": self._config})
+        if self._path.exists():
+            self._mirrors.start(self._path, offset)
 
     def is_shown(self, iteration: int) -> bool:
         """Return whether an iteration gets a printed line; the same answer on all ranks."""
@@ -85,6 +130,10 @@ class MetricsLog:
         """Record that nothing was saved at ``iteration``; training goes on."""
         self._append({"event": "save_failed", "iteration": iteration, "problem": problem})
         self._print(f"nothing saved at iteration {iteration}: {problem}; earlier saves are whole")
+
+    def stopped(self, iteration: int) -> None:
+        """Record that the run was asked to stop and did, before its end."""
+        self._append({"event": "stopped", "iteration": iteration})
 
     def _append(self, event: dict[str, Any]) -> None:
         """Write an event, after those that a full disk has kept back so far."""
