@@ -18,6 +18,7 @@ import torch
 from nemotron.artifacts import write_text
 from nemotron.steps._entry import PreemptedError
 from nemotron.steps._training.mirror_process import MirrorProcesses, MirrorSettings
+from nemotron.steps._training.printer import Clock, Printer
 
 METRICS_FILE = "metrics.jsonl"
 # How long a run waits at its end for mirrors: for an upload, or hardly where it has failed itself.
@@ -51,6 +52,8 @@ class MetricsLog:
         self._log_interval = log_interval
         self._config = config
         self._mirrors = MirrorProcesses(mirrors)
+        self._printer = Printer(sys.stdout)
+        self._clock = Clock(0, train_iters)
         self._pending = ""
         self.iteration = 0
 
@@ -61,10 +64,12 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         has_ended_well = error is None or isinstance(error, PreemptedError)
+        self._printer.close()
         self._mirrors.close(_PATIENCE_SECONDS if has_ended_well else _PATIENCE_OF_FAILED_SECONDS)
 
     def start(self) -> None:
         """Record that a run starts at iteration 0."""
+        self._clock = Clock(0, self._train_iters)
         self._begin({"event": "started", "iteration": 0}, run=secrets.token_hex(4))
 
     def resume(self, iteration: int, directory: Path) -> None:
@@ -74,6 +79,7 @@ class MetricsLog:
         left half written.
         """
         self.iteration = iteration
+        self._clock = Clock(iteration, self._train_iters)
         kept: list[str] = []
         if self._path is not None and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
@@ -101,14 +107,19 @@ class MetricsLog:
         """Record one optimizer step; ``iteration`` counts from 1."""
         self.iteration = iteration
         self._append({"event": "step", "iteration": iteration, **values})
-        if self.is_shown(iteration):
-            self._print(
-                f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters} | "
-                f"lm loss {values['lm_loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
-                f"lr {values['learning_rate']:.2e} | "
-                f"{values['tokens_per_second']:,.0f} tokens/s "
-                f"({values['supervised_tokens_per_second']:,.0f} supervised)"
-            )
+        if self._path is None:
+            return
+        speed = f"{values['tokens_per_second']:,.0f} tokens/s"
+        eta = f"ETA {self._clock.eta(iteration)}"
+        loss = f"lm loss {values['lm_loss']:.4f}"
+        if self._printer.is_terminal:
+            self._printer.progress(" | ".join([self._at(iteration), loss, speed, eta]))
+        elif self.is_shown(iteration):
+            norm, lr = f"grad norm {values['grad_norm']:.3f}", f"lr {values['learning_rate']:.2e}"
+            supervised = f"{values['supervised_tokens_per_second']:,.0f} supervised/s"
+            tflops = f"{values['tflops_per_rank']:.3g} TFLOP/s per rank"
+            parts = [self._at(iteration), loss, norm, lr, speed, supervised, tflops, eta]
+            self._printer.line(" | ".join(parts))
 
     def validation(
         self, iteration: int, lm_loss: float, supervised_tokens: int, *, is_best: bool
@@ -116,10 +127,8 @@ class MetricsLog:
         """Record the loss on the valid split after ``iteration`` optimizer steps."""
         event = {"event": "validation", "iteration": iteration, "lm_loss": lm_loss}
         self._append(event | {"supervised_tokens": supervised_tokens, "is_best": is_best})
-        self._print(
-            f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters} | "
-            f"lm loss validation {lm_loss:.4f} | ppl {math.exp(min(lm_loss, 20.0)):.2f}"
-        )
+        ppl = f"ppl {math.exp(min(lm_loss, 20.0)):.2f}"
+        self._print(" | ".join([self._at(iteration), f"lm loss validation {lm_loss:.4f}", ppl]))
 
     def saved(self, iteration: int, directory: Path) -> None:
         """Record that the adapter of ``iteration`` is complete in ``directory``."""
@@ -146,9 +155,12 @@ class MetricsLog:
         except OSError as error:
             self._print(f"{self._path} cannot be written now: {error}")
 
+    def _at(self, iteration: int) -> str:
+        return f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters}"
+
     def _print(self, line: str) -> None:
         if self._path is not None:
-            print(line, flush=True)
+            self._printer.line(line)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -37,6 +37,6 @@ def test_a_run_goes_on_in_its_records_and_mirrors_whatever_becomes_of_a_tracker(
     mirrored = EventAccumulator(str(tmp_path / "tensorboard"))
     mirrored.Reload()
     steps = [(event.step, event.value) for event in mirrored.Scalars("lm loss")]
-    assert steps == list(enumerate(np.float32(run.losses), start=1))
+    assert steps == list(enumerate(np.array(run.losses, np.float32), start=1))
     validations = [event.value for event in mirrored.Scalars("lm loss validation")]
-    assert validations == list(np.float32(run.valid_losses))
+    assert validations == list(np.array(run.valid_losses, np.float32))
