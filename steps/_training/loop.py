@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemotron.steps._tensor_parallel.collectives import all_reduce
+from nemotron.steps._tensor_parallel.collectives import all_gather, all_reduce
 from nemotron.steps._training.batches import (
     MicroBatch,
     PackedSplit,
@@ -24,8 +25,9 @@ from nemotron.steps._training.batches import (
 )
 from nemotron.steps._training.distributed import Layout, gather_tensors
 from nemotron.steps._training.flat_adapter import FlatAdapter
+from nemotron.steps._training.flops import lora_flops
 from nemotron.steps._training.lora_plus import LoraPlusAdamW
-from nemotron.steps._training.metrics import MetricsLog
+from nemotron.steps._training.metrics import MetricsLog, peak_memory_bytes
 from nemotron.steps._training.pipeline import PipelineStage, WeightedBatch
 from nemotron.steps._training.preemption import StopRequest
 from nemotron.steps._training.schedule import Schedule
@@ -146,6 +148,8 @@ class Trainer:
         self.train_rows, self.valid_rows = train_rows, valid_rows
         self.schedule, self.adam, self.seed, self.metrics = schedule, adam, seed, metrics
         self.best: Best | None = None
+        assert model.lora is not None  # a model without an adapter is not trained
+        self.flops = lora_flops(model.config, model.lora)
         self.adapter = FlatAdapter(
             (each for linear in model.adapted_linears() for each in linear.lora_parameters()),
             tensor=layout.tensor,
@@ -211,7 +215,7 @@ class Trainer:
         started = time.perf_counter()
         self.adapter.zero_gradients()
         totals = self._accumulate_gradients(iteration)
-        loss_sum, supervised_tokens, num_tokens = totals.tolist()
+        loss_sum, supervised_tokens, _, _ = totals.tolist()
         lm_loss = loss_sum / max(supervised_tokens, 1.0)
         self.adapter.reduce_gradients()
         if self.batch.calculate_per_token_loss:
@@ -220,21 +224,9 @@ class Trainer:
         if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
             raise LossNotFiniteError(f"iteration {iteration}: loss {lm_loss}, norm {grad_norm}")
         learning_rate = self._update(iteration, grad_norm)
+        values = {"lm_loss": lm_loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         seconds = time.perf_counter() - started
-        self.metrics.step(
-            iteration,
-            {
-                "lm_loss": lm_loss,
-                "grad_norm": grad_norm,
-                "learning_rate": learning_rate,
-                "consumed_samples": iteration * self.batch.global_batch_size,
-                "tokens": int(num_tokens),
-                "supervised_tokens": int(supervised_tokens),
-                "seconds": seconds,
-                "tokens_per_second": num_tokens / seconds,
-                "supervised_tokens_per_second": supervised_tokens / seconds,
-            },
-        )
+        self.metrics.step(iteration, values | self._throughput(iteration, totals, seconds))
 
     def moments(self) -> dict[str, Tensor]:
         """Return AdamW's moments by name, whole; a collective."""
@@ -246,7 +238,7 @@ class Trainer:
         load_moments(directory, self.model, self.adapter, self.optimizer, iteration=iteration)
 
     def _accumulate_gradients(self, iteration: int) -> Tensor:
-        """Return loss sum, supervised tokens and tokens of the global batch, [3] fp64."""
+        """Return loss sum, supervised tokens, tokens and FLOPs of the global batch, [4] fp64."""
         rows = self.train_rows.global_batch(
             iteration - 1,
             global_batch_size=self.batch.global_batch_size,
@@ -260,8 +252,13 @@ class Trainer:
         )
         batches = [self._weighted(iteration, pairs) for pairs in micro_batches]
         loss_sum = self.model.train(batches)
-        tokens = [[len(batch.micro.supervised), len(batch.micro.tokens)] for batch in batches]
-        return self._totals(loss_sum, torch.tensor(tokens).sum(dim=0))
+        counts = torch.tensor([self._counts(batch.micro) for batch in batches], dtype=torch.float64)
+        return self._totals(loss_sum, counts.sum(dim=0))
+
+    def _counts(self, micro: MicroBatch) -> tuple[int, int, float]:
+        """Return supervised tokens, tokens and floating-point operations of a micro batch."""
+        supervised = len(micro.supervised)
+        return supervised, len(micro.tokens), self.flops.of(micro.cu_seqlens, supervised)
 
     def _weighted(self, iteration: int, positions_and_rows: list[tuple[int, int]]) -> WeightedBatch:
         micro = self._collate(self.train_rows, [row for _, row in positions_and_rows])
@@ -278,6 +275,23 @@ class Trainer:
         if self.layout.pipeline.rank != self.layout.pipeline.size - 1:
             totals.zero_()
         return all_reduce(all_reduce(totals, self.layout.data), self.layout.pipeline)
+
+    def _throughput(self, iteration: int, totals: Tensor, seconds: float) -> dict[str, Any]:
+        """Return what a step worked on and how fast; where it is shown also the memory it takes."""
+        _, supervised_tokens, num_tokens, flops = totals.tolist()
+        values: dict[str, Any] = {
+            "consumed_samples": iteration * self.batch.global_batch_size,
+            "tokens": int(num_tokens),
+            "supervised_tokens": int(supervised_tokens),
+            "seconds": seconds,
+            "tokens_per_second": num_tokens / seconds,
+            "supervised_tokens_per_second": supervised_tokens / seconds,
+            "tflops_per_rank": flops / seconds / self.layout.world.size / 1e12,
+        }
+        if self.metrics.is_shown(iteration):  # not always: the largest of all ranks is a collective
+            own = torch.tensor(peak_memory_bytes(self.layout.device), device=self.layout.device)
+            values["peak_memory_bytes"] = int(all_gather(own, self.layout.world).max())
+        return values
 
     def _update(self, iteration: int, grad_norm: float) -> float:
         """Clip, set the learning rate, step the optimizer; return the learning rate used."""

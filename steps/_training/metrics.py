@@ -4,58 +4,122 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import secrets
+import sys
+import time
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+import torch
 
 from nemotron.artifacts import write_text
+from nemotron.steps._entry import PreemptedError
+from nemotron.steps._training.mirror_process import MirrorProcesses, MirrorSettings
+from nemotron.steps._training.printer import Clock, Printer
 
 METRICS_FILE = "metrics.jsonl"
+# How long a run waits at its end for mirrors: for an upload, or hardly where it has failed itself.
+_PATIENCE_SECONDS, _PATIENCE_OF_FAILED_SECONDS = 30.0, 2.0
 
 
 class MetricsLog:
     """Appends one JSON object per event to ``metrics.jsonl`` and prints some of them.
 
+    Every event has its ``event``, ``iteration`` (optimizer steps taken) and Unix ``time``.
+
     Args:
         directory: Where ``metrics.jsonl`` goes; None on ranks that stay silent.
         train_iters: Iterations of the run, for the printed line.
         log_interval: Iterations between printed lines.
+        config: What the run was asked for, written down where it starts.
+        mirrors: Where the events go as well. Use the log as a context, so that they end with it.
     """
 
-    def __init__(self, directory: Path | None, *, train_iters: int, log_interval: int) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        *,
+        train_iters: int,
+        log_interval: int,
+        config: dict[str, Any],
+        mirrors: MirrorSettings,
+    ) -> None:
         self._path = directory / METRICS_FILE if directory else None
         self._train_iters = train_iters
         self._log_interval = log_interval
+        self._config = config
+        self._mirrors = MirrorProcesses(mirrors)
+        self._printer = Printer(sys.stdout)
+        self._clock = Clock(0, train_iters)
         self._pending = ""
         self.iteration = 0
 
-    def resume(self, iteration: int, directory: Path) -> None:
-        """Drop what was recorded after ``iteration``, at which the save in ``directory`` was made.
+    def __enter__(self) -> Self:
+        return self
 
-        A line that a killed process left half written is dropped as well.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        has_ended_well = error is None or isinstance(error, PreemptedError)
+        self._printer.close()
+        self._mirrors.close(_PATIENCE_SECONDS if has_ended_well else _PATIENCE_OF_FAILED_SECONDS)
+
+    def start(self) -> None:
+        """Record that a run starts at iteration 0."""
+        self._clock = Clock(0, self._train_iters)
+        self._begin({"event": "started", "iteration": 0}, run=secrets.token_hex(4))
+
+    def resume(self, iteration: int, directory: Path) -> None:
+        """Record that a run goes on from the save of ``iteration`` in ``directory``.
+
+        What was recorded after that iteration is dropped, and with it a line that a killed process
+        left half written.
         """
         self.iteration = iteration
-        if self._path is not None:
-            lines = (
-                self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            )
+        self._clock = Clock(iteration, self._train_iters)
+        kept: list[str] = []
+        if self._path is not None and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _is_until(line, iteration)]
             write_text(self._path, "".join(f"{line}\n" for line in kept))
-        self._append({"event": "resumed", "iteration": iteration, "directory": str(directory)})
+        runs = (json.loads(line).get("run") for line in kept)
+        run = next((each for each in runs if each), None) or secrets.token_hex(4)
+        event = {"event": "resumed", "iteration": iteration, "directory": str(directory)}
+        self._begin(event, run=run)
+
+    def _begin(self, event: dict[str, Any], *, run: str) -> None:
+        """Record a beginning of the run with this id, which mirrors know it by, and start them."""
+        if self._path is None:
+            return
+        offset = self._path.stat().st_size if self._path.exists() else 0
+        self._append(event | {"run": run, "config": self._config})
+        if self._path.exists():
+            self._mirrors.start(self._path, offset)
+
+    def is_shown(self, iteration: int) -> bool:
+        """Return whether an iteration gets a printed line; the same answer on all ranks."""
+        return iteration % self._log_interval == 0 or iteration in (1, self._train_iters)
 
     def step(self, iteration: int, values: dict[str, Any]) -> None:
         """Record one optimizer step; ``iteration`` counts from 1."""
         self.iteration = iteration
         self._append({"event": "step", "iteration": iteration, **values})
-        is_shown = iteration % self._log_interval == 0 or iteration in (1, self._train_iters)
-        if is_shown:
-            self._print(
-                f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters} | "
-                f"lm loss {values['lm_loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
-                f"lr {values['learning_rate']:.2e} | "
-                f"{values['tokens_per_second']:,.0f} tokens/s "
-                f"({values['supervised_tokens_per_second']:,.0f} supervised)"
-            )
+        if self._path is None:
+            return
+        speed = f"{values['tokens_per_second']:,.0f} tokens/s"
+        eta = f"ETA {self._clock.eta(iteration)}"
+        loss = f"lm loss {values['lm_loss']:.4f}"
+        if self._printer.is_terminal:
+            self._printer.progress(" | ".join([self._at(iteration), loss, speed, eta]))
+        elif self.is_shown(iteration):
+            norm, lr = f"grad norm {values['grad_norm']:.3f}", f"lr {values['learning_rate']:.2e}"
+            supervised = f"{values['supervised_tokens_per_second']:,.0f} supervised/s"
+            tflops = f"{values['tflops_per_rank']:.3g} TFLOP/s per rank"
+            parts = [self._at(iteration), loss, norm, lr, speed, supervised, tflops, eta]
+            self._printer.line(" | ".join(parts))
 
     def validation(
         self, iteration: int, lm_loss: float, supervised_tokens: int, *, is_best: bool
@@ -63,10 +127,8 @@ class MetricsLog:
         """Record the loss on the valid split after ``iteration`` optimizer steps."""
         event = {"event": "validation", "iteration": iteration, "lm_loss": lm_loss}
         self._append(event | {"supervised_tokens": supervised_tokens, "is_best": is_best})
-        self._print(
-            f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters} | "
-            f"lm loss validation {lm_loss:.4f} | ppl {math.exp(min(lm_loss, 20.0)):.2f}"
-        )
+        ppl = f"ppl {math.exp(min(lm_loss, 20.0)):.2f}"
+        self._print(" | ".join([self._at(iteration), f"lm loss validation {lm_loss:.4f}", ppl]))
 
     def saved(self, iteration: int, directory: Path) -> None:
         """Record that the adapter of ``iteration`` is complete in ``directory``."""
@@ -78,20 +140,35 @@ class MetricsLog:
         self._append({"event": "save_failed", "iteration": iteration, "problem": problem})
         self._print(f"nothing saved at iteration {iteration}: {problem}; earlier saves are whole")
 
+    def stopped(self, iteration: int) -> None:
+        """Record that the run was asked to stop and did, before its end."""
+        self._append({"event": "stopped", "iteration": iteration})
+
     def _append(self, event: dict[str, Any]) -> None:
         """Write an event, after those that a full disk has kept back so far."""
         if self._path is None:
             return
-        self._pending += json.dumps(event) + "\n"
+        self._pending += json.dumps(event | {"time": round(time.time(), 3)}) + "\n"
         try:
             with self._path.open("ab", buffering=0) as stream:
                 self._pending = self._pending[_write(stream, self._pending.encode()) :]
         except OSError as error:
             self._print(f"{self._path} cannot be written now: {error}")
 
+    def _at(self, iteration: int) -> str:
+        return f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters}"
+
     def _print(self, line: str) -> None:
         if self._path is not None:
-            print(line, flush=True)
+            self._printer.line(line)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held so far, on its GPU or else in the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _write(stream: FileIO, text: bytes) -> int:

@@ -16,7 +16,7 @@ from nemotron.cli import jobs, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.errors import ExitCode, NemotronError
 
-COMMANDS = ("steps", "jobs", "list", "show", "run", "status", "logs")
+COMMANDS = ("steps", "jobs", "list", "show", "run", "status", "logs", "report")
 
 app = typer.Typer(
     help=nemotron.__doc__,

@@ -1,15 +1,16 @@
-"""``nemotron jobs list | status | logs``."""
+"""``nemotron jobs list | status | logs | report``."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nemotron import jobs
+from nemotron import jobs, report
 from nemotron.cli import render
 
 app = typer.Typer(
@@ -64,3 +65,25 @@ def show_logs(
             if has_ended or not follow:
                 return
             time.sleep(_POLL_SECONDS)
+
+
+@app.command("report")
+def write_report(
+    target: Annotated[str, typer.Argument(metavar="JOB|DIR", help="Job, or directory of a run.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="JOB|DIR", help="Another run, shown beside it.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page; report-NAME.html by default.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page of a training run's curves and figures; with --json, print the figures."""
+    run = report.read_run(target)
+    other = None if against is None else report.read_run(against)
+    if as_json:
+        print(json.dumps(report.report_data(run, other), indent=2))
+    if output is not None or not as_json:
+        path = report.write_page(run, other, output)
+        print(path, file=sys.stderr if as_json else sys.stdout)

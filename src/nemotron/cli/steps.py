@@ -11,6 +11,7 @@ import typer
 from nemotron import catalog, launch, plan, preflight
 from nemotron.cli import render
 from nemotron.cli.invocation import Invocation
+from nemotron.cli.terminal import rewriting
 from nemotron.errors import NemotronError, raise_all
 from nemotron.profile import load_profile
 
@@ -107,13 +108,9 @@ def run_step(
         _say(f"note: {note}")
     # With --json, stdout holds the record alone.
     shown = sys.stderr if as_json else sys.stdout
-    console = launch.Console(
-        argv=["nemotron", *invocation.argv],
-        say=_say,
-        stdout=shown.buffer,
-        stderr=sys.stderr.buffer,
-    )
-    submission = launch.submit(job, console)
+    with rewriting(shown.buffer, sys.stderr.buffer) as (stdout, stderr):
+        argv = ["nemotron", *invocation.argv]
+        submission = launch.submit(job, launch.Console(argv, _say, stdout=stdout, stderr=stderr))
     if as_json:
         print(submission.job.record.model_dump_json(indent=2))
     elif submission.exit_code is None:

@@ -323,10 +323,28 @@ class CheckpointPatchConfig(Schema):
 
 
 class LoggerConfig(Schema):
-    """How often a line is printed; ``metrics.jsonl`` always has every iteration."""
+    """Where metrics are shown beside ``metrics.jsonl``, which always has every iteration."""
 
     log_interval: PositiveInt = Field(
         default=10, description="optimizer steps between printed lines"
+    )
+    tensorboard_dir: str | None = Field(
+        default=None, description="directory of TensorBoard's event files; null: none are written"
+    )
+    tensorboard_log_interval: PositiveInt = Field(
+        default=1, description="optimizer steps between those that TensorBoard and W&B get"
+    )
+    wandb_project: str | None = Field(
+        default=None, description="project on Weights & Biases; null: nothing goes there"
+    )
+    wandb_exp_name: str | None = Field(
+        default=None, description="name of the run there, with wandb_project"
+    )
+    wandb_entity: str | None = Field(
+        default=None, description="who the project belongs to; null: the account's default"
+    )
+    wandb_save_dir: str | None = Field(
+        default=None, description="where wandb keeps its files; null: as wandb decides (WANDB_DIR)"
     )
 
 

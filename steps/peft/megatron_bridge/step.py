@@ -14,6 +14,8 @@ from nemotron.steps._training.checkpoint import hold_output
 from nemotron.steps._training.distributed import open_layout
 from nemotron.steps._training.heartbeat import Heartbeat
 from nemotron.steps._training.loop import AdamSettings, BatchSettings, Intervals
+from nemotron.steps._training.metrics import MetricsLog
+from nemotron.steps._training.mirror_process import MirrorSettings
 from nemotron.steps._training.preemption import StopRequest
 from nemotron.steps._training.schedule import Schedule
 from nemotron.steps.peft.megatron_bridge.checks import STEP, existing_inputs
@@ -38,6 +40,13 @@ def run(config: Config, produced_by: Producer) -> None:
         StopRequest(layout) as stop,
         Heartbeat(layout, config.dist.heartbeat_timeout_seconds) as heartbeat,
         hold_output(layout, output),
+        MetricsLog(
+            output if layout.is_first else None,
+            train_iters=train.train_iters,
+            log_interval=config.logger.log_interval,
+            config=config.model_dump(mode="json", by_alias=True),
+            mirrors=MirrorSettings(**config.logger.model_dump(exclude={"log_interval"})),
+        ) as metrics,
     ):
         train_adapter(
             layout=layout,
@@ -78,7 +87,7 @@ def run(config: Config, produced_by: Producer) -> None:
                 checkpoint.save_interval,
             ),
             seed=config.rng.seed,
-            log_interval=config.logger.log_interval,
+            metrics=metrics,
             dtype=torch.bfloat16 if config.mixed_precision == "bf16_mixed" else torch.float32,
             sequence_parallel=config.sequence_parallel,
             recompute=config.model.recompute_granularity == "full",

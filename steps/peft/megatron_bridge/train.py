@@ -54,7 +54,7 @@ def train_adapter(
     adam: AdamSettings,
     seed: int,
     intervals: Intervals,
-    log_interval: int,
+    metrics: MetricsLog,
     dtype: torch.dtype,
     sequence_parallel: bool,
     recompute: bool,
@@ -73,14 +73,14 @@ def train_adapter(
         layout: This rank's groups.
         packed_root: Output directory of data_prep/sft_packing.
         base_path: Megatron checkpoint.
-        output: Where adapters and ``metrics.jsonl`` go.
+        output: Where adapters go.
         lora: Adapters, and the linears that get one.
         batch: Batch sizes.
         schedule: Learning rate per iteration.
         adam: Optimizer settings.
         seed: Seed of the adapter, the row order and dropout.
         intervals: Length of the run, and when it evaluates and saves.
-        log_interval: Steps between printed lines.
+        metrics: Where losses go.
         dtype: dtype of the base and of activations.
         sequence_parallel: Whether activations between the linears are split over the sequence.
         recompute: Whether layers are computed again in the backward pass.
@@ -130,13 +130,11 @@ def train_adapter(
     if layout.is_first:
         _announce(model, lora, time.perf_counter() - started)
     saved = start_run(layout, output, resume, train_iters=intervals.train_iters)
-    if saved is not None:
+    if saved is None:
+        metrics.start()
+    else:
         load_adapter(saved.directory, model)
-    metrics = MetricsLog(
-        output if layout.is_first else None,
-        train_iters=intervals.train_iters,
-        log_interval=log_interval,
-    )
+        metrics.resume(saved.iteration, saved.directory)
     heartbeat.last_step = lambda: metrics.iteration
     saves = Saves(
         output=output,
@@ -171,13 +169,13 @@ def train_adapter(
         start = _go_on(trainer, saved) if saved else Progress()
         reached = trainer.run(intervals, partial(saves.save, trainer), start=start, stop=stop)
     if reached < intervals.train_iters:
+        metrics.stopped(reached)
         raise PreemptedError(f"stopped at iteration {reached}/{intervals.train_iters}")
 
 
 def _go_on(trainer: Trainer, saved: SavedRun) -> Progress:
-    """Set optimizer and metrics to where a save was made."""
+    """Set the optimizer to where a save was made."""
     trainer.load_moments(saved.directory, saved.iteration)
-    trainer.metrics.resume(saved.iteration, saved.directory)
     trainer.best = Best(*saved.best) if saved.best else None
     before = saved.valid_loss_before
     return Progress(

@@ -1,4 +1,4 @@
-"""``nemotron jobs``: list, status and logs of real jobs."""
+"""``nemotron jobs``: list, status and logs of real jobs, and the report of a run."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ def test_list_status_and_logs_of_two_jobs(demo: Path, capsys: Captured) -> None:
     assert "[too_odd] that is odd" in text
     assert main(["jobs", "logs", failed]) == 0
     assert capsys.readouterr().out.startswith("making\n")
+
+
+def test_report_writes_a_page_and_with_json_prints_the_figures(
+    here: Path, capsys: Captured
+) -> None:
+    for name in ("one", "two"):
+        (here / name).mkdir()
+        event = {"event": "validation", "iteration": 3, "time": 1.0, "lm_loss": 2.5}
+        (here / name / "metrics.jsonl").write_text(json.dumps(event) + "\n")
+    assert main(["jobs", "report", "one"]) == 0
+    assert capsys.readouterr().out == "report-one.html\n"
+    assert main(["jobs", "report", "one", "--against", "two", "-o", "page.html"]) == 0
+    assert "one against two" in (here / "page.html").read_text()
+    assert main(["jobs", "report", "one", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.removeprefix("page.html\n"))["run"][
+        "best_valid_loss"
+    ] == pytest.approx(2.5)
+    assert sorted(path.name for path in here.glob("*.html")) == ["page.html", "report-one.html"]
+    assert main(["jobs", "report", "three", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "job_unknown"

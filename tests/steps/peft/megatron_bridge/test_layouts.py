@@ -103,6 +103,28 @@ def test_pipeline_stages_go_with_the_other_splits(
     assert adapter_difference(run, reference) <= ADAPTER_TOLERANCE
 
 
+def test_the_work_of_a_step_is_the_same_at_every_layout_and_shared_by_the_ranks(
+    train: Train, reference: Any
+) -> None:
+    layout = {f"recipe.{name}_parallel_size": 2 for name in ("tensor_model", "pipeline_model")}
+    run = train(**layout, **{"logger.log_interval": 3})
+    assert work(run, num_ranks=4) == pytest.approx(work(reference, num_ranks=1), rel=1e-12)
+    # The largest of all ranks takes a collective, so it is there where a line is printed.
+    with_memory = [step for step in steps_of(run) if "peak_memory_bytes" in step]
+    assert [step["iteration"] for step in with_memory] == [1, 3, 6, 8]
+    # A process that has imported torch holds some 100 MB; this model adds nothing to speak of.
+    assert all(5e7 < step["peak_memory_bytes"] < 5e9 for step in with_memory)
+
+
+def steps_of(run: Any) -> list[dict[str, Any]]:
+    return [event for event in run.events if event["event"] == "step"]
+
+
+def work(run: Any, num_ranks: int) -> list[float]:
+    """Return the floating-point operations of every step, in 1e12."""
+    return [step["tflops_per_rank"] * step["seconds"] * num_ranks for step in steps_of(run)]
+
+
 def test_per_micro_batch_loss_does_not_depend_on_the_data_parallel_size(train: Train) -> None:
     runs = [
         train(**{"model.calculate_per_token_loss": False, "recipe.data_parallel_size": size})
@@ -125,7 +147,7 @@ def test_the_same_run_twice_gives_the_same_bytes(train: Train, reference: Any) -
 
 
 def test_training_lowers_the_loss_and_is_clipped(reference: Any) -> None:
-    steps = [event for event in reference.events if event["event"] == "step"]
+    steps = steps_of(reference)
     assert min(step["grad_norm"] for step in steps) > 0.5  # the bound: every step was clipped
     assert steps[0]["learning_rate"] == 0.0  # Megatron's first warm-up step
     assert steps[-1]["lm_loss"] < steps[0]["lm_loss"] - 0.1

@@ -1,0 +1,93 @@
+"""A job's progress on a terminal: of its lines of progress, only the newest stays.
+
+A job writes lines, since they go to its log too. Where the launcher's own output is a terminal, a
+line of progress is shortened and takes the place of the one before; everything else passes through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import BinaryIO, cast
+
+_ERASE = b"\r\x1b[K"
+# As the trainer prints it: "iteration 10/60 | lm loss 2.3412 | ... | ETA 0:01:20".
+_PROGRESS = re.compile(rb"iteration +\d+/\d+ \| .* \| ETA .*")
+_KEPT = re.compile(rb"iteration .*|lm loss .*|.* tokens/s|ETA .*")
+
+
+@contextlib.contextmanager
+def rewriting(stdout: BinaryIO, stderr: BinaryIO) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Yield what a job's stdout and stderr are written to; both as given where no terminal is."""
+    if not stdout.isatty():
+        yield stdout, stderr
+        return
+    progress = _Progress(stdout)
+    try:
+        # A job's output is written and flushed, which is all that these can do.
+        yield cast(BinaryIO, progress), cast(BinaryIO, _Beside(progress, stderr))
+    finally:
+        progress.close()
+
+
+class _Progress:
+    """Stdout, line by line."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._is_shown = False
+        self._rest = b""
+
+    def write(self, block: bytes) -> None:
+        *lines, self._rest = (self._rest + block).split(b"\n")
+        for line in lines:
+            if _PROGRESS.fullmatch(line):
+                self._show(line)
+            else:
+                self.erase()
+                self._stream.write(line + b"\n")
+        if not b"iteration ".startswith(self._rest[:10]):  # it will be no line of progress
+            self.erase()
+            self._stream.write(self._rest)
+            self._rest = b""
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def erase(self) -> None:
+        """Take the progress away, so that something else can stand there."""
+        if self._is_shown:
+            self._stream.write(_ERASE)
+        self._is_shown = False
+
+    def close(self) -> None:
+        """Leave the last progress to be read, and what came without a newline at its end."""
+        if self._is_shown:
+            self._stream.write(b"\n")
+        self._stream.write(self._rest)
+        self._stream.flush()
+        self._is_shown, self._rest = False, b""
+
+    def _show(self, line: bytes) -> None:
+        columns = shutil.get_terminal_size().columns
+        kept = b" | ".join(part for part in line.split(b" | ") if _KEPT.fullmatch(part))
+        self.erase()
+        self._stream.write(kept[: columns - 1])
+        self._is_shown = True
+
+
+class _Beside:
+    """Stderr, on the same terminal."""
+
+    def __init__(self, progress: _Progress, stream: BinaryIO) -> None:
+        self._progress, self._stream = progress, stream
+
+    def write(self, block: bytes) -> None:
+        self._progress.erase()
+        self._progress.flush()
+        self._stream.write(block)
+
+    def flush(self) -> None:
+        self._stream.flush()

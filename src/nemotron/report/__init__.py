@@ -1,0 +1,46 @@
+"""What became of a training run, as data and as a page to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemotron.artifacts import write_text
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.report.page import report_page
+from nemotron.report.run import TrainingRun, config_difference, read_run, summary
+
+__all__ = ["TrainingRun", "read_run", "report_data", "write_page"]
+
+
+def report_data(run: TrainingRun, against: TrainingRun | None = None) -> dict[str, Any]:
+    """Return the figures of a run, and of another with what the two were asked for differently."""
+    difference = {} if against is None else config_difference(run, against)
+    return {
+        "run": summary(run),
+        "against": None if against is None else summary(against),
+        "config_difference": [
+            {"key": key, "run": ours, "against": theirs}
+            for key, (ours, theirs) in difference.items()
+        ],
+    }
+
+
+def write_page(run: TrainingRun, against: TrainingRun | None, path: Path | None) -> Path:
+    """Write the page and return where it is: ``path``, or here under the names of the runs.
+
+    Raises:
+        NemotronError: ``report_not_written``.
+    """
+    names = [run.name] if against is None else [run.name, against.name]
+    path = path or Path(f"report-{'-against-'.join(names)}.html")
+    try:
+        write_text(path, report_page(run, against))
+    except OSError as error:
+        raise NemotronError(
+            "report_not_written",
+            f"{path} cannot be written: {error.strerror}",
+            fix="pass -o FILE in a directory that is there and can be written",
+            exit_code=ExitCode.IO,
+        ) from None
+    return path

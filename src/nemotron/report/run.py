@@ -1,0 +1,245 @@
+"""A training run as its records tell it: ``metrics.jsonl``, and the jobs that wrote it.
+
+A run may have been stopped and gone on several times, each by a job of its own; what a killed job
+could not write into ``metrics.jsonl`` any more is in its record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nemotron import catalog, jobs
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.jobs import JobRecord
+from nemotron.redaction import redact_data
+
+METRICS_FILE = "metrics.jsonl"
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Happening:
+    """Something that happened to a run: at a Unix time, after so many steps where that is known."""
+
+    time: float
+    iteration: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run.
+
+    Attributes:
+        name: Id of the job that was asked for, or name of the directory.
+        directory: Where ``metrics.jsonl`` is.
+        status: Of its last job; None where no job of this project wrote it.
+        config: Values by dotted key, as the last job had them, secrets hidden.
+        steps: What was recorded of every optimizer step, by iteration.
+        validations: Loss on the valid split.
+        saves: Iterations that were saved, with the directory.
+        happenings: Beginnings, ends and failures, in order of time.
+    """
+
+    name: str
+    directory: Path
+    status: str | None
+    config: dict[str, Any]
+    steps: dict[int, dict[str, Any]]
+    validations: Points
+    saves: list[tuple[int, str]]
+    happenings: list[Happening]
+
+    def series(self, field: str) -> Points:
+        """Return a recorded value of every step that has it."""
+        return [
+            (iteration, float(step[field]))
+            for iteration, step in self.steps.items()
+            if field in step
+        ]
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Iteration and loss of the best evaluation."""
+        return min(self.validations, key=lambda point: point[1], default=None)
+
+
+def read_run(target: str, root: Path | None = None) -> TrainingRun:
+    """Return the run of a job, given by its id or a part of it, or of a directory.
+
+    Args:
+        target: Job, or the directory that holds ``metrics.jsonl``.
+        root: Directory of the job records.
+
+    Raises:
+        NemotronError: ``job_unknown``, ``job_ambiguous``, or ``no_metrics``: there is nothing to
+            report on.
+    """
+    if (Path(target) / METRICS_FILE).is_file():
+        return _read(Path(target).resolve().name, Path(target).resolve(), root)
+    if Path(target).is_dir():
+        raise _no_metrics(f"{target} holds no {METRICS_FILE}")
+    record = jobs.find(target, root).record
+    for directory in _outputs(record):
+        if (directory / METRICS_FILE).is_file():
+            return _read(record.id, directory, root)
+    raise _no_metrics(f"job {record.id} ({record.step}) left no {METRICS_FILE}")
+
+
+def summary(run: TrainingRun) -> dict[str, Any]:
+    """Return the figures of a run; None where a run has not come to them."""
+    losses = run.series("lm_loss")
+    seconds = sum(value for _, value in run.series("seconds"))
+    tokens = sum(int(value) for _, value in run.series("tokens"))
+    supervised = sum(int(value) for _, value in run.series("supervised_tokens"))
+    work = sum(s["tflops_per_rank"] * s["seconds"] for s in run.steps.values() if _is_timed(s))
+    memory = [value for _, value in run.series("peak_memory_bytes")]
+    return {
+        "name": run.name,
+        "directory": str(run.directory),
+        "status": run.status,
+        "iterations": max(run.steps, default=0),
+        "train_iters": run.config.get("train.train_iters"),
+        "first_loss": losses[0][1] if losses else None,
+        "last_loss": losses[-1][1] if losses else None,
+        "first_valid_loss": run.validations[0][1] if run.validations else None,
+        "last_valid_loss": run.validations[-1][1] if run.validations else None,
+        "best_valid_loss": run.best[1] if run.best else None,
+        "best_iteration": run.best[0] if run.best else None,
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "supervised_tokens_per_second": supervised / seconds if seconds else None,
+        "tflops_per_rank": work / seconds if seconds else None,
+        "peak_memory_bytes": int(max(memory)) if memory else None,
+        "saves": [{"iteration": iteration, "directory": where} for iteration, where in run.saves],
+        "events": [
+            {"time": each.time, "iteration": each.iteration, "text": each.text}
+            for each in run.happenings
+        ],
+    }
+
+
+def config_difference(run: TrainingRun, other: TrainingRun) -> dict[str, tuple[Any, Any]]:
+    """Return what two runs were asked for differently, by key: the value of each, None if unset."""
+    pairs = {
+        key: (run.config.get(key), other.config.get(key))
+        for key in sorted({*run.config, *other.config})
+    }
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _read(name: str, directory: Path, root: Path | None) -> TrainingRun:
+    steps: dict[int, dict[str, Any]] = {}
+    validations: Points = []
+    saves: list[tuple[int, str]] = []
+    happenings: list[Happening] = []
+    config: dict[str, Any] = {}
+    for event in _events(directory / METRICS_FILE):
+        kind, iteration = event["event"], event["iteration"]
+        if kind == "step":
+            steps[iteration] = event
+        elif kind == "validation" and math.isfinite(event["lm_loss"]):
+            validations.append((iteration, event["lm_loss"]))
+        elif kind == "saved":
+            saves.append((iteration, event["directory"]))
+        config = event.get("config", config)
+        text = _told(event)
+        if text:
+            happenings.append(Happening(event.get("time", 0.0), iteration, text))
+    since = happenings[0].time if happenings else 0.0
+    written_by = [record for record in _jobs_of(directory, root) if _ended(record) >= since]
+    happenings += [_end_of(record) for record in written_by if record.status in jobs.ENDED]
+    shown = redact_data(config or (written_by[-1].config if written_by else {}))
+    return TrainingRun(
+        name=name,
+        directory=directory,
+        status=written_by[-1].status if written_by else None,
+        config=dict(_leaves(shown)),
+        steps=steps,
+        validations=validations,
+        saves=saves,
+        happenings=sorted(happenings, key=lambda each: each.time),
+    )
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events; the last line of a run that goes on, or was killed, may be half written."""
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and isinstance(event.get("iteration"), int):
+                yield event
+
+
+def _told(event: Mapping[str, Any]) -> str:
+    texts = {
+        "started": "started",
+        "resumed": f"resumed from {event.get('directory')}",
+        "stopped": "stopped on request",
+        "save_failed": f"nothing saved: {event.get('problem')}",
+    }
+    return texts.get(event["event"], "")
+
+
+def _end_of(record: JobRecord) -> Happening:
+    problem = f": [{record.error['code']}] {record.error['problem']}" if record.error else ""
+    text = f"job {record.id} {record.status}{problem}"
+    time = _ended(record) if record.ended else _unix(record.started or record.queued)
+    return Happening(time, None, text)
+
+
+def _jobs_of(directory: Path, root: Path | None) -> list[JobRecord]:
+    """Return the records of the jobs that wrote to a directory, in the order of their ends."""
+    records = [job.record for job in jobs.list_jobs(root)]
+    return sorted((each for each in records if directory in _outputs(each)), key=_ended)
+
+
+def _outputs(record: JobRecord) -> list[Path]:
+    """Return the directories that a job's step says it writes, as the job's config names them."""
+    try:
+        produced = catalog.resolve(record.step).manifest.produces
+    except NemotronError:  # a step that this installation does not have
+        return []
+    values = dict(_leaves(record.config))
+    paths = [values.get(key) for artifact in produced for key in artifact.keys]
+    return [(Path(record.directory) / path).resolve() for path in paths if isinstance(path, str)]
+
+
+def _ended(record: JobRecord) -> float:
+    return _unix(record.ended) if record.ended else math.inf
+
+
+def _unix(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
+
+
+def _is_timed(step: Mapping[str, Any]) -> bool:
+    return "tflops_per_rank" in step and "seconds" in step
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _no_metrics(problem: str) -> NemotronError:
+    return NemotronError(
+        "no_metrics",
+        problem,
+        fix="name a run of peft/megatron_bridge, by its job or by its checkpoint.save directory",
+        exit_code=ExitCode.DATA,
+    )

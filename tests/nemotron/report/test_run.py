@@ -1,0 +1,103 @@
+"""nemotron.report.run: what the records of a run come to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.jobs import Job
+from nemotron.report import read_run, report_data
+from nemotron.report.run import config_difference, summary
+from tests.nemotron.report.conftest import START, step
+
+WriteMetrics = Callable[..., Path]
+
+
+def test_the_summary_has_the_figures_of_the_run(write_metrics: WriteMetrics) -> None:
+    figures = summary(read_run(str(write_metrics("out"))))
+    assert figures["name"] == "out"
+    assert (figures["iterations"], figures["train_iters"]) == (4, 8)
+    assert (figures["first_loss"], figures["last_loss"]) == (3.0, 0.75)
+    assert (figures["best_valid_loss"], figures["best_iteration"]) == (2.5, 4)
+    assert (figures["tokens"], figures["supervised_tokens"]) == (400, 100)
+    assert (figures["tokens_per_second"], figures["tflops_per_rank"]) == (200.0, 0.25)
+    assert figures["peak_memory_bytes"] == 3 * 2**30
+    assert figures["saves"] == [{"iteration": 4, "directory": "iter_0000004"}]
+    assert figures["status"] is None
+    json.dumps(figures, allow_nan=False)
+
+
+def test_a_run_is_found_by_its_job_and_by_its_directory(
+    write_metrics: WriteMetrics, job: Callable[..., Job]
+) -> None:
+    directory = write_metrics("out")
+    record = job("out", ended=9.0, code=0).record
+    by_job, by_directory = read_run(record.id[-6:]), read_run("out")
+    assert (by_job.name, by_directory.name) == (record.id, "out")
+    assert by_job.directory == by_directory.directory == directory
+    assert by_job.status == by_directory.status == "succeeded"
+
+
+def test_what_happened_is_told_in_order_from_metrics_and_jobs(
+    write_metrics: WriteMetrics, job: Callable[..., Job]
+) -> None:
+    resumed = {"event": "resumed", "iteration": 4, "time": START + 20, "directory": "iter_0000004"}
+    failed = {"event": "save_failed", "iteration": 5, "time": START + 21, "problem": "disk full"}
+    stopped = {"event": "stopped", "iteration": 5, "time": START + 22}
+    rest = "".join(json.dumps(event) + "\n" for event in (resumed, failed, stopped))
+    write_metrics("out", rest=rest)
+    job("out", ended=-5.0, code=0)  # of an earlier run in the same directory
+    died = {"code": "rank_died", "problem": "rank 1 was killed by SIGKILL"}
+    killed = job("out", ended=10.0, code=8, error=died).record.id
+    preempted = job("out", ended=23.0, code=75).record.id
+    job("elsewhere", ended=24.0, code=0)
+    run = read_run("out")
+    assert [each.text for each in run.happenings] == [
+        "started",
+        f"job {killed} failed: [rank_died] rank 1 was killed by SIGKILL",
+        "resumed from iter_0000004",
+        "nothing saved: disk full",
+        "stopped on request",
+        f"job {preempted} preempted",
+    ]
+    assert run.status == "preempted"
+
+
+def test_the_last_line_of_a_run_that_goes_on_may_be_half_written(
+    write_metrics: WriteMetrics,
+) -> None:
+    write_metrics("out", rest=json.dumps(step(5)) + "\n" + json.dumps(step(6))[:40])
+    assert summary(read_run("out"))["iterations"] == 5
+
+
+def test_two_configs_are_compared_key_by_key(write_metrics: WriteMetrics) -> None:
+    write_metrics("one", optimizer={"lr": 0.1}, peft={"dim": 8})
+    write_metrics("two", optimizer={"lr": 0.2}, peft={"dim": 8, "alpha": 16})
+    one, two = read_run("one"), read_run("two")
+    assert config_difference(one, two) == {
+        "checkpoint.save": ("one", "two"),
+        "optimizer.lr": (0.1, 0.2),
+        "peft.alpha": (None, 16),
+    }
+    data = report_data(one, two)
+    assert {"key": "optimizer.lr", "run": 0.1, "against": 0.2} in data["config_difference"]
+    assert (data["run"]["name"], data["against"]["name"]) == ("one", "two")
+
+
+def test_a_secret_in_a_config_is_not_shown(write_metrics: WriteMetrics) -> None:
+    write_metrics("out", hf_model_path="https://me:hunter2hunter2@example.com/base")
+    assert "hunter2" not in str(read_run("out").config)
+
+
+def test_what_has_no_metrics_is_refused(here: Path, job: Callable[..., Job]) -> None:
+    (here / "empty").mkdir()
+    for target in ("empty", job("empty", ended=1.0, code=0).record.id):
+        with pytest.raises(NemotronError, match=r"no metrics\.jsonl") as caught:
+            read_run(target)
+        assert (caught.value.code, caught.value.exit_code) == ("no_metrics", ExitCode.DATA)
+    with pytest.raises(NemotronError, match="no job 'nowhere'"):
+        read_run("nowhere")
