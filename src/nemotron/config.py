@@ -92,9 +92,12 @@ def override(tree: Node, arguments: Sequence[str]) -> Node:
     return tree
 
 
-def dump(values: Mapping[str, Any]) -> str:
-    """Return values as YAML that ``load_config`` reads back unchanged."""
-    literal = plain(escape(from_plain(dict(values), "")))
+def dump(values: Mapping[str, Any], *, keep_steps: bool = False) -> str:
+    """Return values as YAML that ``load_config`` reads back unchanged.
+
+    With ``keep_steps``, the reader resolves each ``${steps:PATH}`` in them.
+    """
+    literal = plain(escape(from_plain(dict(values), ""), keep_steps=keep_steps))
     return yaml.dump(literal, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 

@@ -28,6 +28,7 @@ from nemotron.validation import did_you_mean
 STEPS_ROOT = Path(__file__).parent / "steps"
 
 _OPENING = re.compile(r"(\\*)\$\{")
+_OPENING_BUT_STEPS = re.compile(r"(\\*)\$\{(?!steps:)")
 _KEY_PART = re.compile(r"[^.\[\]]+")
 # Characters in a value that is referred to. References to references could blow a small file up
 # without bound.
@@ -38,26 +39,29 @@ _FIX = (
 )
 
 
-def resolve(tree: Node) -> Node:
+def resolve(tree: Node, *, keep_steps: bool = False) -> Node:
     """Return ``tree`` with every reference replaced by what it stands for.
+
+    With ``keep_steps``, ``${steps:PATH}`` stays, checked: the job resolves it on its machine.
 
     Raises:
         NemotronError: ``interpolation_invalid``, ``variable_missing``, ``secret_in_config``; every
             failing key is named.
     """
-    resolution = _Resolution(tree)
+    resolution = _Resolution(tree, keep_steps)
     resolved = transform(tree, resolution.resolve)
     raise_all(resolution.failures)
     return resolved
 
 
-def escape(tree: Node) -> Node:
-    """Return ``tree`` so that ``resolve`` gives it back unchanged."""
+def escape(tree: Node, *, keep_steps: bool = False) -> Node:
+    """Return ``tree`` so that ``resolve`` gives it back unchanged, apart from kept references."""
+    opening = _OPENING_BUT_STEPS if keep_steps else _OPENING
 
     def escaped(node: Node, _path: KeyPath) -> Node:
         if not isinstance(node.value, str):
             return node
-        return replace(node, value=_OPENING.sub(r"\1\1\\${", node.value))
+        return replace(node, value=opening.sub(r"\1\1\\${", node.value))
 
     return transform(tree, escaped)
 
@@ -88,9 +92,10 @@ class _Found:
 class _Resolution:
     """One pass over a config; every value is evaluated once."""
 
-    def __init__(self, root: Node) -> None:
+    def __init__(self, root: Node, keep_steps: bool) -> None:
         self.failures: list[NemotronError] = []
         self._root = root
+        self._keep_steps = keep_steps
         self._done: dict[KeyPath, Node] = {}
         self._open: list[KeyPath] = []  # values under evaluation, each refers to the next
 
@@ -127,7 +132,9 @@ class _Resolution:
             if name == "oc.env" and len(args) in (1, 2):
                 return _variable(args, args_str, dotted(path), node.place, used)
             if name == "steps" and len(args) <= 1:
-                return _Found(Node(str(_steps_path("".join(map(str, args))))))
+                relative = "".join(map(str, args))
+                here = str(_steps_path(relative))
+                return _Found(Node(f"${{steps:{relative}}}" if self._keep_steps else here))
             raise ValueError(f"{name} with {len(args)} arguments is none of the references here")
 
         try:

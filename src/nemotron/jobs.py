@@ -22,13 +22,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import nemotron
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.redaction import redact_argv, redact_data
+from nemotron.redaction import redact_argv, redact_data, redact_text
 
 JOBS_ROOT = Path(".nemotron") / "jobs"
 RECORD, CONFIG, LOG, ERROR = "job.json", "train.yaml", "log.txt", "error.json"
+DIFF = "code.diff"
 
-Status = Literal["queued", "running", "succeeded", "failed", "preempted", "interrupted", "lost"]
-ENDED = ("succeeded", "failed", "preempted", "interrupted", "lost")
+Status = Literal[
+    "queued",
+    "running",
+    "succeeded",
+    "failed",
+    "preempted",
+    "interrupted",
+    "cancelled",
+    "lost",
+    "unknown",
+]
+ENDED = ("succeeded", "failed", "preempted", "interrupted", "cancelled", "lost")
 
 
 class Git(BaseModel):
@@ -40,10 +51,26 @@ class Git(BaseModel):
     is_dirty: bool
 
 
+class Placement(BaseModel):
+    """Where a job of another machine is: all that is needed to ask about it again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    executor: Literal["slurm", "lepton"]
+    id: str  # the scheduler's own
+    name: str
+    directory: str  # of the job, there
+    host: str | None = None  # a login node; None: this machine
+    user: str | None = None
+    port: int | None = None
+    identity: str | None = None
+
+
 class JobRecord(BaseModel):
     """The content of a ``job.json``; times are ISO 8601 with the offset of the host.
 
-    ``pid`` is the launcher that waits for the job and records its end.
+    ``pid`` is the launcher that waits for the job and records its end; a job with a ``placement``
+    needs none. ``code`` is the digest of the code archive that a remote job runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +92,11 @@ class JobRecord(BaseModel):
     directory: str
     pid: int
     log: str
+    executor: str = "local"
+    placement: Placement | None = None
+    code: str | None = None
+    restarts: int = 0
+    reason: str = ""
     error: dict[str, Any] | None = None
 
 
@@ -86,22 +118,24 @@ class Job:
     def update(self, **changes: Any) -> None:
         """Change fields of the record, durably."""
         self.record = self.record.model_copy(update=changes)
-        _write_private(self.path / RECORD, self.record.model_dump_json(indent=2) + "\n")
+        write_private(self.path / RECORD, self.record.model_dump_json(indent=2) + "\n")
 
     def start(self) -> None:
         """Record that the job's command runs."""
-        self.update(status="running", started=_now())
+        self.update(status="running", started=now())
 
-    def end(self, exit_code: int, error: dict[str, Any] | None = None) -> None:
-        """Record how the job ended."""
+    def end(
+        self, exit_code: int, error: dict[str, Any] | None = None, status: Status | None = None
+    ) -> None:
+        """Record how the job ended; ``status`` where the exit code does not say it."""
         statuses: dict[int, Status] = {
             ExitCode.OK: "succeeded",
             ExitCode.PREEMPTED: "preempted",
             ExitCode.INTERRUPTED: "interrupted",
         }
-        status = statuses.get(exit_code, "failed")
+        status = status or statuses.get(exit_code, "failed")
         shown = redact_data(error, self._known_secrets)
-        self.update(status=status, exit_code=exit_code, ended=_now(), error=shown)
+        self.update(status=status, reason="", exit_code=exit_code, ended=now(), error=shown)
 
 
 def new_directory(step: str, root: Path | None = None) -> Path:
@@ -128,6 +162,8 @@ def create(
     command: Sequence[str],
     values: dict[str, Any],
     config_text: str,
+    executor: str = "local",
+    code: str | None = None,
     known_secrets: frozenset[str] = frozenset(),
 ) -> Job:
     """Return a queued job in the directory ``path``, with its record and config written.
@@ -140,6 +176,8 @@ def create(
         command: The exact command that the job runs.
         values: The resolved config.
         config_text: The same as the step reads it.
+        executor: Where the job runs.
+        code: Digest of the code that is shipped.
         known_secrets: Values that must not be written.
     """
     record = JobRecord(
@@ -147,7 +185,7 @@ def create(
         step=step,
         profile=profile,
         status="queued",
-        queued=_now(),
+        queued=now(),
         argv=redact_argv(argv, known_secrets),
         command=redact_argv(command, known_secrets),
         config=redact_data(values, known_secrets),
@@ -157,9 +195,13 @@ def create(
         directory=str(Path.cwd()),
         pid=os.getpid(),
         log=str(path / LOG),
+        executor=executor,
+        code=code,
     )
-    _write_private(path / CONFIG, config_text)
-    _write_private(path / LOG, "")
+    write_private(path / CONFIG, config_text)
+    write_private(path / LOG, "")
+    if record.git is not None and record.git.is_dirty:
+        write_private(path / DIFF, redact_text(_diff(), known_secrets))
     job = Job(path, record, known_secrets)
     job.update()
     return job
@@ -172,7 +214,7 @@ def list_jobs(root: Path | None = None) -> list[Job]:
 
 
 def read_job(path: Path) -> Job:
-    """Return the job in a directory; one whose process is gone without an ending is ``lost``.
+    """Return the job in a directory; one whose launcher is gone without an ending is ``lost``.
 
     Raises:
         NemotronError: ``job_damaged``.
@@ -187,7 +229,8 @@ def read_job(path: Path) -> Job:
             fix=f"remove {path}",
             exit_code=ExitCode.IO,
         ) from None
-    if record.status not in ENDED and record.host == socket.gethostname() and not _runs(record.pid):
+    needs_launcher = record.placement is None and record.host == socket.gethostname()
+    if record.status not in ENDED and needs_launcher and not _runs(record.pid):
         record = record.model_copy(update={"status": "lost"})
     return Job(path, record)
 
@@ -211,7 +254,7 @@ def find(name: str, root: Path | None = None) -> Job:
     raise NemotronError("job_unknown", f"no job {name!r} in {root}", fix=fix)
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, complete or not at all."""
     aside = path.with_name(f".{path.name}.partial")
     aside.unlink(missing_ok=True)
@@ -247,6 +290,12 @@ def _git() -> Git | None:
     return Git(sha=sha, is_dirty=bool(changed)) if sha else None
 
 
+def _diff() -> str:
+    """Return how the tracked files of the checkout differ from its commit."""
+    source = Path(nemotron.__file__).resolve().parent
+    return (_git_output(source, "diff", "HEAD", "--", ":/") or "") + "\n"
+
+
 def _git_output(directory: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
@@ -271,5 +320,6 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time as records have it."""
     return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -20,10 +20,17 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field
 
 from nemotron.catalog import DEFAULT_CONFIG, Step, find_config
-from nemotron.config import Schema, override, read_config
+from nemotron.config import Schema, dump, override, read_config
 from nemotron.errors import NemotronError, raise_all
+from nemotron.executors import (
+    EXECUTORS,
+    WITHOUT_EFFECT,
+    Execution,
+    LeptonExecution,
+    SlurmExecution,
+)
 from nemotron.interpolation import escape, resolve
-from nemotron.profile import EXECUTORS, Execution, LeptonExecution, Profile, SlurmExecution
+from nemotron.profile import Profile
 from nemotron.tree import Node, child_at, display, dotted, leaves, merge
 from nemotron.validation import refuse_secrets, validate
 
@@ -100,6 +107,8 @@ class JobPlan:
     num_ranks: int
     image: str | None
     squash: str | None
+    is_squash_forced: bool
+    workspace: Path | None
     mounts: tuple[str, ...]
     arguments: tuple[str, ...]
     environment: dict[str, str]
@@ -120,6 +129,11 @@ class JobPlan:
         # One shell for all of them, so that what they export reaches the job.
         script = "\n".join(["set -euo pipefail", *self.execution.startup_commands, 'exec "$@"'])
         return ["bash", "-c", script, "bash", *command]
+
+    @property
+    def config_text(self) -> str:
+        """The config as the job reads it."""
+        return dump(self.values, keep_steps=self.executor != "local")
 
 
 def build(
@@ -149,15 +163,23 @@ def build(
     path = find_config(step, config)
     executor = profile.executor if profile else "local"
     tree = _lay_profile(read_config(path), profile)
-    tree = resolve(override(tree, overrides))
-    refuse_secrets(tree)
+    written = override(tree, overrides)
+    tree = resolve(written)
+    refuse_secrets(tree, references="secret_vars")
     execution, run, checked = _validate(tree, step, executor, display(path))
     values = checked.model_dump(mode="json", by_alias=True)
+    if executor != "local":
+        # Files that ship with the steps lie elsewhere where the job runs.
+        kept = resolve(written, keep_steps=True)
+        values = _validate(kept, step, executor, display(path))[2].model_dump(
+            mode="json", by_alias=True
+        )
     is_torchrun = step.manifest.step.launch == "torchrun"
     num_ranks = int(getattr(checked, "num_ranks", 1)) if is_torchrun else 1
     nodes = 1 if executor == "local" else execution.nodes or step.manifest.step.nodes
-    image = None if executor == "local" else execution.container_image or step.manifest.step.image
+    image = _image(step, execution, executor)
     squash, squash_note = _squash(execution, image, force_squash)
+    workspace = _workspace(execution)
     return JobPlan(
         step=step,
         config_path=path,
@@ -172,12 +194,14 @@ def build(
         num_ranks=num_ranks,
         image=image,
         squash=squash,
-        mounts=_mounts(execution),
+        is_squash_forced=force_squash and squash is not None,
+        workspace=workspace,
+        mounts=_mounts(execution, workspace),
         arguments=(*_start(step, executor, nodes, num_ranks), *passthrough),
         environment=_environment(execution, executor, num_ranks),
         inputs=_inputs(step, values, run.producers),
         outputs=_outputs(step, values),
-        notes=(*squash_note, *_without_effect(tree, executor)),
+        notes=(*squash_note, *_without_effect(tree, execution, executor)),
     )
 
 
@@ -291,14 +315,36 @@ def _outputs(step: Step, values: Mapping[str, Any]) -> tuple[PlannedOutput, ...]
     )
 
 
-def _mounts(execution: Execution) -> tuple[str, ...]:
+def _image(step: Step, execution: Execution, executor: str) -> str | None:
+    if executor == "local":
+        return None
+    if "container_image" in execution.model_fields_set:
+        return execution.container_image or None
+    return step.manifest.step.image
+
+
+def _workspace(execution: Execution) -> Path | None:
+    """Return the directory that a remote job runs in: relative paths of its config start there."""
+    if isinstance(execution, SlurmExecution):
+        if execution.workspace is None and execution.tunnel == "local":
+            return Path.cwd()
+        return Path(execution.workspace or f"{execution.remote_job_dir}/workspace")
+    if isinstance(execution, LeptonExecution):
+        mounted = execution.mounts[0].mount_path if execution.mounts else "/tmp"  # noqa: S108 - in a container
+        return Path(execution.workspace or mounted)
+    return None
+
+
+def _mounts(execution: Execution, workspace: Path | None) -> tuple[str, ...]:
     if isinstance(execution, SlurmExecution):
         extra = (execution.lustre_mount,) if execution.lustre_mount else ()
-        return execution.mounts + extra
+        mounts = execution.mounts + extra
+        targets = [Path(mount.split(":")[1 if ":" in mount else 0]) for mount in mounts]
+        if not any(workspace and workspace.is_relative_to(target) for target in targets):
+            mounts += (f"{workspace}:{workspace}",)
+        return mounts
     if isinstance(execution, LeptonExecution):
-        return tuple(
-            f"{mount.get('path', '')}:{mount.get('mount_path', '')}" for mount in execution.mounts
-        )
+        return tuple(f"{mount.path}:{mount.mount_path}" for mount in execution.mounts)
     return ()
 
 
@@ -308,10 +354,10 @@ def _squash(
     """Return the file that the image is imported to, if it is, and what to say about --force."""
     is_imported = (
         isinstance(execution, SlurmExecution)
-        and execution.tunnel == "ssh"
         and execution.remote_job_dir is not None
         and image is not None
         and not image.endswith(".sqsh")
+        and not image.startswith("/")
     )
     if not is_imported:
         reason = "no container image is imported for this run"
@@ -323,11 +369,15 @@ def _squash(
     return path, (f"--force-squash: {path} is imported again",) if force else ()
 
 
-def _without_effect(tree: Node, executor: str) -> list[str]:
-    """Return a line per argument that a local run has no use for."""
+def _without_effect(tree: Node, execution: Execution, executor: str) -> list[str]:
+    """Return a line per key that has no use where the job runs."""
+    notes = [
+        f"{key} of the profile has no effect: {reason}"
+        for key, reason in WITHOUT_EFFECT.items()
+        if key in execution.model_fields_set
+    ]
     if executor != "local":
-        return []
-    notes = []
+        return notes
     for key in ("container_image", "gpus_per_node", "ntasks_per_node"):
         node = child_at(tree, ("run", "env", key))
         if node is not None and node.place.startswith("argument"):

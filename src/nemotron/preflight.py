@@ -63,7 +63,11 @@ def label(plan: JobPlan) -> str:
 def _check_layout(plan: JobPlan) -> list[Check]:
     """Check ranks, nodes and image against each other."""
     found: list[Check] = []
+    info = plan.step.manifest.step
+    key = "nproc_per_node"
     wanted = plan.execution.nproc_per_node
+    if wanted is None and plan.executor != "local" and info.launch == "torchrun":
+        key, wanted = "ntasks_per_node", plan.execution.ntasks_per_node
     if plan.executor == "local":
         if (plan.execution.nodes or 1) > 1:
             problem = f"run.env.nodes is {plan.execution.nodes}; a local run has one node"
@@ -73,11 +77,11 @@ def _check_layout(plan: JobPlan) -> list[Check]:
         found += _check_nodes(plan)
     if wanted is not None and wanted * plan.nodes != plan.num_ranks:
         problem = (
-            f"run.env.nproc_per_node is {wanted} on {plan.nodes} node(s); "
+            f"run.env.{key} is {wanted} on {plan.nodes} node(s); "
             f"the config needs {plan.num_ranks} rank(s)"
         )
-        fix = "leave nproc_per_node out, or change the parallel sizes of the config"
-        found.append(_failed("layout_invalid", problem, "run.env.nproc_per_node", fix))
+        fix = f"leave {key} out, or change the parallel sizes of the config"
+        found.append(_failed("layout_invalid", problem, f"run.env.{key}", fix))
     if not any(result.error for result in found):
         ranks = f"{plan.num_ranks} rank(s) on {plan.nodes} node(s)"
         found.append(Check("ok", ranks))
@@ -89,7 +93,11 @@ def _check_nodes(plan: JobPlan) -> list[Check]:
     info = plan.step.manifest.step
     gpus = plan.execution.gpus_per_node
     gpus = info.gpus_per_node if gpus is None else gpus
-    if plan.num_ranks % plan.nodes:
+    if info.launch == "python" and plan.nodes > 1:
+        problem = f"{plan.step.id} runs on one node; run.env.nodes is {plan.nodes}"
+        fix = "pass run.env.nodes=1"
+        found.append(_failed("layout_invalid", problem, "run.env.nodes", fix))
+    elif plan.num_ranks % plan.nodes:
         problem = f"{plan.num_ranks} rank(s) do not spread evenly over {plan.nodes} node(s)"
         fix = "choose run.env.nodes to divide the product of the parallel sizes"
         found.append(_failed("layout_invalid", problem, "run.env.nodes", fix))
@@ -100,7 +108,7 @@ def _check_nodes(plan: JobPlan) -> list[Check]:
         found.append(_failed("layout_invalid", problem, "run.env.gpus_per_node", fix))
     elif info.launch == "torchrun" and gpus and plan.nproc_per_node < gpus:
         found.append(Check("ok", f"{plan.nproc_per_node} of {gpus} GPU(s) per node are used"))
-    if plan.image is None:
+    if plan.image is None and plan.executor == "lepton":
         problem = f"no container image for {plan.step.id} on {plan.executor}"
         fix = "set container_image in the profile"
         found.append(_failed("image_missing", problem, "run.env.container_image", fix))
@@ -110,7 +118,9 @@ def _check_nodes(plan: JobPlan) -> list[Check]:
 def _check_secrets(plan: JobPlan, dry_run: bool) -> list[Check]:
     found: list[Check] = []
     for name in plan.execution.secrets:
-        if os.environ.get(name):
+        if plan.executor == "lepton":
+            found.append(Check("ok", f"secret {name} is taken from the workspace"))
+        elif os.environ.get(name):
             found.append(Check("ok", f"secret {name} is set"))
         elif dry_run:
             found.append(Check("pending", f"secret {name} is not set here"))
@@ -140,7 +150,9 @@ def _check_inputs(plan: JobPlan, dry_run: bool, ancestors: tuple[str, ...]) -> l
     for item in plan.inputs:
         if item.path is None and not item.is_required:
             continue
-        if item.path is not None and _exists(item.path):
+        if item.path is not None and item.path.startswith("${steps:"):
+            found.append(Check("ok", f"{item.type} at {item.path} is shipped with the code"))
+        elif item.path is not None and _exists(item.path):
             found.append(Check("ok", f"{item.type} is at {item.path}"))
         elif plan.executor != "local":
             found.append(Check("pending", f"{item.type} at {item.path}: not checked from here"))

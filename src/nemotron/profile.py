@@ -14,107 +14,16 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from nemotron.errors import NemotronError
+from nemotron.executors import EXECUTORS
 from nemotron.interpolation import resolve
-from nemotron.tree import Node, child_at, display, from_plain, merge
+from nemotron.tree import Node, child_at, display, dotted, from_plain, leaves, merge
 from nemotron.validation import did_you_mean, refuse_secrets, validate
 
 RESERVED = ("wandb", "cli", "cache", "artifacts")
 ENV_FILE_VARIABLE = "NEMOTRON_ENV_FILE"
-
-
-class Execution(BaseModel):
-    """What every executor knows; also the section ``run.env`` of a config, composed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    container_image: str | None = None
-    nodes: int | None = Field(default=None, ge=1)
-    gpus_per_node: int | None = Field(default=None, ge=0)
-    ntasks_per_node: int | None = Field(default=None, ge=1)
-    nproc_per_node: int | None = Field(default=None, ge=1)
-    env_vars: dict[str, str | None] = {}  # null: leave the variable out
-    secrets: tuple[str, ...] = ()
-    startup_commands: tuple[str, ...] = ()
-    extra: dict[str, Any] = {}
-
-
-class LocalExecution(Execution):
-    """This host."""
-
-
-class SlurmExecution(Execution):
-    """A Slurm cluster, reached from one of its login nodes or over ssh."""
-
-    account: str | None = None
-    partition: str | None = None
-    run_partition: str | None = None
-    batch_partition: str | None = None
-    time: str = Field(default="04:00:00", pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")
-    cpus_per_task: int | None = Field(default=None, ge=1)
-    mem: str | None = None
-    exclusive: bool = False
-    qos: str | None = None
-    gres: str | None = None
-    constraint: str | None = None
-    reservation: str | None = None
-    signal: str | None = None
-    dependency: str | None = None
-    requeue: bool = False
-    container_env: tuple[str, ...] = ()
-    mounts: tuple[str, ...] = ()
-    lustre_mount: str | None = None
-    remote_job_dir: str | None = None
-    tunnel: Literal["local", "ssh"] = "local"
-    host: str = "localhost"
-    user: str | None = None
-    identity: str | None = None
-    setup_lines: str | None = None
-    run_command: str | None = None
-    build_partition: str | None = None
-    build_time: str | None = None
-    build_include_gpus: bool = False
-    build_gpus_per_node: int | None = Field(default=None, ge=0)
-    build_image: str | None = None
-    build_cache_dir: str | None = None
-
-
-class LeptonExecution(Execution):
-    """A Lepton workspace."""
-
-    nemo_run_dir: str | None = None
-    nprocs_per_node: int | None = Field(default=None, ge=1)
-    resource_shape: str | None = None
-    node_group: str | None = None
-    node_reservation: str | None = None
-    shared_memory_size: int | None = Field(default=None, ge=1)
-    image_pull_secrets: tuple[str, ...] = ()
-    ray_version: str | None = None
-    custom_spec: dict[str, Any] = {}
-    pre_launch_commands: tuple[str, ...] = ()
-    launcher: str | None = None
-    mounts: tuple[dict[str, str], ...] = ()
-    workspace: str | None = None
-    pip_extras: tuple[str, ...] = ()
-    repo_root: str | None = None
-    existing_ray_cluster: str | None = None
-    run_command: str | None = None
-    can_be_preempted: bool | None = None
-    can_preempt: bool | None = None
-    queue_priority: str | None = None
-
-
 BUILT_IN = {"local": from_plain({"executor": "local"}, "built in")}
-
-EXECUTORS: dict[str, type[Execution]] = {
-    "local": LocalExecution,
-    "slurm": SlurmExecution,
-    "lepton": LeptonExecution,
-}
 
 
 @dataclass(frozen=True)
@@ -140,8 +49,10 @@ def load_profile(name: str, start: Path | None = None) -> Profile:
     executor = _executor_of(keys.pop("executor", None), name)
     keys.pop("extends", None)
     written = Node(keys, values.place)
+    if executor != "local":
+        _refuse_files_of_steps(written)
     tree = _without_empty_variables(resolve(written), written)
-    refuse_secrets(tree)
+    refuse_secrets(tree, references="secret_vars")
     validate(tree, EXECUTORS[executor], source=values.place, what=f"{executor} profile key")
     return Profile(name, executor, tree)
 
@@ -271,6 +182,18 @@ def _executor_of(node: Node | None, name: str) -> str:
             ),
         )
     return node.value
+
+
+def _refuse_files_of_steps(written: Node) -> None:
+    """A reference to a file of the steps stands for a path of this machine, not of the job's."""
+    for path, node in leaves(written):
+        if isinstance(node.value, str) and "${steps:" in node.value:
+            raise NemotronError(
+                "profile_invalid",
+                f"{dotted(path)} refers to ${{steps:...}} in a profile for another machine",
+                where=node.place,
+                fix="write such references into a config; they are resolved where the job runs",
+            )
 
 
 def _without_empty_variables(resolved: Node, written: Node) -> Node:

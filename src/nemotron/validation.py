@@ -76,7 +76,7 @@ def refuse_secrets(tree: Node, *, references: str = "") -> None:
 
     Args:
         tree: The values.
-        references: A top-level key whose values name secrets of a platform; left out.
+        references: A section whose values name secrets of a platform; left out.
 
     Raises:
         NemotronError: ``secret_in_config``; names the key and the place, never the value.
@@ -84,7 +84,7 @@ def refuse_secrets(tree: Node, *, references: str = "") -> None:
     failures: list[NemotronError] = []
     for path, node in leaves(tree):
         name = next((part for part in reversed(path) if isinstance(part, str)), "")
-        if not isinstance(node.value, str) or not node.value or path[0] == references:
+        if not isinstance(node.value, str) or not node.value or references in path[:-1]:
             continue
         if looks_like_secret(node.value, name) or is_secret_name(name):
             variable = name if name.isupper() else "HF_TOKEN"

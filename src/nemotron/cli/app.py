@@ -16,7 +16,10 @@ from nemotron.cli import jobs, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.errors import ExitCode, NemotronError
 
-COMMANDS = ("steps", "jobs", "list", "show", "run", "status", "logs", "report")
+COMMANDS = (
+    *("steps", "jobs", "profiles", "list", "show", "run", "status", "logs", "cancel", "wait"),
+    *("report", "init", "check"),
+)
 
 app = typer.Typer(
     help=nemotron.__doc__,
@@ -90,7 +93,7 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
     command = " ".join(["nemotron", *names])
     if type(error).__name__ != "NoSuchOption":
         return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
-    if command in ("nemotron", "nemotron steps", "nemotron jobs"):
+    if command in ("nemotron", "nemotron steps", "nemotron jobs", "nemotron profiles"):
         fix = "options stand after the command: nemotron steps run STEP -c NAME"
     else:
         fix = f"{command} --help"

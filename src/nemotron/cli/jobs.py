@@ -1,17 +1,18 @@
-"""``nemotron jobs list | status | logs | report``."""
+"""``nemotron jobs list | status | logs | cancel | wait | report``."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nemotron import jobs, report
+from nemotron import jobs, launch, report
 from nemotron.cli import render
+from nemotron.errors import NemotronError
+from nemotron.launch import OnInterrupt
 
 app = typer.Typer(
     help="The jobs that were run from this directory.",
@@ -23,13 +24,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors included.
 Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="Job id, or a part that only it has.")]
 
-_POLL_SECONDS = 0.2
-
 
 @app.command("list")
 def list_jobs(as_json: Json = False, debug: Debug = False) -> None:
-    """List the jobs, the newest last."""
-    found = jobs.list_jobs()
+    """List the jobs, the newest last, as their schedulers see them."""
+    found = []
+    for job in jobs.list_jobs():
+        try:
+            found.append(launch.refresh(job))
+        except NemotronError as error:
+            # One cluster that does not answer must not hide the jobs of the others.
+            _say(f"note: {job.record.id}: {error.problem}")
+            found.append(job)
     if as_json:
         print(json.dumps([job.record.model_dump(mode="json") for job in found], indent=2))
     else:
@@ -38,33 +44,44 @@ def list_jobs(as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command("status")
 def show_status(job: JobName, as_json: Json = False, debug: Debug = False) -> None:
-    """Show one job's record."""
-    record = jobs.find(job).record
-    if as_json:
-        print(record.model_dump_json(indent=2))
-    else:
-        print(render.job_page(record))
+    """Show one job's record, as its scheduler sees it now."""
+    _show(launch.refresh(jobs.find(job)), as_json)
 
 
 @app.command("logs")
 def show_logs(
     job: JobName,
     follow: Annotated[
-        bool, typer.Option("-f", "--follow", help="Go on until the job has ended.")
+        bool,
+        typer.Option(
+            "-f", "--follow", help="Go on until the job has ended; exit with the job's exit code."
+        ),
     ] = False,
+    on_interrupt: Annotated[
+        OnInterrupt, typer.Option(help="What the first Ctrl-C does to a remote job.")
+    ] = "leave",
     debug: Debug = False,
-) -> None:
+) -> int:
     """Print what a job printed."""
+    console = launch.Console(argv=[], say=_say, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
     found = jobs.find(job)
-    with found.log.open("rb") as log:
-        while True:
-            # The record first: what is logged before the job ends is read after that.
-            has_ended = jobs.read_job(found.path).record.status in jobs.ENDED
-            sys.stdout.buffer.write(log.read())
-            sys.stdout.flush()
-            if has_ended or not follow:
-                return
-            time.sleep(_POLL_SECONDS)
+    return launch.logs(found, console, is_followed=follow, on_interrupt=on_interrupt) or 0
+
+
+@app.command("cancel")
+def cancel_job(job: JobName, as_json: Json = False, debug: Debug = False) -> None:
+    """End a job; one that has ended stays as it is."""
+    _show(launch.cancel(jobs.find(job)), as_json)
+
+
+@app.command("wait")
+def wait_for_job(job: JobName, as_json: Json = False, debug: Debug = False) -> int:
+    """Wait until a job has ended, and exit with the job's exit code."""
+    found = jobs.find(job)
+    code = launch.wait(found)
+    if as_json:
+        print(jobs.read_job(found.path).record.model_dump_json(indent=2))
+    return code
 
 
 @app.command("report")
@@ -87,3 +104,11 @@ def write_report(
     if output is not None or not as_json:
         path = report.write_page(run, other, output)
         print(path, file=sys.stderr if as_json else sys.stdout)
+
+
+def _show(job: jobs.Job, as_json: bool) -> None:
+    print(job.record.model_dump_json(indent=2) if as_json else render.job_page(job.record))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

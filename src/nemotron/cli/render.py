@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -178,6 +178,11 @@ def plan_text(plan: JobPlan, checks: Sequence[Check]) -> str:
     return "\n".join(lines)
 
 
+def script_text(scripts: Mapping[str, str]) -> str:
+    """Return the scripts of a submission, each whole below its name."""
+    return "".join(f"\n----- {name}\n{text.rstrip()}\n" for name, text in scripts.items())
+
+
 def job_table(jobs: Sequence[Job]) -> str:
     """Return the jobs as a table."""
     if not jobs:
@@ -201,6 +206,9 @@ def job_page(record: JobRecord) -> str:
         "queued": record.queued,
         "started": record.started or "",
         "ended": record.ended or "",
+        "reason": record.reason,
+        "placed": _placement(record),
+        "restarts": str(record.restarts) if record.restarts else "",
         "host": f"{record.host} (pid {record.pid})",
         "directory": record.directory,
         "command": shlex.join(record.command),
@@ -208,6 +216,14 @@ def job_page(record: JobRecord) -> str:
         "error": f"[{record.error['code']}] {record.error['problem']}" if record.error else "",
     }
     return "\n".join(f"{name:<10} {text}" for name, text in facts.items() if text)
+
+
+def _placement(record: JobRecord) -> str:
+    place = record.placement
+    if place is None:
+        return ""
+    where = f" through {place.host}" if place.host else ""
+    return f"{place.executor} job {place.id}{where}, {place.directory}"
 
 
 def _overridden(plan: JobPlan) -> dict[str, str]:

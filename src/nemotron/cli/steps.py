@@ -13,6 +13,7 @@ from nemotron.cli import render
 from nemotron.cli.invocation import Invocation
 from nemotron.cli.terminal import rewriting
 from nemotron.errors import NemotronError, raise_all
+from nemotron.launch import OnInterrupt
 from nemotron.profile import load_profile
 
 app = typer.Typer(help="The steps: list, show, run.", no_args_is_help=True, rich_markup_mode=None)
@@ -83,6 +84,10 @@ def run_step(
     force_squash: Annotated[
         bool, typer.Option("--force-squash", help="Import the container image again.")
     ] = False,
+    on_interrupt: Annotated[
+        OnInterrupt,
+        typer.Option(help="What the first Ctrl-C of an attached remote run does."),
+    ] = "ask",
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -110,7 +115,8 @@ def run_step(
     shown = sys.stderr if as_json else sys.stdout
     with rewriting(shown.buffer, sys.stderr.buffer) as (stdout, stderr):
         argv = ["nemotron", *invocation.argv]
-        submission = launch.submit(job, launch.Console(argv, _say, stdout=stdout, stderr=stderr))
+        console = launch.Console(argv, _say, stdout=stdout, stderr=stderr)
+        submission = launch.submit(job, console, on_interrupt=on_interrupt)
     if as_json:
         print(submission.job.record.model_dump_json(indent=2))
     elif submission.exit_code is None:
@@ -121,10 +127,12 @@ def run_step(
 def _print_plan(job: plan.JobPlan, as_json: bool) -> int:
     checks = preflight.check(job, dry_run=True)
     failures = preflight.failures(checks)
+    scripts = {} if failures else launch.preview(job)
     if as_json:
-        print(json.dumps(render.plan_data(job, checks), indent=2))
+        print(json.dumps(render.plan_data(job, checks) | {"scripts": scripts}, indent=2))
         return int(failures[0].exit_code) if failures else 0
     print(render.plan_text(job, checks))
+    print(render.script_text(scripts), end="")
     sys.stdout.flush()
     raise_all(failures)
     return 0

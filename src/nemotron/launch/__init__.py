@@ -1,27 +1,33 @@
-"""Starting jobs: one backend per executor, chosen by the plan."""
+"""Starting jobs and following them: one backend per executor, chosen by the plan or the record."""
 
 from __future__ import annotations
 
-from nemotron.errors import ExitCode, NemotronError
 from nemotron.launch.base import Console, Submission
+from nemotron.launch.follow import cancel, logs, refresh, wait
 from nemotron.launch.local import LocalBackend
+from nemotron.launch.remote import OnInterrupt
+from nemotron.launch.submit import preview, submit_remote
 from nemotron.plan import JobPlan
 
-__all__ = ["Console", "Submission", "submit"]
+__all__ = [
+    "Console",
+    "OnInterrupt",
+    "Submission",
+    "cancel",
+    "logs",
+    "preview",
+    "refresh",
+    "submit",
+    "wait",
+]
 
 
-def submit(plan: JobPlan, console: Console) -> Submission:
+def submit(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt = "ask") -> Submission:
     """Run a plan where its profile says, after the last checks.
 
     Raises:
-        NemotronError: A check failed, or the executor cannot be submitted to.
+        NemotronError: A check failed, or the executor did not take the job.
     """
-    if plan.executor != "local":
-        raise NemotronError(
-            "submission_unavailable",
-            f"submission through {plan.executor} is not built yet",
-            where=f"profile {plan.profile.name}" if plan.profile else "",
-            fix="add --dry-run to see the plan, or leave out -r and -b to run on this host",
-            exit_code=ExitCode.SUBMISSION,
-        )
-    return LocalBackend().submit(plan, console)
+    if plan.executor == "local":
+        return LocalBackend().submit(plan, console)
+    return submit_remote(plan, console, on_interrupt=on_interrupt)

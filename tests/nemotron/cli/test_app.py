@@ -124,6 +124,7 @@ def test_commands_and_options_are_the_documented_ones() -> None:
     both = {"--json", "--debug"}
     filters = {"--category", "--consumes", "--produces", "--tag", "--tree"}
     run = {"-c", "--config", "-r", "--run", "-b", "--batch", "-d", "--dry-run", "--force-squash"}
+    run |= {"--on-interrupt"}
     assert options(typer.main.get_command(app)) == {
         "nemotron": {"--version"},
         "nemotron steps": set(),
@@ -133,7 +134,9 @@ def test_commands_and_options_are_the_documented_ones() -> None:
         "nemotron jobs": set(),
         "nemotron jobs list": both,
         "nemotron jobs status": both,
-        "nemotron jobs logs": {"-f", "--follow", "--debug"},
+        "nemotron jobs logs": {"-f", "--follow", "--on-interrupt", "--debug"},
+        "nemotron jobs cancel": both,
+        "nemotron jobs wait": both,
         "nemotron jobs report": both | {"--against", "-o", "--output"},
     }
 

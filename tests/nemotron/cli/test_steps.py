@@ -175,8 +175,13 @@ def test_a_detached_run_prints_the_id_of_the_job(demo: Path, capsys: Captured) -
     assert json.loads(capsys.readouterr().out)["status"] == "succeeded"
 
 
-def test_a_remote_run_is_refused_with_exit_code_9(demo: Path, capsys: Captured) -> None:
+def test_a_slurm_run_where_there_is_no_slurm_ends_with_exit_code_9(
+    demo: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (demo / "env.toml").write_text('[p]\nexecutor = "slurm"\n')
+    monkeypatch.setenv("PATH", "/nowhere")
     for option in ("-r", "-b"):
         assert main(["steps", "run", "demo/train", option, "p"]) == 9
-        assert "is not built yet" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "error[command_missing]: there is no sbatch on this host" in error
+        assert 'tunnel = "ssh"' in error

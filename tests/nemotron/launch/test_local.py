@@ -221,7 +221,7 @@ def test_no_secret_is_in_any_file_that_a_run_leaves(
     assert not leaking
 
 
-@pytest.mark.parametrize("executor", ["slurm", "lepton"])
+@pytest.mark.parametrize("executor", ["lepton"])
 def test_a_remote_run_is_refused_for_now(demo: Path, executor: str) -> None:
     (demo / "env.toml").write_text(f'[p]\nexecutor = "{executor}"\ncontainer_image = "x"\n')
     with pytest.raises(NemotronError, match=f"through {executor} is not built yet") as caught:

@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from nemotron.steps._formats.adapter import write_adapter
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import join_rows, lora_hf_modules, weight_rules
-from nemotron.steps._training.batches import PackedSplit, global_batch
+from nemotron.steps._training.batches import PackedSplit
 from tests.steps._training.layout_worker import (
     GLOBAL_BATCH,
     LORA,
@@ -176,7 +176,7 @@ def test_first_gradients_are_those_of_peft_on_unpacked_documents(
     model = PeftModel.from_pretrained(base, str(world / "adapter"), is_trainable=True)
     model = model.to(getattr(torch, dtype))
     rows = PackedSplit(world / "train", vocab_size=VOCABULARY)
-    batch = global_batch(0, num_rows=NUM_ROWS, global_batch_size=GLOBAL_BATCH, seed=1)
+    batch = rows.global_batch(0, global_batch_size=GLOBAL_BATCH, seed=1)
     loss, supervised = torch.zeros((), dtype=torch.float64), 0
     for row in (rows[number] for number in batch):
         for start, stop in pairwise([*row.seq_start_id.tolist(), len(row.input_ids)]):

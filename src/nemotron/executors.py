@@ -1,0 +1,159 @@
+"""What a profile may say, one schema per executor: unknown keys are errors.
+
+Keys are those of nemo-run's executors and of the profiles that people have. Values that end up in
+a scheduler's directive or in a command that nemo-run puts together without quotes are checked here,
+so that what cannot be handed on intact is refused before anything starts. ``setup_lines``,
+``startup_commands``, ``pre_launch_commands`` and ``run_command`` are shell code by design.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+# One line, and nothing that ends a quoted word early.
+Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f'\"\\]+$")]
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+# Tools that nemo-run calls get these without quotes; Slurm expands % in the names of log files.
+PlainPath = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9_./@+=-]*$")]
+Directory = Annotated[str, StringConstraints(pattern=r"^/[^\x00-\x1f\x7f:,'\"\\]*$")]
+Image = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f'\"\\,]*$")]
+HostName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
+KeyFile = Annotated[str, StringConstraints(pattern=r"^(~?/)?[A-Za-z0-9_.@+=-][A-Za-z0-9_./@+=-]*$")]
+
+
+class Execution(BaseModel):
+    """What every executor knows; also the section ``run.env`` of a config, composed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    container_image: Image | None = None  # "" or null: no container
+    nodes: int | None = Field(default=None, ge=1)
+    gpus_per_node: int | None = Field(default=None, ge=0)
+    ntasks_per_node: int | None = Field(default=None, ge=1)
+    nproc_per_node: int | None = Field(default=None, ge=1)
+    env_vars: dict[Name, Text | None] = {}  # null: leave the variable out
+    secrets: tuple[Name, ...] = ()
+    startup_commands: tuple[Text, ...] = ()
+    run_command: Text | None = None  # shell code with {command}, or {script} and {config}
+    extra: dict[Option, bool | int | Line] = {}
+
+
+class LocalExecution(Execution):
+    """This host."""
+
+
+class RemoteExecution(Execution):
+    """What the executors of other machines share."""
+
+    workspace: Directory | None = None  # where the job runs; relative paths of a config start there
+    code_path: Directory | None = None  # there is the package nemotron already; ship none
+
+
+class SlurmExecution(RemoteExecution):
+    """A Slurm cluster, reached from one of its login nodes or over ssh."""
+
+    account: Line | None = None
+    partition: Line | None = None
+    run_partition: Line | None = None
+    batch_partition: Line | None = None
+    time: str = Field(default="04:00:00", pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    cpus_per_gpu: int | None = Field(default=None, ge=1)
+    gpus_per_task: int | None = Field(default=None, ge=1)
+    mem: Line | None = None
+    mem_per_cpu: Line | None = None
+    mem_per_gpu: Line | None = None
+    exclusive: bool | Line = False
+    qos: Line | None = None
+    gres: Line | None = None
+    constraint: Line | None = None
+    nodelist: Line | None = None
+    exclude: Line | None = None
+    reservation: Line | None = None
+    network: Line | None = None
+    segment: int | None = Field(default=None, ge=1)
+    comment: Line | None = None
+    signal: str | None = Field(default=None, pattern=r"^([BR]:)*[A-Z0-9]+(@\d+)?$")
+    dependency: str | None = Field(default=None, pattern=r"^[A-Za-z0-9:,?+_]+$")
+    requeue: bool = False  # start again by itself after exit code 75
+    requeue_limit: int = Field(default=20, ge=0)
+    job_name_prefix: str = Field(default="nemotron-", pattern=r"^[A-Za-z0-9_.+=@-]+$")
+    srun_args: tuple[Text, ...] = ()
+    container_env: tuple[Name, ...] = ()
+    mounts: tuple[Line, ...] = ()
+    lustre_mount: str | None = Field(default=None, pattern=r"^[^\x00-\x1f\x7f'\"\\]*$")
+    remote_job_dir: PlainPath | None = None
+    tunnel: Literal["local", "ssh"] = "local"
+    host: HostName = "localhost"
+    port: int | None = Field(default=None, ge=1, le=65535)
+    user: HostName | None = None
+    identity: KeyFile | None = None
+    setup_lines: Text | None = None
+    build_partition: Line | None = None
+    build_time: str | None = Field(default=None, pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")
+    build_include_gpus: bool = False
+    build_gpus_per_node: int | None = Field(default=None, ge=0)
+    build_image: str | None = None
+    build_cache_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _ssh_says_where(self) -> SlurmExecution:
+        if self.tunnel == "ssh" and self.remote_job_dir is None:
+            raise ValueError("tunnel ssh needs remote_job_dir, a directory on the cluster")
+        return self
+
+
+class LeptonMount(BaseModel):
+    """Storage that a Lepton job sees: ``path`` of the storage ``from`` at ``mount_path``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    path: Line
+    mount_path: Directory
+    source: Line | None = Field(default=None, alias="from")
+
+
+class LeptonExecution(RemoteExecution):
+    """A Lepton workspace."""
+
+    nemo_run_dir: PlainPath | None = None
+    nprocs_per_node: int | None = Field(default=None, ge=1)
+    resource_shape: Line | None = None
+    node_group: Line | None = None
+    node_reservation: Line | None = None
+    shared_memory_size: int | None = Field(default=None, ge=1)
+    image_pull_secrets: tuple[Line, ...] = ()
+    secret_vars: dict[Name, Line] = {}  # variable -> name of a secret of the workspace
+    custom_spec: dict[str, Any] = {}
+    pre_launch_commands: tuple[Text, ...] = ()
+    mounts: tuple[LeptonMount, ...] = ()
+    pip_extras: tuple[Line, ...] = ()
+    can_be_preempted: bool | None = None
+    can_preempt: bool | None = None
+    queue_priority: Line | None = None
+    launcher: str | None = None
+    ray_version: str | None = None
+    existing_ray_cluster: str | None = None
+    repo_root: str | None = None
+
+
+EXECUTORS: dict[str, type[Execution]] = {
+    "local": LocalExecution,
+    "slurm": SlurmExecution,
+    "lepton": LeptonExecution,
+}
+
+# Keys of other people's profiles that are accepted here and change nothing; the reason is printed.
+WITHOUT_EFFECT = {
+    "build_image": "images are imported, not built",
+    "build_cache_dir": "images are imported, not built",
+    "launcher": "each step says how it starts",
+    "ray_version": "no step runs on Ray",
+    "existing_ray_cluster": "no step runs on Ray",
+    "repo_root": "the installed package is shipped",
+    "custom_spec": "nemo-run does not hand it to Lepton",
+}

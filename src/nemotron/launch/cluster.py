@@ -1,0 +1,172 @@
+"""What Slurm says about a job, read from ``scontrol`` or ``sacct``, and the files that it writes.
+
+Works without slurmdbd: a finished job is known to ``scontrol`` for some minutes, to ``sacct`` where
+there is accounting, and after that from the file that the job's own batch shell left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.jobs import Placement
+from nemotron.launch.host import Host
+from nemotron.launch.remote import State
+from nemotron.launch.script import BATCH_MARK
+
+_QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
+_RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+# How Slurm ends a job that did not end by itself: our exit code, and what to say.
+_ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
+    "CANCELLED": (ExitCode.INTERRUPTED, "the job was cancelled", ""),
+    "TIMEOUT": (
+        ExitCode.PREEMPTED,
+        "the job reached its time limit",
+        "run it again to go on from its newest save, or set signal and requeue in the profile",
+    ),
+    "PREEMPTED": (ExitCode.PREEMPTED, "the job was preempted", "run it again to go on"),
+    "NODE_FAIL": (ExitCode.RANK_DIED, "a node of the job failed", "run it again to go on"),
+    "OUT_OF_MEMORY": (ExitCode.RANK_DIED, "the job ran out of memory", "ask for more: mem"),
+    "BOOT_FAIL": (ExitCode.SUBMISSION, "a node of the job did not boot", "run it again"),
+    "DEADLINE": (ExitCode.SUBMISSION, "the job missed its deadline", "run it again"),
+    "REVOKED": (ExitCode.SUBMISSION, "the job was revoked", "run it again"),
+}
+
+
+@dataclass
+class SlurmHandle:
+    """One job of a Slurm cluster: its state, what it prints, its end."""
+
+    placement: Placement
+    poll_seconds: float = field(init=False)
+    _offsets: dict[str, int] = field(init=False, default_factory=dict)
+    _restarts: int = field(init=False, default=0)
+    _marks_seen: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        place = self.placement
+        self._host = Host(place.host, place.user, place.port, place.identity)
+        self.poll_seconds = 0.5 if self._host.is_local else 3.0
+
+    def state(self) -> State:
+        """Return where the job stands.
+
+        Raises:
+            NemotronError: The scheduler does not answer.
+        """
+        facts = self._from_scontrol() or self._from_sacct()
+        if facts is None:
+            return self._from_files()
+        self._restarts = int(facts.get("Restarts", self._restarts))
+        return self._judged(facts)
+
+    def new_output(self, *, is_last: bool = False) -> bytes:
+        """Return what the job has printed since the last call, the batch shell's own words too.
+
+        Args:
+            is_last: The job has ended: hold nothing back.
+        """
+        place = self.placement
+        logs = [
+            self._read(f"{place.directory}/log-{place.name}_{place.id}_{restart}.out")
+            for restart in range(self._restarts + 1)
+        ]
+        return b"".join([self._batch_output(is_last), *logs])
+
+    def cancel(self) -> None:
+        """Ask Slurm to end the job; one that has ended stays as it is."""
+        self._host.require(["scancel", self.placement.id])
+
+    def _read(self, path: str) -> bytes:
+        start = self._offsets.get(path, 0)
+        block = self._host.read_from(path, start)
+        self._offsets[path] = start + len(block)
+        return block
+
+    def _batch_output(self, is_last: bool) -> bytes:
+        """Return what the batch shell printed below its mark; above is nemo-run's own trace."""
+        place = self.placement
+        path = f"{place.directory}/sbatch_{place.name}_{place.id}.out"
+        start = self._offsets.get(path, 0)
+        block = self._read(path)
+        if self._marks_seen > self._restarts:
+            return block
+        _, mark, below = block.partition(BATCH_MARK.encode())
+        if mark:
+            self._marks_seen = self._restarts + 1
+            return below.partition(b"\n")[2]
+        if not is_last:
+            self._offsets[path] = start  # the mark may come yet
+            return b""
+        return block
+
+    def _from_scontrol(self) -> dict[str, str] | None:
+        done = self._host.run(["scontrol", "-o", "show", "job", self.placement.id])
+        if done.returncode:
+            return None
+        text = done.stdout.decode(errors="replace")
+        return dict(re.findall(r"(\w+)=(\S+)", text))
+
+    def _from_sacct(self) -> dict[str, str] | None:
+        fields = "State,ExitCode,Restarts"
+        command = ["sacct", "-X", "-n", "-P", "-D", "-j", self.placement.id, "-o", fields]
+        done = self._host.run(command)
+        lines = done.stdout.decode(errors="replace").splitlines()
+        if done.returncode or not lines or not lines[-1]:
+            return None
+        state, code, restarts = lines[-1].split("|")
+        return {"JobState": state.split()[0], "ExitCode": code, "Restarts": restarts or "0"}
+
+    def _from_files(self) -> State:
+        """Return how the job ended from what it left; its scheduler has forgotten it."""
+        for restart in range(self._restarts, self._restarts + 64):
+            text = self._host.read_from(f"{self.placement.directory}/code/exit.{restart}", 0)
+            if text.strip().isdigit():
+                self._restarts = restart
+                return self._ended(int(text), 0)
+        return State("unknown", reason="the scheduler does not know the job, and it left no end")
+
+    def _judged(self, facts: dict[str, str]) -> State:
+        name = facts.get("JobState", "UNKNOWN").rstrip("+")
+        reason = facts.get("Reason", "")
+        if name in _QUEUED:
+            return State("queued", reason=reason, restarts=self._restarts)
+        if name in _RUNNING:
+            return State("running", reason=facts.get("NodeList", ""), restarts=self._restarts)
+        code, _, number = facts.get("ExitCode", "1:0").partition(":")
+        if name in ("COMPLETED", "FAILED"):
+            return self._ended(int(code), int(number or 0))
+        exit_code, problem, fix = _ENDINGS.get(
+            name, (ExitCode.FAILED, f"Slurm says {name}", "look at the end of the log")
+        )
+        error = NemotronError(f"job_{name.lower()}", problem, fix=fix, exit_code=exit_code)
+        status = "cancelled" if name == "CANCELLED" else None
+        return State.ended(int(exit_code), error.to_dict(), self._restarts, status)
+
+    def _ended(self, code: int, number: int) -> State:
+        if code == 0 and number == 0:
+            return State.ended(0, None, self._restarts)
+        reported = self._reported()
+        if reported is not None:
+            return State.ended(int(reported["exit_code"]), reported, self._restarts)
+        if code == ExitCode.PREEMPTED:
+            return State.ended(code, None, self._restarts)
+        if number:
+            name = signal.Signals(number).name
+            problem = f"the job was killed by signal {number} ({name})"
+            code = int(ExitCode.RANK_DIED)
+        else:
+            problem = f"the job ended with exit code {code} and reported no error"
+        error = NemotronError("job_failed", problem, fix="look at the end of the log")
+        return State.ended(code, error.to_dict() | {"exit_code": code}, self._restarts)
+
+    def _reported(self) -> dict[str, Any] | None:
+        path = f"{self.placement.directory}/code/error.{self._restarts}.json"
+        try:
+            return json.loads(self._host.read_from(path, 0))
+        except ValueError:
+            return None

@@ -1,0 +1,119 @@
+"""Coming back to a job from its record: its state, its log, its end, wherever it runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+from nemotron import jobs
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.jobs import Job
+from nemotron.launch.base import Console
+from nemotron.launch.cluster import SlurmHandle
+from nemotron.launch.remote import Handle, OnInterrupt, follow, note
+
+_POLL_SECONDS = 0.2
+_KILL_AFTER_SECONDS = 30.0
+
+
+def handle_of(job: Job) -> Handle:
+    """Return the handle of a job that was placed on another machine."""
+    placement = job.record.placement
+    assert placement is not None  # noqa: S101 - caller
+    return SlurmHandle(placement)
+
+
+def refresh(job: Job) -> Job:
+    """Return a job with what its scheduler says of it now."""
+    if job.record.placement is None or job.record.status in jobs.ENDED:
+        return jobs.read_job(job.path)
+    note(job, handle_of(job).state())
+    return job
+
+
+def logs(job: Job, console: Console, *, is_followed: bool, on_interrupt: OnInterrupt) -> int | None:
+    """Show what a job printed; with ``is_followed`` go on until it has ended.
+
+    Returns:
+        The job's exit code where it was followed to its end.
+    """
+    if job.record.placement is None:
+        return _local_log(job, console, is_followed)
+    handle = handle_of(job)
+    if is_followed and job.record.status not in jobs.ENDED:
+        return follow(job, handle, console, on_interrupt)
+    state = handle.state()
+    note(job, state)
+    console.stdout.write(handle.new_output(is_last=True))
+    console.stdout.flush()
+    return job.record.exit_code if is_followed else None
+
+
+def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
+    """Return the exit code of a job, once it has ended.
+
+    Raises:
+        NemotronError: ``job_lost``: nothing will ever say how it ended.
+    """
+    while True:
+        job = refresh(job)
+        record = job.record
+        if record.status == "lost":
+            raise NemotronError(
+                "job_lost",
+                f"{record.id} ended without a word: its launcher is gone",
+                where=record.log,
+                fix=f"look at its log: nemotron jobs logs {record.id}",
+                exit_code=ExitCode.RANK_DIED,
+            )
+        if record.exit_code is not None:
+            return record.exit_code
+        pause(_POLL_SECONDS if record.placement is None else handle_of(job).poll_seconds)
+
+
+def cancel(job: Job, pause: Callable[[float], None] = time.sleep) -> Job:
+    """Ask for the end of a job; return it as it is then.
+
+    Raises:
+        NemotronError: ``job_elsewhere``, and what reaching its scheduler raises.
+    """
+    job = refresh(job)
+    if job.record.status in jobs.ENDED:
+        return job
+    if job.record.placement is not None:
+        handle_of(job).cancel()
+        return refresh(job)
+    return _cancel_local(job, pause)
+
+
+def _cancel_local(job: Job, pause: Callable[[float], None]) -> Job:
+    record = job.record
+    if record.host != socket.gethostname():
+        raise NemotronError(
+            "job_elsewhere",
+            f"{record.id} runs on {record.host}",
+            fix=f"run this there: nemotron jobs cancel {record.id}",
+        )
+    os.kill(record.pid, signal.SIGINT)
+    asked = time.monotonic()
+    while (job := jobs.read_job(job.path)).record.status not in jobs.ENDED:
+        if time.monotonic() - asked > _KILL_AFTER_SECONDS:
+            os.kill(record.pid, signal.SIGINT)  # the second one kills the ranks
+            asked = time.monotonic()
+        pause(_POLL_SECONDS)
+    return job
+
+
+def _local_log(job: Job, console: Console, is_followed: bool) -> int | None:
+    with job.log.open("rb") as log:
+        while True:
+            # The record first: what is logged before the job ends is read after that.
+            record = jobs.read_job(job.path).record
+            console.stdout.write(log.read())
+            console.stdout.flush()
+            if record.status in jobs.ENDED or not is_followed:
+                return record.exit_code if is_followed else None
+            time.sleep(_POLL_SECONDS)

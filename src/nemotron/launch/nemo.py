@@ -1,0 +1,156 @@
+"""The one place that imports nemo-run: it ships a job's files and submits them, nothing else.
+
+What a job runs is in the files that are handed in; nemo-run writes the directives around them,
+copies them to where the job runs and calls the scheduler. Following, cancelling and exit codes are
+ours: nemo-run returns 0 for a job that failed, and loses track of jobs without slurmdbd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from nemo_run.config import get_nemorun_home, set_nemorun_home
+from nemo_run.core.execution.base import Executor
+from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel, Tunnel
+
+from nemotron.errors import ExitCode, NemotronError
+
+TITLE = "nemotron"
+
+
+@dataclass(kw_only=True)
+class ShippedFiles(run.Packager):
+    """Puts the files of a directory into the job's ``code/``."""
+
+    source: str
+
+    def package(self, path: Path, job_dir: str, name: str) -> str:
+        """Copy the files; there is no archive for nemo-run to unpack."""
+        shutil.copytree(self.source, Path(job_dir) / "code", dirs_exist_ok=True)
+        return ""
+
+
+def experiment_id(job_id: str) -> str:
+    """Return nemo-run's name for a job of ours."""
+    return f"{TITLE}_{job_id}"
+
+
+def slurm_executor(
+    options: dict[str, Any], *, source: Path, job_root: str, ssh: dict[str, Any] | None
+) -> Executor:
+    """Return nemo-run's Slurm executor.
+
+    Args:
+        options: Its fields.
+        source: Directory of the files to ship.
+        job_root: Directory on the cluster below which nemo-run makes the job's.
+        ssh: Host, user, port and key file of a login node; None: this machine is one.
+    """
+    base = f"{job_root}/experiments"
+    tunnel: Tunnel = LocalTunnel(job_dir=base) if ssh is None else SSHTunnel(job_dir=base, **ssh)
+    return run.SlurmExecutor(
+        tunnel=tunnel,
+        packager=ShippedFiles(source=str(source)),
+        launcher=None,
+        poll_estimated_start_time=False,
+        **options,
+    )
+
+
+def preview(executor: Executor, *, job_id: str, task: str, base: Path) -> str:
+    """Return the batch script that a submission would hand to Slurm; contacts nothing.
+
+    Args:
+        executor: The executor.
+        job_id: Id of the job.
+        task: Name of the job's one task.
+        base: Directory for the files that nemo-run writes on the way.
+    """
+    with _quiet(base), _experiment(executor, job_id, base) as experiment:
+        experiment.add(run.Script(path="launch.sh", entrypoint="bash"), name=task)
+        experiment.dryrun(log=False, delete_exp_dir=False)
+    directory = base / "experiments" / TITLE / experiment_id(job_id)
+    return (directory / f"{task}_sbatch.sh").read_text(encoding="utf-8")
+
+
+def submit(executor: Executor, *, job_id: str, task: str, base: Path) -> str:
+    """Submit and return the scheduler's own id of the job; arguments as in ``preview``.
+
+    Raises:
+        NemotronError: ``submission_failed``, with what the scheduler said.
+    """
+    refused, handle = "", ""
+    with _quiet(base):
+        # The error itself must not outlive this block: its frames hold open files.
+        try:
+            with _experiment(executor, job_id, base) as experiment:
+                experiment.add(run.Script(path="launch.sh", entrypoint="bash"), name=task)
+                experiment.run(detach=True)
+                handle = experiment.jobs[0].handle
+        except (Exception, SystemExit) as error:
+            refused = _said(error)
+    if refused:
+        raise NemotronError(
+            "submission_failed",
+            f"the job was not taken: {refused}",
+            fix="mend what it names; --dry-run shows the scripts",
+            exit_code=ExitCode.SUBMISSION,
+        )
+    return handle.rpartition("/")[2].partition(";")[0]
+
+
+def _said(error: BaseException) -> str:
+    """Return what a command that failed wrote, or else the error's own words."""
+    stderr = getattr(getattr(error, "result", None), "stderr", "")
+    return str(stderr or error).strip()[-1000:] or type(error).__name__
+
+
+def _experiment(executor: Executor, job_id: str, base: Path) -> run.Experiment:
+    return run.Experiment(
+        TITLE,
+        id=experiment_id(job_id),
+        executor=executor,
+        base_dir=str(base),
+        log_level="ERROR",
+        clean_mode=True,
+        enable_goodbye_message=False,
+        skip_status_at_exit=True,
+        serialize_metadata_for_scripts=False,
+    )
+
+
+@contextlib.contextmanager
+def _quiet(base: Path) -> Iterator[None]:
+    """Keep nemo-run's records below ``base``, its chatter off the terminal, and our input ours."""
+    home, level, stdin = get_nemorun_home(), logging.root.level, sys.stdin
+    logging.disable(logging.WARNING)
+    set_nemorun_home(str(base))
+    try:
+        with (
+            Path(os.devnull).open(encoding="utf-8") as nothing,
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            # Its commands would be fed from the terminal, or from what is piped into us.
+            sys.stdin = nothing
+            yield
+            gc.collect()  # it leaves files and pipes open; they are closed, and said so, here
+    finally:
+        sys.stdin = stdin
+        set_nemorun_home(home)
+        logging.disable(logging.NOTSET)
+        logging.root.setLevel(level)

@@ -1,0 +1,223 @@
+"""What jobs of other machines share: their record, following them, and leaving them.
+
+A handle asks a scheduler; everything here is the same for all of them. A job belongs to its
+scheduler, not to the launcher: the launcher can go at any time, and another one, in another
+terminal, goes on from the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal, Protocol, Self
+
+from nemotron import jobs
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.jobs import Job, Status
+from nemotron.launch.base import Console
+
+OnInterrupt = Literal["ask", "cancel", "leave"]
+# What was written on another machine may show up here a moment later.
+_SETTLE_SECONDS = 0.3
+_MOST_FAILED_POLLS = 20
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a job stands; ``exit_code`` is None until it has ended."""
+
+    status: Status
+    reason: str = ""
+    restarts: int = 0
+    exit_code: int | None = None
+    error: dict[str, Any] | None = None
+
+    @classmethod
+    def ended(
+        cls,
+        exit_code: int,
+        error: dict[str, Any] | None,
+        restarts: int,
+        status: Status | None = None,
+    ) -> Self:
+        """Return the state of a job that has ended."""
+        statuses: dict[int, Status] = {
+            ExitCode.OK: "succeeded",
+            ExitCode.PREEMPTED: "preempted",
+        }
+        status = status or statuses.get(exit_code, "failed")
+        return cls(status, "", restarts, exit_code, error)
+
+
+class Handle(Protocol):
+    """A job of a scheduler."""
+
+    poll_seconds: float
+
+    def state(self) -> State:
+        """Return where the job stands."""
+        ...
+
+    def new_output(self, *, is_last: bool = False) -> bytes:
+        """Return what the job has printed since the last call."""
+        ...
+
+    def cancel(self) -> None:
+        """Ask for the end of the job."""
+        ...
+
+
+def note(job: Job, state: State) -> None:
+    """Write a state into the job's record, if it says something new."""
+    if job.record.status in jobs.ENDED:
+        return
+    if state.exit_code is not None:
+        job.update(restarts=state.restarts)
+        job.end(state.exit_code, state.error, state.status)
+        return
+    shown = (state.status, state.reason, state.restarts)
+    if state.status == "unknown" or shown == _noted(job):
+        return
+    started = job.record.started or (jobs.now() if state.status == "running" else None)
+    job.update(status=state.status, reason=state.reason, restarts=state.restarts, started=started)
+
+
+def follow(job: Job, handle: Handle, console: Console, on_interrupt: OnInterrupt) -> int:
+    """Show what a job prints until it has ended; return its exit code.
+
+    Args:
+        job: The job.
+        handle: How to ask about it.
+        console: Where to show it.
+        on_interrupt: What the first Ctrl-C does; the second one leaves the job in any case.
+    """
+    with _Interrupts() as interrupts:
+        for state in _states(job, handle, console):
+            if state.exit_code is not None:
+                return _ended(state, console)
+            with contextlib.suppress(KeyboardInterrupt):
+                interrupts.wait(handle.poll_seconds)
+                continue
+            if _shall_leave(job, handle, console, on_interrupt, interrupts):
+                return int(ExitCode.INTERRUPTED)
+    raise AssertionError("a job is followed until it ends")
+
+
+def _states(job: Job, handle: Handle, console: Console) -> Iterator[State]:
+    """Yield the job's states for ever; show its output and keep its record on the way."""
+    num_failed = 0
+    said = ""
+    while True:
+        try:
+            state = handle.state()
+            _show(console, handle.new_output())
+            num_failed = 0
+        except NemotronError as error:
+            # Schedulers and networks hiccup; a job must not be lost over it.
+            num_failed += 1
+            if num_failed == 1:
+                console.say(f"{error.problem}; trying again")
+            if num_failed >= _MOST_FAILED_POLLS:
+                raise
+            state = State("unknown")
+        if state.exit_code is not None:
+            time.sleep(_SETTLE_SECONDS)
+            _show(console, handle.new_output(is_last=True))
+        if state.status == "queued" and state.reason not in ("", "None", said):
+            said = state.reason
+            console.say(f"waiting: {state.reason}")
+        note(job, state)
+        yield state
+
+
+def _ended(state: State, console: Console) -> int:
+    assert state.exit_code is not None  # noqa: S101 - caller
+    if state.error is not None:
+        error = state.error
+        console.say(f"the job {state.status}: [{error['code']}] {error['problem']}")
+        if error.get("fix"):
+            console.say(f"  fix: {error['fix']}")
+    return state.exit_code
+
+
+def _shall_leave(
+    job: Job,
+    handle: Handle,
+    console: Console,
+    on_interrupt: OnInterrupt,
+    interrupts: _Interrupts,
+) -> bool:
+    """Do what the first Ctrl-C asks for; return whether to leave the job to itself."""
+    choice = on_interrupt
+    if choice == "ask":
+        is_terminal = sys.stdin is not None and sys.stdin.isatty()
+        choice = _ask(console, interrupts) if is_terminal else "leave"
+    if choice == "cancel" and interrupts.count < 2:
+        console.say(f"cancelling {job.record.id}; Ctrl-C again leaves it as it is")
+        handle.cancel()
+        return False
+    console.say(f"{job.record.id} goes on; come back with: nemotron jobs logs -f {job.record.id}")
+    return True
+
+
+def _ask(console: Console, interrupts: _Interrupts) -> OnInterrupt:
+    console.say("Ctrl-C: [c]ancel the job, or [l]eave it running? ")
+    interrupts.is_asking = True
+    try:
+        return "cancel" if sys.stdin.readline().strip().lower().startswith("c") else "leave"
+    except KeyboardInterrupt:
+        return "leave"
+    finally:
+        interrupts.is_asking = False
+
+
+def _show(console: Console, block: bytes) -> None:
+    try:
+        console.stdout.write(block)
+        console.stdout.flush()
+    except BrokenPipeError:
+        return  # whoever read the terminal is gone (| head); the job goes on
+
+
+def _noted(job: Job) -> tuple[str, str, int]:
+    return job.record.status, job.record.reason, job.record.restarts
+
+
+class _Interrupts:
+    """Counts Ctrl-C, and raises it only while waiting, never in the middle of a record."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.is_asking = False
+        self._event = threading.Event()
+        self._previous: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def wait(self, seconds: float) -> None:
+        """Wait; a Ctrl-C that came since the last call ends it with ``KeyboardInterrupt``."""
+        if self._event.wait(seconds):
+            self._event.clear()
+            raise KeyboardInterrupt
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.is_asking:
+            raise KeyboardInterrupt
+        self._event.set()
+        if self.count > 2:
+            os._exit(int(ExitCode.INTERRUPTED))  # a scheduler that does not answer

@@ -1,0 +1,174 @@
+"""The shell of a remote job, all that there is: ``launch.sh``, and what Slurm's batch shell adds.
+
+Pure text from a plan: the same for ``--dry-run`` and for a submission. Every value is quoted; what
+a profile gives as shell code (``startup_commands``, ``setup_lines``, ``run_command``) stays code.
+Ranks meet without a service of their own: the first node of the job is rank 0 and keeps the store
+(torchrun's static rendezvous), at a port that follows from the job's number.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import PurePosixPath
+
+from nemotron.errors import ExitCode
+from nemotron.executors import Execution, LeptonExecution, RemoteExecution, SlurmExecution
+from nemotron.plan import JOB_DIRECTORY, JobPlan
+
+LAUNCH, CONFIG = "launch.sh", "train.yaml"
+# What the batch shell prints before anything of ours; what stands above it is nemo-run's own trace.
+BATCH_MARK = "nemotron: job"
+# Which variables say a node's place in the job, and where rank 0 is.
+_PLACES = {
+    "slurm": (
+        "SLURM_NODEID",
+        "NEMOTRON_MASTER_ADDR",
+        "NEMOTRON_MASTER_PORT",
+        "SLURM_RESTART_COUNT",
+    ),
+    "lepton": ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LEPTON_RESTART_COUNT"),
+}
+
+
+def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: int = 0) -> str:
+    """Return ``launch.sh``, which runs once on each node of the job.
+
+    Args:
+        plan: The plan.
+        job_id: Id of the job.
+        archive: File name of the code archive beside the script; None: the code is there already.
+        chunks: The archive comes as this many environment variables instead of as a file.
+    """
+    node, address, port, restart = _PLACES[plan.executor]
+    parts = [
+        "#!/usr/bin/env bash",
+        f"# {plan.step.id}, job {job_id}. Runs once on each node.",
+        "set -euo pipefail",
+        'here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"',
+        f'node="${{{node}:-0}}" restart="${{{restart}:-0}}"',
+        'export NEMOTRON_ERROR_FILE="$here/error.$restart.json"',
+        f"export NEMOTRON_JOB={shlex.quote(job_id)}",
+        *(
+            f"export {name}={shlex.quote(value)}"
+            for name, value in sorted(plan.environment.items())
+        ),
+        *_code(plan.execution, job_id, archive, chunks),
+        *_rendezvous(plan, address, port),
+        *_enter(plan),
+        *plan.execution.startup_commands,
+        "set +e",
+        "# The ranks are told to stop as well; this shell waits for what they make of it.",
+        "trap : TERM USR1 INT",
+        _run_line(plan),
+        "code=$?",
+        f'if [ "$code" -eq {int(ExitCode.PREEMPTED)} ]; then',
+        "    # Not a failure that would end the other nodes before they have stopped as well.",
+        f'    : > "$here/stopped.$restart"; code={_stopped_code(plan)}',
+        "fi",
+        'exit "$code"',
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> str:
+    """Return what the batch shell of a Slurm job does before and after the nodes run.
+
+    Args:
+        plan: The plan.
+        job_id: Id of the job.
+        directory: The directory of ``launch.sh``, as the batch shell sees it.
+    """
+    execution = plan.execution
+    assert isinstance(execution, SlurmExecution)  # noqa: S101 - a Slurm plan
+    limit = execution.requeue_limit if execution.requeue else 0
+    lines = [
+        "{ set +vx; } 2>/dev/null",
+        f"echo {shlex.quote(f'{BATCH_MARK} {job_id}')}",
+        f"nemotron_dir={shlex.quote(str(directory))}",
+        'nemotron_restart="${SLURM_RESTART_COUNT:-0}"',
+        "nemotron_end() {",
+        "    nemotron_code=$?",
+        '    nemotron_stopped="$nemotron_dir/stopped.$nemotron_restart"',
+        '    if [ "$nemotron_code" -eq 0 ] && [ -e "$nemotron_stopped" ]; then',
+        f"        nemotron_code={int(ExitCode.PREEMPTED)}",
+        f'        if [ "$nemotron_restart" -lt {limit} ]; then',
+        "            echo 'nemotron: stopped and saved; queued again'",
+        '            scontrol requeue "$SLURM_JOB_ID" && exit 0',
+        "        fi",
+        "    fi",
+        '    echo "$nemotron_code" > "$nemotron_dir/exit.$nemotron_restart"',
+        '    exit "$nemotron_code"',
+        "}",
+        "trap nemotron_end EXIT",
+    ]
+    if plan.nodes > 1:
+        lines += [
+            'NEMOTRON_MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+            "NEMOTRON_MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+            "export NEMOTRON_MASTER_ADDR NEMOTRON_MASTER_PORT",
+        ]
+    return "\n".join([*lines, *([execution.setup_lines] if execution.setup_lines else [])])
+
+
+def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -> list[str]:
+    """Return the lines that put the package nemotron before all others."""
+    assert isinstance(execution, RemoteExecution)  # noqa: S101 - a plan for another machine
+    if execution.code_path:
+        where = shlex.quote(execution.code_path)
+        return [f'export PYTHONPATH={where}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+    if archive is None:
+        return []
+    lines = [
+        f'code="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$node"',
+        'rm -rf -- "$code" && mkdir -m 700 -- "$code"',
+        "trap 'rm -rf -- \"$code\"' EXIT",
+    ]
+    if chunks:
+        names = [f"NEMOTRON_CODE_{index}" for index in range(chunks)]
+        joined = "".join(f"${{{name}}}" for name in names)
+        lines += [
+            f'printf %s "{joined}" | base64 -d | tar -xzf - -C "$code"',
+            f"unset {' '.join(names)}",
+        ]
+    else:
+        lines.append(f'tar -xzf "$here"/{shlex.quote(archive)} -C "$code"')
+    return [*lines, 'export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"']
+
+
+def _rendezvous(plan: JobPlan, address: str, port: str) -> list[str]:
+    if plan.nodes == 1:
+        return []
+    return [
+        f'export PET_RDZV_BACKEND=static PET_NODE_RANK="$node" PET_MASTER_ADDR="${address}"',
+        f'export PET_MASTER_PORT="${port}" MASTER_ADDR="${address}" MASTER_PORT="${port}"',
+    ]
+
+
+def _enter(plan: JobPlan) -> list[str]:
+    workspace = shlex.quote(str(plan.workspace))
+    lines = [f"mkdir -p -- {workspace}", f"cd -- {workspace}"]
+    if isinstance(plan.execution, LeptonExecution) and plan.execution.pip_extras:
+        packages = shlex.join(plan.execution.pip_extras)
+        lines.append(f"python -m pip install --quiet -- {packages}")
+    return lines
+
+
+def _run_line(plan: JobPlan) -> str:
+    config = f'"$here"/{CONFIG}'
+    words = [
+        config if word == f"{JOB_DIRECTORY}/{CONFIG}" else shlex.quote(word)
+        for word in plan.arguments
+    ]
+    command = " ".join(words)
+    template = plan.execution.run_command
+    if template is None:
+        return command
+    module = f"nemotron/steps/{plan.step.id}/step.py"
+    for name, value in (("command", command), ("config", config), ("script", f'"$code"/{module}')):
+        template = template.replace(f"{{{name}}}", value)
+    return template
+
+
+def _stopped_code(plan: JobPlan) -> int:
+    # Slurm's batch shell finds the file and says 75; Lepton has no shell above this one.
+    return 0 if plan.executor == "slurm" else int(ExitCode.PREEMPTED)

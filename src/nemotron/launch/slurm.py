@@ -1,0 +1,259 @@
+"""Slurm: from a plan to the files and directives of a job, submitted through nemo-run.
+
+The job is ``launch.sh`` on each node, from ``launch/script.py``. Secrets go by the environment of
+``sbatch``, which Slurm hands on; over ssh they pass through a file of the user alone that is there
+only while ``sbatch`` runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any
+
+from nemotron import jobs
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.executors import SlurmExecution
+from nemotron.jobs import Placement
+from nemotron.launch import script, squash
+from nemotron.launch.archive import Archive, pack_code
+from nemotron.launch.base import Console
+from nemotron.launch.host import Host
+from nemotron.plan import JobPlan
+
+# Stands for the job's id in a preview; safe in a path, so that nothing is quoted otherwise.
+JOB = "JOB"
+# Fields that nemo-run's executor has under the same name.
+_SAME_NAME = (
+    *("account", "time", "cpus_per_task", "cpus_per_gpu", "gpus_per_task", "mem", "mem_per_cpu"),
+    *("mem_per_gpu", "qos", "gres", "constraint", "exclude", "comment", "network", "segment"),
+    *("signal", "job_name_prefix"),
+)
+# Directives that it has no field for.
+_DIRECTIVES = ("reservation", "dependency", "nodelist")
+
+
+@dataclass(frozen=True)
+class SlurmFiles:
+    """What a job ships, by name, and the batch shell's lines around it."""
+
+    launch: str
+    config: str
+    prologue: str
+    archive: Archive | None
+
+
+def job_root(execution: SlurmExecution) -> str:
+    """Return the directory on the cluster for files of jobs."""
+    return execution.remote_job_dir or str(Path.cwd() / jobs.JOBS_ROOT.parent / "nemo-run")
+
+
+def task_name(plan: JobPlan) -> str:
+    """Return the step's name as Slurm shows it."""
+    return plan.step.id.replace("/", "-").replace("_", "-")
+
+
+def job_directory(plan: JobPlan, job_id: str) -> PurePosixPath:
+    """Return the directory that nemo-run makes for a job on the cluster."""
+    root = PurePosixPath(job_root(_execution(plan)))
+    return root / "experiments" / "nemotron" / f"nemotron_{job_id}" / task_name(plan)
+
+
+def files(plan: JobPlan, job_id: str) -> SlurmFiles:
+    """Return everything of ours that a job consists of."""
+    execution = _execution(plan)
+    archive = None if execution.code_path else pack_code()
+    directory = job_directory(plan, job_id) / "code"
+    return SlurmFiles(
+        launch=script.launch_script(plan, job_id=job_id, archive=archive.name if archive else None),
+        config=plan.config_text,
+        prologue=script.batch_prologue(plan, job_id=job_id, directory=directory),
+        archive=archive,
+    )
+
+
+def preview(plan: JobPlan) -> dict[str, str]:
+    """Return the scripts of a submission by name, with ``JOB`` for the job's id.
+
+    Raises:
+        NemotronError: ``path_unsuitable``.
+    """
+    shipped = files(plan, JOB)
+    with tempfile.TemporaryDirectory(prefix="nemotron-") as name:
+        executor = _executor(plan, shipped, Path(name) / "none")
+        (Path(name) / "none").mkdir()
+        batch = _nemo().preview(executor, job_id=JOB, task=task_name(plan), base=Path(name))
+    return {"sbatch": batch, script.LAUNCH: shipped.launch}
+
+
+def submit(plan: JobPlan, shipped: SlurmFiles, *, job_id: str, console: Console) -> Placement:
+    """Hand a job to Slurm and return where it is.
+
+    Raises:
+        NemotronError: ``submission_failed``, and what reaching the cluster raises.
+    """
+    execution = _execution(plan)
+    host = host_of(execution)
+    _check_reachable(host, execution)
+    if plan.squash is not None and plan.image is not None:
+        squash.import_image(plan, host, console)
+    with tempfile.TemporaryDirectory(prefix="nemotron-") as name, _private_umask():
+        source = Path(name) / "ship"
+        _write(shipped, source)
+        # On a login node nemo-run's own directory is the job's; over ssh it is copied there.
+        base = Path(job_root(execution)) if host.is_local else Path(name)
+        base.mkdir(parents=True, exist_ok=True)
+        with _secrets(plan, host, job_id) as pre_command:
+            executor = _executor(plan, shipped, source, pre_command)
+            number = _nemo().submit(executor, job_id=job_id, task=task_name(plan), base=base)
+    if not number.isdigit():
+        raise NemotronError(
+            "submission_failed",
+            f"sbatch answered {number!r}; wanted the number of a job",
+            exit_code=ExitCode.SUBMISSION,
+        )
+    return Placement(
+        executor="slurm",
+        id=number,
+        name=f"{execution.job_name_prefix}{task_name(plan)}",
+        directory=str(job_directory(plan, job_id)),
+        host=host.name,
+        user=host.user,
+        port=host.port,
+        identity=host.identity,
+    )
+
+
+def host_of(execution: SlurmExecution) -> Host:
+    """Return the machine on which Slurm's commands run."""
+    if execution.tunnel == "local":
+        return Host()
+    return Host(execution.host, execution.user, execution.port, execution.identity)
+
+
+def _execution(plan: JobPlan) -> SlurmExecution:
+    assert isinstance(plan.execution, SlurmExecution)  # noqa: S101 - chosen by the executor
+    return plan.execution
+
+
+def _nemo() -> ModuleType:
+    # nemo-run keeps a list of all its jobs; ours have their own records.
+    os.environ.setdefault("NEMORUN_HOME", str(Path.cwd() / jobs.JOBS_ROOT.parent / "nemo-run"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its imports deprecate each other
+        from nemotron.launch import nemo
+
+    return nemo
+
+
+def _executor(
+    plan: JobPlan, shipped: SlurmFiles, source: Path, pre_command: str | None = None
+) -> Any:
+    execution = _execution(plan)
+    root = job_root(execution)
+    if not set(root) <= set(_PLAIN):
+        raise NemotronError(
+            "path_unsuitable",
+            f"nemo-run cannot work below {root!r}",
+            where="run.env.remote_job_dir",
+            fix="set remote_job_dir to a path of letters, digits and _ . / @ + = -",
+        )
+    ssh = None
+    if execution.tunnel == "ssh":
+        identity = str(Path(execution.identity).expanduser()) if execution.identity else None
+        ssh = {
+            "host": execution.host,
+            "user": execution.user or os.environ.get("USER", "root"),
+            "port": execution.port,
+            "identity": identity,
+            "pre_command": pre_command,
+        }
+    return _nemo().slurm_executor(
+        _options(plan, shipped.prologue), source=source, job_root=root, ssh=ssh
+    )
+
+
+_PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./@+=-"
+
+
+def _options(plan: JobPlan, prologue: str) -> dict[str, Any]:
+    """Return the fields of nemo-run's executor."""
+    execution = _execution(plan)
+    gpus = execution.gpus_per_node
+    gpus = plan.step.manifest.step.gpus_per_node if gpus is None else gpus
+    chosen = execution.batch_partition if plan.is_detached else execution.run_partition
+    directives = {
+        **{name: getattr(execution, name) for name in _DIRECTIVES if getattr(execution, name)},
+        **execution.extra,
+    }
+    return {
+        **{name: getattr(execution, name) for name in _SAME_NAME},
+        "partition": chosen or execution.partition,
+        "nodes": plan.nodes,
+        "ntasks_per_node": 1,  # launch.sh; it starts the ranks
+        "gpus_per_node": gpus or None,
+        "exclusive": execution.exclusive or None,
+        "container_image": plan.squash or plan.image,
+        "container_mounts": list(plan.mounts) if plan.image else [],
+        "container_env": _container_env(plan) if plan.image else None,
+        "additional_parameters": {key: value for key, value in directives.items() if value},
+        "srun_args": list(execution.srun_args),
+        "setup_lines": prologue,
+    }
+
+
+def _container_env(plan: JobPlan) -> list[str]:
+    """Return the variables of the host that an image must not replace by its own."""
+    execution = _execution(plan)
+    ours = ("NEMOTRON_MASTER_ADDR", "NEMOTRON_MASTER_PORT") if plan.nodes > 1 else ()
+    return list(dict.fromkeys((*execution.container_env, *execution.secrets, *ours)))
+
+
+def _write(shipped: SlurmFiles, directory: Path) -> None:
+    directory.mkdir()
+    (directory / script.LAUNCH).write_text(shipped.launch, encoding="utf-8")
+    (directory / script.CONFIG).write_text(shipped.config, encoding="utf-8")
+    if shipped.archive is not None:
+        (directory / shipped.archive.name).write_bytes(shipped.archive.content)
+
+
+def _check_reachable(host: Host, execution: SlurmExecution) -> None:
+    """Refuse early, and by ssh's own check of the host's key, which nemo-run's client lacks."""
+    if host.is_local:
+        host.run(["sbatch", "--version"])
+    else:
+        host.require(["mkdir", "-p", "-m", "700", "--", job_root(execution)])
+
+
+@contextmanager
+def _secrets(plan: JobPlan, host: Host, job_id: str) -> Iterator[str | None]:
+    """Yield what a command over ssh starts with, so that ``sbatch`` has the secrets."""
+    names = [name for name in plan.execution.secrets if name in os.environ]
+    if host.is_local or not names:
+        yield None
+        return
+    path = f"{job_root(_execution(plan))}/.environment-{job_id}"
+    lines = "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
+    quoted = shlex.quote(path)
+    write = f"umask 077; set -C; cat > {quoted}"
+    host.require(["sh", "-c", write], stdin=lines.encode())
+    try:
+        yield f"if [ -r {quoted} ]; then . {quoted}; fi"
+    finally:
+        host.run(["rm", "-f", "--", path])
+
+
+@contextmanager
+def _private_umask() -> Iterator[None]:
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -1,0 +1,86 @@
+"""Container images as squashfs files on the cluster: imported once, used by every later job."""
+
+from __future__ import annotations
+
+import shlex
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.executors import SlurmExecution
+from nemotron.launch.base import Console
+from nemotron.launch.host import Host
+from nemotron.plan import JobPlan
+
+_IMPORT_SECONDS = 4 * 3600
+
+
+def import_image(plan: JobPlan, host: Host, console: Console) -> None:
+    """Make sure that the plan's squashfs file is there.
+
+    It is imported on a node of the build partition, aside, under a lock, and renamed when it is
+    complete: an import that is killed leaves no file that looks ready, and with ``--force-squash``
+    the earlier file stays in use until the new one is there.
+
+    Raises:
+        NemotronError: ``squash_failed``.
+    """
+    assert plan.squash is not None and plan.image is not None  # noqa: S101, PT018 - caller
+    is_there = host.run(["test", "-s", plan.squash]).returncode == 0
+    if is_there and not plan.is_squash_forced:
+        return
+    console.say(f"importing {plan.image} to {plan.squash}")
+    command = [*_srun(plan), "bash", "-c", _script(plan.image, plan.squash, plan.is_squash_forced)]
+    done = host.run(command, timeout=_IMPORT_SECONDS)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()[-1000:]
+        raise NemotronError(
+            "squash_failed",
+            f"{plan.image} could not be imported: {said}",
+            where=plan.squash,
+            fix="check the image's name and the registry's credentials (enroot's .credentials)",
+            exit_code=ExitCode.SUBMISSION,
+        )
+
+
+def registry_uri(image: str) -> str:
+    """Return an image's name as enroot writes it: the registry ends with ``#``."""
+    scheme, found, rest = image.rpartition("://")
+    scheme = scheme if found else "docker"
+    first, slash, path = rest.partition("/")
+    has_registry = slash and ("." in first or ":" in first or first == "localhost")
+    if scheme == "docker" and has_registry and "#" not in rest:
+        rest = f"{first}#{path}"
+    return f"{scheme}://{rest}"
+
+
+def _srun(plan: JobPlan) -> list[str]:
+    execution = plan.execution
+    assert isinstance(execution, SlurmExecution)  # noqa: S101 - a Slurm plan
+    partition = execution.build_partition or execution.run_partition or execution.partition
+    gpus = execution.build_gpus_per_node or execution.gpus_per_node
+    options = {
+        "account": execution.account,
+        "partition": partition,
+        "time": execution.build_time or execution.time,
+        "gpus-per-node": gpus if execution.build_include_gpus else None,
+    }
+    given = [f"--{name}={value}" for name, value in options.items() if value]
+    return ["srun", "--nodes=1", "--ntasks=1", "--job-name=nemotron-squash", "--quiet", *given]
+
+
+def _script(image: str, path: str, is_forced: bool) -> str:
+    final, uri = shlex.quote(path), shlex.quote(registry_uri(image))
+    skip = "" if is_forced else f"if [ -s {final} ]; then exit 0; fi\n"
+    return f"""set -euo pipefail
+umask 077
+final={final}
+mkdir -p -- "$(dirname -- "$final")"
+exec 9> "$final.lock"
+flock 9
+{skip}aside="$final.partial.$$"
+caches="$(mktemp -d)"
+trap 'rm -rf -- "$aside" "$caches"' EXIT
+export ENROOT_CACHE_PATH="$caches/cache" ENROOT_DATA_PATH="$caches/data"
+export ENROOT_RUNTIME_PATH="$caches/runtime" ENROOT_TEMP_PATH="$caches"
+enroot import --output "$aside" {uri}
+mv -f -- "$aside" "$final"
+"""

@@ -1,0 +1,80 @@
+"""Submitting to another machine: checks, the record, the scheduler, and following if attached."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from nemotron import jobs, preflight
+from nemotron.errors import ExitCode, NemotronError, raise_all
+from nemotron.jobs import Job
+from nemotron.launch import script, slurm
+from nemotron.launch.base import Console, Submission
+from nemotron.launch.follow import handle_of
+from nemotron.launch.remote import OnInterrupt, follow
+from nemotron.plan import JobPlan
+from nemotron.redaction import secret_values
+
+
+def preview(plan: JobPlan) -> dict[str, str]:
+    """Return the scripts that a submission of the plan would use, by name; none for this host."""
+    return slurm.preview(plan) if plan.executor == "slurm" else {}
+
+
+def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt) -> Submission:
+    """Submit a plan; follow the job unless the plan is detached.
+
+    Raises:
+        NemotronError: A check failed, or the scheduler did not take the job.
+    """
+    raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
+    backend = _backend(plan)
+    directory = jobs.new_directory(plan.step.id)
+    shipped = backend.files(plan, directory.name)
+    job = jobs.create(
+        directory,
+        step=plan.step.id,
+        profile=plan.profile.name if plan.profile else None,
+        argv=console.argv,
+        command=plan.command("."),
+        values=plan.values,
+        config_text=plan.config_text,
+        executor=plan.executor,
+        code=shipped.archive.sha256 if shipped.archive else None,
+        known_secrets=secret_values(os.environ, plan.execution.secrets),
+    )
+    jobs.write_private(directory / script.LAUNCH, shipped.launch)
+    _place(job, plan, backend, shipped, console)
+    if plan.is_detached:
+        return Submission(job, None)
+    return Submission(job, follow(job, handle_of(job), console, on_interrupt))
+
+
+def _place(
+    job: Job, plan: JobPlan, backend: ModuleType, shipped: slurm.SlurmFiles, console: Console
+) -> None:
+    """Hand the job over; record where it is, or why it is nowhere."""
+    try:
+        placement = backend.submit(plan, shipped, job_id=job.record.id, console=console)
+    except NemotronError as error:
+        job.end(int(error.exit_code), error.to_dict())
+        raise
+    except BaseException as error:
+        problem = {"code": "unexpected", "problem": f"{type(error).__name__}: {error}"}
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        job.end(ExitCode.INTERRUPTED if is_interrupt else ExitCode.SUBMISSION, problem)
+        raise
+    job.update(placement=placement, log=f"{placement.host or 'here'}:{placement.directory}")
+    console.say(f"{job.record.id} is {plan.executor} job {placement.id}")
+
+
+def _backend(plan: JobPlan) -> ModuleType:
+    if plan.executor == "slurm":
+        return slurm
+    raise NemotronError(
+        "submission_unavailable",
+        f"submission through {plan.executor} is not built yet",
+        where=f"profile {plan.profile.name}" if plan.profile else "",
+        fix="add --dry-run to see the plan, or leave out -r and -b to run on this host",
+        exit_code=ExitCode.SUBMISSION,
+    )

@@ -1,0 +1,23 @@
+# Builds the root of a container in the mount namespace that it runs in; called by pyxis.c.
+set -eu
+mount --make-rprivate / 2>/dev/null || true
+mkdir -p "$RIG_ROOT"
+mount -t tmpfs tmpfs "$RIG_ROOT"
+cd "$RIG_ROOT"
+mkdir image upper work root
+[ -f "$RIG_IMAGE" ] || { echo "no image $RIG_IMAGE" >&2; exit 1; }
+mount -t squashfs -o loop,ro "$RIG_IMAGE" image 2>/dev/null ||
+    unsquashfs -q -n -f -d image "$RIG_IMAGE" >/dev/null
+mount -t overlay overlay -o lowerdir=image:/,upperdir=upper,workdir=work root
+for place in proc sys dev tmp run; do
+    mkdir -p "root/$place"
+    mount --rbind "/$place" "root/$place"
+done
+IFS=,
+for pair in $RIG_MOUNTS; do
+    source=${pair%%:*} target=${pair#*:}
+    target=${target%%:*}
+    [ -e "$source" ] || { echo "mount source $source is not there" >&2; exit 1; }
+    mkdir -p "root$target"
+    mount --rbind "$source" "root$target"
+done

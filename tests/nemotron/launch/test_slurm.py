@@ -1,0 +1,170 @@
+"""nemotron on a real Slurm: submit, follow, come back, cancel, stop and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Nemotron = Callable[..., Any]
+Launcher = Callable[..., subprocess.Popen[str]]
+
+
+def record(job_id: str) -> dict[str, Any]:
+    return json.loads((Path(".nemotron") / "jobs" / job_id / "job.json").read_text())
+
+
+def test_an_attached_job_streams_its_log_and_leaves_a_private_record(
+    slurm: Path, nemotron: Nemotron
+) -> None:
+    done = nemotron("steps", "run", "demo/make", "-r", "rig")
+    assert done.code == 0, done.err
+    assert "making\n" in done.out
+    assert "scontrol show hostnames" not in done.out  # nemo-run's trace is not the job's log
+    assert (slurm / "out" / "make" / "made.txt").is_file()
+    (job,) = nemotron("jobs", "list", "--json").data
+    assert (job["status"], job["exit_code"], job["executor"]) == ("succeeded", 0, "slurm")
+    assert job["placement"]["id"].isdigit()
+    assert len(job["code"]) == 64
+    directory = Path(".nemotron") / "jobs" / job["id"]
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
+    assert modes == {0o600}
+
+
+def test_a_failing_job_gives_its_own_exit_code_and_error(slurm: Path, nemotron: Nemotron) -> None:
+    done = nemotron("steps", "run", "demo/make", "-r", "rig", "behaviour=refuse")
+    assert done.code == 4
+    assert "error[too_odd]: that is odd" in done.out
+    (job,) = nemotron("jobs", "list", "--json").data
+    assert (job["status"], job["exit_code"], job["error"]["code"]) == ("failed", 4, "too_odd")
+
+
+def test_a_job_that_dies_without_a_word_gives_the_code_that_slurm_has(
+    slurm: Path, nemotron: Nemotron
+) -> None:
+    assert nemotron("steps", "run", "demo/make", "-r", "rig", "behaviour=crash").code == 3
+
+
+def test_a_setup_that_fails_is_shown(slurm: Path, nemotron: Nemotron) -> None:
+    with (slurm / "env.toml").open("a") as file:
+        file.write("setup_lines = \"echo 'no such module' >&2; exit 12\"\n")
+    done = nemotron("steps", "run", "demo/make", "-r", "rig")
+    assert done.code == 12
+    assert "no such module" in done.out
+
+
+def test_a_detached_job_is_followed_and_waited_for_by_its_id(
+    slurm: Path, nemotron: Nemotron
+) -> None:
+    started = nemotron("steps", "run", "demo/make", "-b", "rig", "behaviour=refuse")
+    assert started.code == 0, started.err
+    job_id = started.out.strip()
+    followed = nemotron("jobs", "logs", "-f", job_id)
+    assert followed.code == 4
+    assert "making\n" in followed.out
+    assert nemotron("jobs", "wait", job_id).code == 4
+    assert "making\n" in nemotron("jobs", "logs", job_id).out
+
+
+def test_a_running_job_is_cancelled_and_says_so(
+    slurm: Path, nemotron: Nemotron, until: Callable[..., Any]
+) -> None:
+    job_id = nemotron("steps", "run", "demo/make", "-b", "rig", "behaviour=sleep").out.strip()
+    until(lambda: "making" in nemotron("jobs", "logs", job_id).out)
+    assert nemotron("jobs", "status", job_id, "--json").data["status"] == "running"
+    assert nemotron("jobs", "cancel", job_id).code == 0
+    assert nemotron("jobs", "wait", job_id).code == 130
+    assert record(job_id)["status"] == "cancelled"
+    assert nemotron("jobs", "cancel", job_id).code == 0  # again: nothing happens
+
+
+def test_what_slurm_refuses_is_said_with_its_words(slurm: Path, nemotron: Nemotron) -> None:
+    done = nemotron("steps", "run", "demo/make", "-r", "rig", "run.env.partition=nowhere")
+    assert done.code == 9
+    assert "invalid partition specified: nowhere" in done.err
+    (job,) = nemotron("jobs", "list", "--json").data
+    assert (job["status"], job["exit_code"]) == ("failed", 9)
+
+
+def test_a_dry_run_prints_the_scripts_that_a_submission_executes(
+    slurm: Path, nemotron: Nemotron
+) -> None:
+    before = sorted(slurm.rglob("*"))
+    words = ("steps", "run", "demo/make", "-b", "rig", "run.env.env_vars.COLOUR=dark 'red'")
+    scripts = nemotron(*words, "--dry-run", "--json").data["scripts"]
+    assert sorted(slurm.rglob("*")) == before
+    job_id = nemotron(*words).out.strip()
+    directory = Path(record(job_id)["placement"]["directory"])
+    batch = (directory.parent / "demo-make_sbatch.sh").read_text()
+    assert batch == scripts["sbatch"].replace("nemotron_JOB", f"nemotron_{job_id}").replace(
+        "nemotron: job JOB", f"nemotron: job {job_id}"
+    )
+    launch = (directory / "code" / "launch.sh").read_text()
+    assert launch == scripts["launch.sh"].replace("JOB", job_id).replace(
+        f"NEMOTRON_{job_id}=", "NEMOTRON_JOB="
+    )
+    assert nemotron("jobs", "wait", job_id).code == 0
+    assert (slurm / "out" / "make" / "made.txt").read_text().startswith("dark 'red'\n")
+
+
+@pytest.mark.parametrize(("choice", "status"), [("leave", "running"), ("cancel", "cancelled")])
+def test_ctrl_c_cancels_or_leaves_the_job_as_asked(
+    slurm: Path, nemotron: Nemotron, launcher: Launcher, choice: str, status: str
+) -> None:
+    words = ("steps", "run", "demo/make", "-r", "rig", "behaviour=sleep")
+    with launcher(*words, "--on-interrupt", choice) as process:
+        assert process.stdout is not None
+        assert "making" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    (job,) = nemotron("jobs", "list", "--json").data
+    assert job["status"] == status, err
+    if choice == "leave":
+        assert f"nemotron jobs logs -f {job['id']}" in err
+        nemotron("jobs", "cancel", job["id"])
+
+
+def test_a_launcher_that_is_killed_loses_nothing(
+    slurm: Path, nemotron: Nemotron, launcher: Launcher
+) -> None:
+    with launcher("steps", "run", "demo/make", "-r", "rig", "behaviour=refuse") as process:
+        assert process.stderr is not None
+        assert "is slurm job" in process.stderr.readline()
+        process.kill()
+    (job_id,) = os.listdir(".nemotron/jobs")  # noqa: PTH208
+    assert nemotron("jobs", "wait", job_id).code == 4
+
+
+def test_a_job_that_slurm_has_forgotten_is_known_by_what_it_left(
+    slurm: Path, nemotron: Nemotron, until: Callable[..., Any]
+) -> None:
+    job_id = nemotron("steps", "run", "demo/make", "-b", "rig", "behaviour=refuse").out.strip()
+    directory = Path(record(job_id)["placement"]["directory"])
+    until((directory / "code" / "exit.0").exists)
+    path = Path(".nemotron") / "jobs" / job_id / "job.json"
+    text = json.loads(path.read_text())
+    text["placement"]["id"] = "4000000"  # no such job, as after Slurm's MinJobAge
+    path.write_text(json.dumps(text))
+    assert nemotron("jobs", "wait", job_id).code == 4
+
+
+def test_two_nodes_share_one_job_and_rank_0_is_on_the_first(
+    slurm: Path, nemotron: Nemotron
+) -> None:
+    assert nemotron("steps", "run", "demo/make").code == 0
+    done = nemotron(
+        *("steps", "run", "demo/train", "-r", "rig", "run.env.nodes=2"),
+        *("run.env.gpus_per_node=1", "run.env.container_image=null"),
+    )
+    assert done.code == 0, done.out + done.err
+    assert (slurm / "out" / "train" / "rank0.txt").is_file()
+    assert (slurm / "out" / "train" / "rank1.txt").is_file()
+    assert "Traceback" not in done.out
