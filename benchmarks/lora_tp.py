@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from pathlib import Path
 
 import torch
 from lora.case import Shape, packed_chats, unmasked, write_case
+from lora.sides import machine, run_side
 
 ROOT = Path(__file__).parent
 
@@ -54,7 +53,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures as well")
     arguments = parser.parse_args()
     peers = install_peers()
-    print(machine(), flush=True)
+    print(f"{machine()}; peers: {', '.join(PEERS)}", flush=True)
     report = {}
     with tempfile.TemporaryDirectory() as scratch:
         cases = {
@@ -88,27 +87,15 @@ def compare(
             ("ours", Path(sys.executable), "ours.py"),
             ("peft", peers, "peft_transformers.py"),
         ):
+            options = {"--steps": steps, "--tensor-parallel": tensor_parallel}
             ranks = 1 if name == "floors" else tensor_parallel
-            run_side(case, python, ROOT / "lora" / script, ranks, tensor_parallel, steps)
+            run_side(case, python, script, options, num_ranks=ranks, on_gpu=False)
         for side in ("gemms", "work", "ours", "peft"):
             of_ranks = [json.loads(path.read_text()) for path in case.glob(f"{side}.*.json")]
             turns[side].append({key: max(each[key] for each in of_ranks) for key in of_ranks[0]})
     return {
         side: {key: min(turn[key] for turn in got) for key in got[0]} for side, got in turns.items()
     }
-
-
-def run_side(
-    case: Path, python: Path, script: Path, ranks: int, tensor_parallel: int, steps: int
-) -> None:
-    """Run one side's ranks to their end."""
-    command = [str(python), "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(script), str(case)]
-    command += ["--steps", str(steps), "--tensor-parallel", str(tensor_parallel)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
 def install_peers() -> Path:
@@ -123,17 +110,6 @@ def install_peers() -> Path:
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
         stamp.write_text("\n".join(wanted), encoding="utf-8")
     return python
-
-
-def machine() -> str:
-    """Return what the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "?")
-    load = os.getloadavg()[0]
-    return (
-        f"{model}, {os.cpu_count()} cores, load {load:.1f}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}; peers: {', '.join(PEERS)}"
-    )
 
 
 def show(figures: dict[str, Figures]) -> None:

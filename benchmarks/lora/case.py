@@ -31,13 +31,25 @@ class Shape:
     dim: int
 
 
-def write_case(directory: Path, shape: Shape, micro_batches: list[dict[str, Any]]) -> None:
-    """Write ``model/``, ``adapter/`` and ``case.json``; the same bytes at every call."""
+def write_case(
+    directory: Path,
+    shape: Shape,
+    micro_batches: list[dict[str, Any]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
+    """Write ``model/``, ``adapter/`` and ``case.json``; the same bytes at every call.
+
+    The model is drawn on ``device`` and written as ``dtype``.
+    """
     torch.manual_seed(0)
     sizes = asdict(shape)
     dim = sizes.pop("dim")
     hf_config = LlamaConfig(**sizes, tie_word_embeddings=False, max_position_embeddings=8192)
-    LlamaForCausalLM(hf_config).save_pretrained(directory / "model")
+    hf_config.dtype = dtype
+    with torch.device(device):
+        LlamaForCausalLM._from_config(hf_config).save_pretrained(directory / "model")
     values = json.loads((directory / "model" / "config.json").read_text(encoding="utf-8"))
     config = DecoderConfig.from_hf(values)
     adapter = directory / "adapter"
@@ -67,6 +79,25 @@ def unmasked(num_documents: int, length: int, vocab_size: int) -> list[dict[str,
             "cu_seqlens": list(range(0, num_documents * length + 1, length)),
         }
     ]
+
+
+def packed_documents(rows: int, length: int, vocab_size: int) -> list[dict[str, Any]]:
+    """Return micro batches of one row each, of random documents, all of whose tokens are trained.
+
+    Documents have 64 to 1,024 tokens; the last one of a row ends it.
+    """
+    generator = torch.Generator().manual_seed(1)
+    micro_batches = []
+    for _ in range(rows):
+        bounds = [0]
+        while bounds[-1] < length:
+            size = int(torch.randint(64, 1025, (), generator=generator))
+            bounds.append(min(bounds[-1] + size, length))
+        ids = torch.randint(0, vocab_size, (2, length), generator=generator)
+        micro_batches.append(
+            {"tokens": ids[0].tolist(), "labels": ids[1].tolist(), "cu_seqlens": bounds}
+        )
+    return micro_batches
 
 
 def packed_chats(chats: Path, *, pack_size: int, rows: int, scratch: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ def measure_steps(step: Callable[[], float], *, num_steps: int) -> dict[str, flo
     for _ in range(num_steps):
         started = time.perf_counter(), time.process_time()
         losses.append(step())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         wall.append(time.perf_counter() - started[0])
         cpu.append(time.process_time() - started[1])
     return {

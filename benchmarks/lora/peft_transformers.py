@@ -27,13 +27,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--attention", default="sdpa")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     case = json.loads((arguments.case / "case.json").read_text(encoding="utf-8"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     placed = {"tp_plan": "auto"} if arguments.tensor_parallel > 1 else {"device_map": device}
     base = AutoModelForCausalLM.from_pretrained(
-        arguments.case / "model", dtype=getattr(torch, arguments.dtype), **placed
+        arguments.case / "model",
+        dtype=getattr(torch, arguments.dtype),
+        attn_implementation=arguments.attention,
+        **placed,
     )
     model = PeftModel.from_pretrained(base, str(arguments.case / "adapter"), is_trainable=True)
     model.train()
@@ -48,7 +52,7 @@ def main() -> None:
         for inputs, labels in batches:
             logits = model(**inputs, use_cache=False).logits
             loss = F.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="sum"
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1, reduction="sum"
             )
             (loss / supervised).backward()
             total += loss.item() / supervised
