@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import typer
 
 import nemotron
-from nemotron.cli import jobs, steps
+from nemotron.cli import data, jobs, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.errors import ExitCode, NemotronError
 
-COMMANDS = ("steps", "jobs", "list", "show", "run", "status", "logs")
+COMMANDS = ("steps", "jobs", "data", "list", "show", "run", "status", "logs", "stats", "inspect")
 
 app = typer.Typer(
     help=nemotron.__doc__,
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(steps.app, name="steps")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(data.app, name="data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +91,7 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
     command = " ".join(["nemotron", *names])
     if type(error).__name__ != "NoSuchOption":
         return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
-    if command in ("nemotron", "nemotron steps", "nemotron jobs"):
+    if command in ("nemotron", "nemotron steps", "nemotron jobs", "nemotron data"):
         fix = "options stand after the command: nemotron steps run STEP -c NAME"
     else:
         fix = f"{command} --help"

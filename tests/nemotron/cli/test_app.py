@@ -134,6 +134,9 @@ def test_commands_and_options_are_the_documented_ones() -> None:
         "nemotron jobs list": both,
         "nemotron jobs status": both,
         "nemotron jobs logs": {"-f", "--follow", "--debug"},
+        "nemotron data": set(),
+        "nemotron data stats": both | {"--png"},
+        "nemotron data inspect": both | {"--row", "--split", "--tokenizer"},
     }
 
 
