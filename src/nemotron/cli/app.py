@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import typer
 
 import nemotron
-from nemotron.cli import jobs, steps
+from nemotron.cli import data, jobs, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.errors import ExitCode, NemotronError
 
 COMMANDS = (
-    *("steps", "jobs", "profiles", "list", "show", "run", "status", "logs", "cancel", "wait"),
-    *("report", "init", "check"),
+    *("steps", "jobs", "data", "profiles", "list", "show", "run", "status", "logs", "cancel"),
+    *("wait", "report", "init", "check", "stats", "inspect"),
 )
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(steps.app, name="steps")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(data.app, name="data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +94,8 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
     command = " ".join(["nemotron", *names])
     if type(error).__name__ != "NoSuchOption":
         return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
-    if command in ("nemotron", "nemotron steps", "nemotron jobs", "nemotron profiles"):
+    groups = ("nemotron steps", "nemotron jobs", "nemotron data", "nemotron profiles")
+    if command in ("nemotron", *groups):
         fix = "options stand after the command: nemotron steps run STEP -c NAME"
     else:
         fix = f"{command} --help"

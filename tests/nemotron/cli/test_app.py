@@ -138,6 +138,9 @@ def test_commands_and_options_are_the_documented_ones() -> None:
         "nemotron jobs cancel": both,
         "nemotron jobs wait": both,
         "nemotron jobs report": both | {"--against", "-o", "--output"},
+        "nemotron data": set(),
+        "nemotron data stats": both | {"--png"},
+        "nemotron data inspect": both | {"--row", "--split", "--tokenizer"},
     }
 
 

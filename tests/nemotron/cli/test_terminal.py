@@ -17,6 +17,7 @@ FIRST = (
 SECOND = FIRST.replace(b" 5/60", b"10/60").replace(b"1:20", b"1:00")
 SHORT = b"iteration  5/60 | lm loss 2.3412 | 12,345 tokens/s | ETA 0:01:20"
 ERASE = b"\r\x1b[K"
+END = b"\x00"
 
 
 @pytest.fixture
@@ -37,7 +38,12 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., bytes]]:
             if err:
                 stderr.write(err)
                 stderr.flush()
-        return os.read(master, 65536).replace(b"\r\n", b"\n")
+        # The kernel hands a terminal's output on when it likes: read up to a mark of our own.
+        os.write(slave, END)
+        got = b""
+        while not got.endswith(END):
+            got += os.read(master, 65536)
+        return got.removesuffix(END).replace(b"\r\n", b"\n")
 
     yield write
     os.close(master)

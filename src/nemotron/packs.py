@@ -1,0 +1,336 @@
+"""Looking into packed Parquet: what is in it as numbers, and single rows as text.
+
+Reads the output of ``data_prep/sft_packing`` and files of the same columns that others wrote.
+pyarrow, numpy, tokenizers and matplotlib are imported where they are used: the rest of the command
+line must not wait for them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemotron.artifacts import MANIFEST, read_artifact, sha256_file
+from nemotron.errors import ExitCode, NemotronError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+    from tokenizers import Tokenizer
+
+COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Packed Parquet files.
+
+    Attributes:
+        path: What was asked for.
+        splits: Files of each split; one split without a name where there are none.
+        properties: What ``artifact.json`` says, empty where there is none.
+    """
+
+    path: Path
+    splits: dict[str, list[Path]]
+    properties: dict[str, Any]
+
+    @property
+    def pack_size(self) -> int | None:
+        """Tokens of a row at training time, if the files say it."""
+        return self.properties.get("pack_size")
+
+
+@dataclass
+class SplitStats:
+    """Numbers of one split.
+
+    Attributes:
+        rows: Packed rows.
+        documents: Documents in them.
+        tokens: Tokens at training time: the last of a document is only a label.
+        supervised_tokens: Tokens with a loss.
+        longest_row: Most tokens of a row at training time.
+        document_lengths: Documents of each length, tokens at training time.
+    """
+
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest_row: int = 0
+    document_lengths: dict[int, int] = field(default_factory=dict)
+
+    def quantiles(self) -> dict[str, int]:
+        """Return lengths of documents: the median, 90 %, 99 % and the longest."""
+        found: dict[str, int] = {}
+        left = iter(sorted(self.document_lengths.items()))
+        length = reached = 0
+        for share in QUANTILES:
+            while reached < share * self.documents:
+                length, count = next(left)
+                reached += count
+            found["max" if share == 1 else f"p{share * 100:.0f}"] = length
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of a document that are all trained or all not, as text."""
+
+    text: str
+    is_trained: bool
+
+
+def open_packs(path: Path) -> Packs:
+    """Return the packs at a path: an artifact, a directory of Parquet files, or one file.
+
+    Raises:
+        NemotronError: ``packs_missing``.
+    """
+    if (path / MANIFEST).is_file():
+        properties = read_artifact(path, "packed_parquet").properties
+        splits = {
+            name: sorted((path / "splits" / name).glob("*.parquet"))
+            for name in ("train", "valid", "test")
+        }
+        return Packs(path, {name: files for name, files in splits.items() if files}, properties)
+    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    if not files:
+        raise NemotronError(
+            "packs_missing",
+            f"{path} holds no packed Parquet",
+            where=str(path),
+            fix="pass the output_dir of data_prep/sft_packing, or Parquet files of its columns",
+            exit_code=ExitCode.DATA,
+        )
+    return Packs(path, {"": files}, _file_properties(files[0]))
+
+
+def measure(packs: Packs) -> dict[str, SplitStats]:
+    """Return the numbers of every split, from the rows themselves, one row group at a time.
+
+    Raises:
+        NemotronError: ``packs_damaged``.
+    """
+    return {name: _measure_split(files) for name, files in packs.splits.items()}
+
+
+def as_data(packs: Packs, stats: dict[str, SplitStats]) -> dict[str, Any]:
+    """Return what ``nemotron data stats --json`` prints."""
+    size = packs.pack_size or max((item.longest_row for item in stats.values()), default=0)
+    report = packs.properties.get("report", {})
+    return {
+        "path": str(packs.path),
+        "pack_size": packs.pack_size,
+        "splits": {
+            name: {
+                "rows": item.rows,
+                "documents": item.documents,
+                "tokens": item.tokens,
+                "supervised_tokens": item.supervised_tokens,
+                "supervised_share": item.supervised_tokens / max(item.tokens, 1),
+                "efficiency": item.tokens / max(item.rows * size, 1),
+                "documents_per_row": item.documents / max(item.rows, 1),
+                "document_tokens": item.quantiles(),
+            }
+            for name, item in stats.items()
+        },
+        "rows_read": report.get("rows_read"),
+        "kept": report.get("kept"),
+        "dropped": report.get("dropped", {}),
+        "truncated": report.get("truncated", {}),
+        "tokens_cut": report.get("tokens_cut"),
+        "datasets": [
+            {name: entry.get(name) for name in ("name", "weight", "conversations", "tokens")}
+            for entry in report.get("datasets", [])
+        ],
+    }
+
+
+def draw_histogram(stats: dict[str, SplitStats], file: Path) -> None:
+    """Write a PNG: how many documents have which length, split by split."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, item in stats.items():
+        lengths = list(item.document_lengths)
+        counts = list(item.document_lengths.values())
+        axes.hist(lengths, bins=60, weights=counts, histtype="step", label=name or "rows")
+    axes.set(xlabel="tokens of a document at training time", ylabel="documents", yscale="log")
+    axes.legend()
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def read_row(packs: Packs, split: str, number: int) -> dict[str, list[int]]:
+    """Return one packed row as its three columns.
+
+    Raises:
+        NemotronError: ``split_missing``, ``row_missing``, ``packs_damaged``.
+    """
+    if split not in packs.splits:
+        names = ", ".join(packs.splits)
+        raise NemotronError(
+            "split_missing", f"no split {split!r}; there are: {names}", fix="pass --split NAME"
+        )
+    first = 0
+    for path in packs.splits[split]:
+        file = _open(path)
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first <= number < first + rows:
+                table = file.read_row_group(group, columns=list(COLUMNS))
+                return table.slice(number - first, 1).to_pylist()[0]
+            first += rows
+    raise NemotronError(
+        "row_missing",
+        f"no row {number}; the split has {first}, from 0",
+        where=str(packs.path),
+        fix=f"pass --row with a number below {first}",
+    )
+
+
+def load_tokenizer(packs: Packs, tokenizer: str | None) -> Tokenizer:
+    """Return the tokenizer of the packs, or of a directory or repository that is named.
+
+    Raises:
+        NemotronError: ``tokenizer_missing``, ``tokenizer_mismatch``: it did not make these packs.
+    """
+    from tokenizers import Tokenizer
+
+    name = tokenizer or packs.properties.get("tokenizer")
+    path = Path(name or "") / "tokenizer.json"
+    if name and not path.is_file() and not Path(name).is_absolute() and name.count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "tokenizer.json")
+        path = Path(cached) if isinstance(cached, str) else path
+    if not name or not path.is_file():
+        raise NemotronError(
+            "tokenizer_missing",
+            f"no tokenizer.json at {name}" if name else "the packs do not name their tokenizer",
+            where=str(packs.path),
+            fix="pass --tokenizer with the directory of the model that was packed for",
+            exit_code=ExitCode.DATA,
+        )
+    wanted = packs.properties.get("tokenizer_sha256")
+    if wanted and sha256_file(path) != wanted:
+        raise NemotronError(
+            "tokenizer_mismatch",
+            f"{path} is not the tokenizer that made these packs",
+            where=str(packs.path),
+            fix="pass --tokenizer with the directory of the model that was packed for",
+            exit_code=ExitCode.DATA,
+        )
+    return Tokenizer.from_file(str(path))
+
+
+def documents_of(row: dict[str, list[int]], tokenizer: Tokenizer) -> list[list[Run]]:
+    """Return the documents of a row as text, cut where training begins and ends.
+
+    The stored mask says of a token whether the next one is trained; here it is moved back.
+    """
+    documents: list[list[Run]] = []
+    for start, stop in pairwise([*row["seq_start_id"], len(row["input_ids"])]):
+        flags = [0, *row["loss_mask"][start : stop - 1]]
+        pairs = zip(row["input_ids"][start:stop], flags, strict=True)
+        documents.append(
+            [
+                Run(_decoded(tokenizer, [token for token, _ in run]), bool(flag))
+                for flag, run in groupby(pairs, lambda pair: pair[1])
+            ]
+        )
+    return documents
+
+
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _measure_split(files: Sequence[Path]) -> SplitStats:
+    import numpy as np
+
+    stats = SplitStats()
+    counts = np.zeros(1, dtype=np.int64)
+    for row_starts, documents_of_rows, starts, masks in _groups(files):
+        row_ends = np.append(row_starts[1:], len(masks))
+        absolute = starts + np.repeat(row_starts, documents_of_rows)
+        lengths = np.diff(np.append(absolute, len(masks))) - 1
+        row_tokens = row_ends - row_starts - documents_of_rows
+        stats.rows += len(row_starts)
+        stats.documents += len(starts)
+        stats.tokens += int(lengths.sum())
+        stats.supervised_tokens += int(masks.sum())
+        stats.longest_row = max(stats.longest_row, int(row_tokens.max(initial=0)))
+        found = np.bincount(lengths)
+        longest = max(len(counts), len(found))
+        counts = np.pad(counts, (0, longest - len(counts)))
+        counts[: len(found)] += found
+    present = np.flatnonzero(counts)
+    stats.document_lengths = dict(zip(present.tolist(), counts[present].tolist(), strict=True))
+    return stats
+
+
+def _groups(files: Sequence[Path]) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Yield, for each row group: row starts, documents of each row, document starts, mask."""
+    import numpy as np
+
+    for path in files:
+        file = _open(path)
+        for number in range(file.num_row_groups):
+            table = file.read_row_group(number, columns=["loss_mask", "seq_start_id"])
+            masks = table.column("loss_mask").combine_chunks()
+            starts = table.column("seq_start_id").combine_chunks()
+            mask_offsets = masks.offsets.to_numpy()
+            start_offsets = starts.offsets.to_numpy()
+            yield (
+                mask_offsets[:-1] - mask_offsets[0],
+                np.diff(start_offsets),
+                starts.flatten().to_numpy().astype(np.int64),
+                masks.flatten().to_numpy(),
+            )
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        missing = set(COLUMNS) - set(file.schema_arrow.names)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, str(error)) from None
+    if missing:
+        raise _damaged(path, f"it has no column {min(missing)}")
+    return file
+
+
+def _damaged(path: Path, problem: str) -> NemotronError:
+    return NemotronError(
+        "packs_damaged",
+        f"{path} is not packed Parquet: {problem}",
+        where=str(path),
+        fix="run data_prep/sft_packing again",
+        exit_code=ExitCode.DATA,
+    )
+
+
+def _file_properties(path: Path) -> dict[str, Any]:
+    """Return what a file says about itself in its key-value metadata."""
+    prefix = b"nemotron."
+    entries = _open(path).metadata.metadata or {}
+    found = {
+        key.removeprefix(prefix).decode(): value.decode()
+        for key, value in entries.items()
+        if key.startswith(prefix)
+    }
+    numbers = {key: json.loads(value) for key, value in found.items() if value.isdecimal()}
+    return found | numbers

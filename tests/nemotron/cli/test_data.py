@@ -1,0 +1,130 @@
+"""``nemotron data``: packed data as numbers and as text, counted from the files themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nemotron.cli.app import main
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the step makes of a blend of two small data sets."""
+    directory = tmp_path_factory.mktemp("packed")
+    for name, count in (("birds", 20), ("fish", 60)):
+        rows = [
+            {"instruction": f"Name {number} {name}.", "output": f"{name} {number}"}
+            for number in range(count)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(lines + ("{\n" if name == "fish" else ""))
+    sources: list[dict[str, Any]] = [
+        {"name": name, "path": f"{name}.jsonl"} for name in ("birds", "fish")
+    ]
+    sources[1]["weight"] = 2
+    (directory / "blend.json").write_text(json.dumps({"datasets": sources}))
+    values = {
+        "blend_path": directory / "blend.json",
+        "output_dir": directory / "out",
+        "pack_size": 128,
+    }
+    arguments = [f"{key}={value}" for key, value in values.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        assert main(["steps", "run", "data_prep/sft_packing", "-c", "tiny", *arguments]) == 0
+    return directory / "out"
+
+
+def test_stats_are_those_of_the_rows(packed: Path, tmp_path: Path, capsys: Captured) -> None:
+    capsys.readouterr()
+    png = tmp_path / "lengths.png"
+    assert main(["data", "stats", str(packed), "--json", "--png", str(png)]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    for name, item in data["splits"].items():
+        files = sorted((packed / "splits" / name).iterdir())
+        rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+        ends = [[*row["seq_start_id"][1:], len(row["input_ids"])] for row in rows]
+        lengths = sorted(
+            end - start - 1
+            for row, of_row in zip(rows, ends, strict=True)
+            for start, end in zip(row["seq_start_id"], of_row, strict=True)
+        )
+        supervised = sum(sum(row["loss_mask"]) for row in rows)
+        assert (item["rows"], item["documents"]) == (len(rows), len(lengths))
+        assert (item["tokens"], item["supervised_tokens"]) == (sum(lengths), supervised)
+        assert item["efficiency"] == pytest.approx(sum(lengths) / (128 * len(rows)))
+        assert item["document_tokens"]["max"] == lengths[-1]
+        assert item["document_tokens"]["p50"] == lengths[(len(lengths) - 1) // 2]
+    assert (data["rows_read"], data["kept"]) == (81, 60)
+    assert data["dropped"] == {"malformed_json": 1, "weight": 20}
+    assert [entry["conversations"] for entry in data["datasets"]] == [20, 40]
+    assert main(["data", "stats", str(packed)]) == 0
+    page = capsys.readouterr().out
+    assert "dropped   20 weight" in page
+    assert "66.7%" in page
+
+
+def test_inspect_shows_documents_and_what_is_trained(packed: Path, capsys: Captured) -> None:
+    capsys.readouterr()
+    assert main(["data", "inspect", str(packed), "--row", "0", "--json"]) == 0
+    documents: list[list[dict[str, Any]]] = json.loads(capsys.readouterr().out)["documents"]
+    for runs in documents:
+        assert [run["trained"] for run in runs] == [False, True]
+        assert runs[0]["text"].endswith("<|im_start|>assistant\n")
+        assert runs[1]["text"].endswith("<|im_end|>")
+    assert main(["data", "inspect", str(packed), "--row", "0"]) == 0
+    page = capsys.readouterr().out
+    assert page.count("--- document") == len(documents)
+    assert f"<<{documents[0][1]['text']}>>" in page
+
+
+def test_files_of_others_are_read_by_their_columns(
+    packed: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    table = pa.table({"input_ids": [[5, 6, 27]], "loss_mask": [[1, 1, 0]], "seq_start_id": [[0]]})
+    pq.write_table(table, tmp_path / "shard.parquet")
+    capsys.readouterr()
+    assert main(["data", "stats", str(tmp_path), "--json"]) == 0
+    item = json.loads(capsys.readouterr().out)["splits"][""]
+    assert (item["rows"], item["tokens"], item["supervised_tokens"]) == (1, 2, 2)
+    assert main(["data", "inspect", str(tmp_path)]) == 4
+    assert "the packs do not name their tokenizer" in capsys.readouterr().err
+    tokenizer = json.loads((packed / "artifact.json").read_text())["properties"]["tokenizer"]
+    assert main(["data", "inspect", str(tmp_path), "--tokenizer", tokenizer]) == 0
+    # Control characters of the data do not reach the terminal.
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["stats", "nowhere"], 4, "nowhere holds no packed Parquet"),
+        (["inspect", "{}", "--row", "9999"], 2, "no row 9999"),
+        (["inspect", "{}", "--split", "dev"], 2, "no split 'dev'; there are: train, valid, test"),
+        (["inspect", "{}", "--tokenizer", "nowhere"], 4, "no tokenizer.json at nowhere"),
+        (["inspect", "{}", "--row", "-1"], 2, "--row"),
+        (["stats", "{}/rejects.jsonl"], 4, "is not packed Parquet"),
+    ],
+)
+def test_what_cannot_be_shown_is_an_error(
+    packed: Path, capsys: Captured, arguments: list[str], code: int, problem: str
+) -> None:
+    capsys.readouterr()
+    assert main(["data", *(text.format(packed) for text in arguments)]) == code
+    assert problem in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_refused(packed: Path, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    capsys.readouterr()
+    assert main(["data", "inspect", str(packed), "--tokenizer", str(tmp_path)]) == 4
+    assert "is not the tokenizer that made these packs" in capsys.readouterr().err
