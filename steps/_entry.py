@@ -8,12 +8,15 @@ every failure into exit code 1, so the file is how the real code reaches the lau
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
+import time
 import tomllib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,12 +25,23 @@ from nemotron.artifacts import Producer, sha256_json
 from nemotron.config import Schema, load_config
 from nemotron.errors import ExitCode, NemotronError
 
+# What collectives raise when another rank has gone. What ended that one is told by whoever knows.
+_LOST_CONNECTION = re.compile(r"^Dist(Backend|Network|Store)Error|gloo/transport|by peer")
+_SECONDS_FOR_THE_CAUSE = 2.0
 STEPS_ROOT = Path(__file__).parent
 S = TypeVar("S", bound=Schema)
 
 
 class PreemptedError(Exception):
     """The step was asked to stop before its end; started again, it goes on where it stopped."""
+
+
+class _ReportedError(Exception):
+    """Carries the exit code of an error that has been reported to where the process ends."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 def run_step(
@@ -48,21 +62,41 @@ def run_step(
     parser.add_argument("--config", type=Path, required=True, help="resolved config of the step")
     arguments, others = parser.parse_known_args(argv)
     try:
-        _refuse_others(step, others)
-        config = load_config(arguments.config, schema)
-        digest = sha256_json(config.model_dump(mode="json"))
-        run(config, Producer(step=step, config_sha256=digest, code_version=nemotron.__version__))
-    except NemotronError as error:
-        return report(error)
+        with reporting():
+            _refuse_others(step, others)
+            config = load_config(arguments.config, schema)
+            digest = sha256_json(config.model_dump(mode="json"))
+            version = nemotron.__version__
+            run(config, Producer(step=step, config_sha256=digest, code_version=version))
+    except _ReportedError as error:
+        return error.exit_code
     except PreemptedError as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}; start it again to go on", flush=True)
         return int(ExitCode.PREEMPTED)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
-    except Exception as error:
-        return report(_unexpected(error), details=traceback.format_exc())
     return int(ExitCode.OK)
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """Report what the block raises before anything around the block ends.
+
+    Ranks that wait for this one fail as soon as its connections close: reported any later, the
+    cause would come after its consequences, and only the first that is reported is told.
+    """
+    try:
+        yield
+    except (_ReportedError, PreemptedError):
+        raise
+    except NemotronError as error:
+        raise _ReportedError(report(error)) from error
+    except Exception as error:
+        if _LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
+            time.sleep(_SECONDS_FOR_THE_CAUSE)
+        code = report(_unexpected(error), details=traceback.format_exc())
+        raise _ReportedError(code) from error
 
 
 def step_error(step: str, name: str, problem: str, *, where: str = "") -> NemotronError:
@@ -94,6 +128,12 @@ def report(error: NemotronError, details: str = "") -> int:
     return int(error.exit_code)
 
 
+def origin(error: BaseException) -> str:
+    """Return file and line of where an error was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
 def _refuse_others(step: str, others: Sequence[str]) -> None:
     if others:
         raise NemotronError(
@@ -106,18 +146,14 @@ def _refuse_others(step: str, others: Sequence[str]) -> None:
 
 
 def _unexpected(error: Exception) -> NemotronError:
+    notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
     return NemotronError(
         "unexpected",
-        f"{type(error).__name__}: {error}",
-        where=_origin(error),
+        f"{type(error).__name__}: {error}{notes}",
+        where=origin(error),
         fix="this is a defect of nemotron or of its environment; report it with the lines above",
         exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
     )
-
-
-def _origin(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def _claim_error_file(text: str) -> bool:

@@ -14,6 +14,7 @@ What asked has its own limit.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import ClassVar, NamedTuple
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic import multiprocessing
@@ -30,6 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from nemotron.artifacts import write_text
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._training.heartbeat import LastWords, last_words
 
 ERROR_FILE = "NEMOTRON_ERROR_FILE"
 # Not SIGABRT: a collective library aborts when another rank has gone.
@@ -43,7 +46,8 @@ class _Ranks(SubprocessContext):
     """The ranks of this host: told to stop when this process is, and not waited for when lost."""
 
     was_told = False
-    left_early: tuple[str, ...] = ()
+    left_early: tuple[int, ...] = ()
+    last_words: ClassVar[dict[str, LastWords]] = {}
 
     def start(self) -> None:
         super().start()
@@ -51,9 +55,23 @@ class _Ranks(SubprocessContext):
             signal.signal(number, self._tell)
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-        left = (rank for rank, each in self.subprocess_handlers.items() if each.proc.poll() == 0)
-        _Ranks.left_early = _Ranks.left_early or tuple(self.envs[rank]["RANK"] for rank in left)
+        codes = {rank: each.proc.poll() for rank, each in self.subprocess_handlers.items()}
+        ended = {int(self.envs[rank]["RANK"]): code for rank, code in codes.items()}
+        left = tuple(rank for rank, code in ended.items() if code == 0)
+        _Ranks.left_early = _Ranks.left_early or left
+        if any(ended.values()):  # as long as the store is there
+            self._hear_last_words([rank for rank, code in codes.items() if code is not None])
+            lost = next(filter(None, itertools.starmap(_what_became, ended.items())), None)
+            # At once: what the others make of it must not be the first that is reported.
+            if lost is not None and os.environ.get(ERROR_FILE) and _reported() is None:
+                _report_lost(*lost)
         super().close(death_sig, min(timeout, _GRACE_SECONDS))
+
+    def _hear_last_words(self, local_ranks: Sequence[int]) -> None:
+        for environment in (self.envs[rank] for rank in local_ranks):
+            words = last_words(environment)
+            if words is not None:
+                _Ranks.last_words.setdefault(environment["RANK"], words)
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
         _Ranks.was_told = True
@@ -66,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun on ``argv`` and return the exit code for the whole job."""
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         for logger in _with_children(name):
-            logger.addFilter(lambda record: _reported_code() is None)
+            logger.addFilter(lambda record: _reported() is None)
     multiprocessing.SubprocessContext = _Ranks
     try:
         torchrun.main(argv)
@@ -82,18 +100,30 @@ def _report(failed: ChildFailedError) -> int:
     if _Ranks.was_told and _was_stopped(failed):
         return int(ExitCode.PREEMPTED)
     lost = _first_lost(failed)
-    if lost is not None and _reported_code() in (None, "unexpected"):
-        rank, problem, fix = lost
-        error = NemotronError("rank_died", problem, fix=fix, exit_code=ExitCode.RANK_DIED)
-        print(error, file=sys.stderr)
-        path = os.environ.get(ERROR_FILE)
-        if path:
-            write_text(Path(path), json.dumps(error.to_dict() | {"rank": rank}))
-        return int(error.exit_code)
-    if _reported_code() is None:
-        print(failed, file=sys.stderr)
+    reported = _reported()
+    if lost is not None and (reported is None or reported.code == "unexpected"):
+        return _report_lost(*lost)
+    if reported is not None and reported.exit_code:
+        return reported.exit_code
+    print(failed, file=sys.stderr)
     _, failure = failed.get_first_failure()
     return failure.exitcode if failure.exitcode > 0 else int(ExitCode.RANK_DIED)
+
+
+def _report_lost(rank: int, problem: str, fix: str) -> int:
+    words = _Ranks.last_words.get(str(rank))
+    error = NemotronError(
+        "rank_died",
+        problem if words is None else f"{problem}; last heard of after step {words.step}",
+        where="" if words is None else words.place,
+        fix=fix,
+        exit_code=ExitCode.RANK_DIED,
+    )
+    print(error, file=sys.stderr)
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        write_text(Path(path), json.dumps(error.to_dict() | {"rank": rank}))
+    return int(error.exit_code)
 
 
 def _was_stopped(failed: ChildFailedError) -> bool:
@@ -109,13 +139,23 @@ def _first_lost(failed: ChildFailedError) -> tuple[int, str, str] | None:
     times of failures are whole seconds.
     """
     first = min(failure.timestamp for failure in failed.failures.values())
-    for rank, failure in failed.failures.items():
-        if -failure.exitcode in _DEADLY and failure.timestamp <= first + 1:
-            fix = "look at the log above; SIGKILL mostly means that memory ran out"
-            return rank, f"rank {rank} was killed by {failure.signal_name()}", fix
-    for rank in _Ranks.left_early:
+    codes = {
+        rank: failure.exitcode
+        for rank, failure in failed.failures.items()
+        if failure.timestamp <= first + 1
+    }
+    codes |= dict.fromkeys(_Ranks.left_early, 0)
+    return next(filter(None, itertools.starmap(_what_became, codes.items())), None)
+
+
+def _what_became(rank: int, code: int | None) -> tuple[int, str, str] | None:
+    """Return a rank that went without a word, what became of it, and what to do."""
+    if code is not None and -code in _DEADLY:
+        fix = "look at the log above; SIGKILL mostly means that memory ran out"
+        return rank, f"rank {rank} was killed by {signal.Signals(-code).name}", fix
+    if code == 0:
         fix = "look at the log above for what called exit in that rank"
-        return int(rank), f"rank {rank} ended, with exit code 0, before the others", fix
+        return rank, f"rank {rank} ended, with exit code 0, before the others", fix
     return None
 
 
@@ -125,15 +165,21 @@ def _with_children(name: str) -> list[logging.Logger]:
     return [logging.getLogger(child) for child in names]
 
 
-def _reported_code() -> str | None:
-    """Return the code of the error that a rank has reported, if one has."""
+class _Reported(NamedTuple):
+    code: str
+    exit_code: int
+
+
+def _reported() -> _Reported | None:
+    """Return code and exit code of the error that a rank has reported, if one has."""
     path = os.environ.get(ERROR_FILE)
     if not path or not Path(path).exists():
         return None
     try:
-        return str(json.loads(Path(path).read_text(encoding="utf-8"))["code"])
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        return _Reported(str(record["code"]), int(record["exit_code"]))
     except (ValueError, KeyError):
-        return "unexpected"  # its rank died while writing
+        return _Reported("unexpected", 0)  # its rank died while writing
 
 
 if __name__ == "__main__":

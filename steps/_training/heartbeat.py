@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._entry import report
+from nemotron.steps._entry import origin, report
 from nemotron.steps._training.distributed import Layout
 
 _LEFT = "left"
+_TORCH = f"{os.sep}torch{os.sep}"
+_LAST_WORDS_SECONDS = 2.0
+
+
+class LastWords(NamedTuple):
+    """The last step that a rank had taken at its last beat, and file and line of where it was."""
+
+    step: str
+    place: str
 
 
 class Heartbeat:
@@ -51,28 +61,39 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        if self._size > 1 and isinstance(error, SystemExit):
+            self._own_exit(error)
         self._leaving.set()
         if self._size > 1:
             self._thread.join()
+        if self._size > 1 and isinstance(error, SystemExit):
+            # As a success it would be waited for by the launcher, and by the ranks it has left.
+            raise SystemExit(int(ExitCode.RANK_DIED)) from error
+
+    def _own_exit(self, error: SystemExit) -> None:
+        problem = (
+            f"the rank ended itself, with exit code {error.code}, after step {self.last_step()}"
+        )
+        died = NemotronError(
+            "rank_died",
+            problem,
+            where=origin(error),
+            fix="look at what calls exit there",
+            exit_code=ExitCode.RANK_DIED,
+        )
+        report(died)
 
     def _watch(self) -> None:
         # A connection of its own: that of the process group may be blocked in a rendezvous.
-        store = PrefixStore(
-            "heartbeat",
-            TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=self._timeout_seconds),
-            ),
-        )
+        store = _connect(os.environ, self._timeout_seconds)
         heard = {rank: ("", time.monotonic()) for rank in range(self._size) if rank != self._rank}
         is_leaving, beat = False, 0
         try:
             while not is_leaving:
                 is_leaving = self._leaving.wait(min(1.0, self._timeout_seconds / 4))
                 beat += 1
-                store.set(str(self._rank), _LEFT if is_leaving else f"{beat} {self.last_step()}")
+                words = f"{beat} {self.last_step()} {_place_of_main_thread()}"
+                store.set(str(self._rank), _LEFT if is_leaving else words)
                 for rank, (last, since) in heard.items():
                     text = store.get(str(rank)).decode() if store.check([str(rank)]) else last
                     heard[rank] = (last, since) if text == last else (text, time.monotonic())
@@ -84,16 +105,58 @@ class Heartbeat:
                 self._end_with(f"the rendezvous store of the job is gone: {error}", "")
 
     def _end(self, rank: int, text: str) -> None:
-        step = text.partition(" ")[2] or "0"
+        words = _parse(text)
         self._end_with(
-            f"rank {rank} has been silent for {self._timeout_seconds} s; its last step was {step}",
+            f"rank {rank} has been silent for {self._timeout_seconds} s; "
+            f"its last step was {words.step}",
             "look at the process and the host of that rank; dist.heartbeat_timeout_seconds is the "
             "limit",
+            where=words.place,
         )
 
-    def _end_with(self, problem: str, fix: str) -> None:
-        error = NemotronError("rank_silent", problem, fix=fix, exit_code=ExitCode.RANK_DIED)
+    def _end_with(self, problem: str, fix: str, where: str = "") -> None:
+        error = NemotronError(
+            "rank_silent", problem, where=where, fix=fix, exit_code=ExitCode.RANK_DIED
+        )
         with contextlib.suppress(OSError):
             report(error)
         # The main thread waits in a collective that nothing else would end.
         os._exit(ExitCode.RANK_DIED)
+
+
+def last_words(environment: Mapping[str, str]) -> LastWords | None:
+    """Return what a rank, given by its environment, has last said; None if that is not known.
+
+    For the process that started the ranks, while the store is there.
+    """
+    key = environment["RANK"]
+    try:
+        store = _connect(environment, _LAST_WORDS_SECONDS)
+        text = store.get(key).decode() if store.check([key]) else _LEFT
+    except RuntimeError:
+        return None
+    return None if text == _LEFT else _parse(text)
+
+
+def _connect(environment: Mapping[str, str], timeout_seconds: float) -> PrefixStore:
+    store = TCPStore(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    return PrefixStore("heartbeat", store)
+
+
+def _parse(text: str) -> LastWords:
+    _, step, place = [*text.split(" ", 2), "", ""][:3]
+    return LastWords(step or "0", place)
+
+
+def _place_of_main_thread() -> str:
+    """Return file and line of what the main thread is doing, outside of torch."""
+    main = threading.main_thread().ident
+    frame = sys._current_frames().get(main) if main is not None else None
+    while frame is not None and _TORCH in frame.f_code.co_filename:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""

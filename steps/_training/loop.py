@@ -214,15 +214,19 @@ class Trainer:
         """Take one optimizer step; ``iteration`` counts from 1."""
         started = time.perf_counter()
         self.adapter.zero_gradients()
-        totals = self._accumulate_gradients(iteration)
+        own_loss, totals = self._accumulate_gradients(iteration)
         loss_sum, supervised_tokens, _, _ = totals.tolist()
         lm_loss = loss_sum / max(supervised_tokens, 1.0)
+        own = torch.stack([own_loss, self.adapter.gradients.sum(dtype=torch.float64)])
         self.adapter.reduce_gradients()
         if self.batch.calculate_per_token_loss:
             self.adapter.gradients.div_(max(supervised_tokens, 1.0))
         grad_norm = self.adapter.gradient_norm()
         if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
-            raise LossNotFiniteError(f"iteration {iteration}: loss {lm_loss}, norm {grad_norm}")
+            ranks = self._not_finite_on(own)
+            raise LossNotFiniteError(
+                f"iteration {iteration}: loss {lm_loss}, norm {grad_norm}; first on ranks {ranks}"
+            )
         learning_rate = self._update(iteration, grad_norm)
         values = {"lm_loss": lm_loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         seconds = time.perf_counter() - started
@@ -237,8 +241,11 @@ class Trainer:
         """Set AdamW's state to what was saved at ``iteration``."""
         load_moments(directory, self.model, self.adapter, self.optimizer, iteration=iteration)
 
-    def _accumulate_gradients(self, iteration: int) -> Tensor:
-        """Return loss sum, supervised tokens, tokens and FLOPs of the global batch, [4] fp64."""
+    def _accumulate_gradients(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """Return this rank's loss sum, and sums over the global batch, [4] fp64.
+
+        These are the loss, supervised tokens, tokens and floating-point operations.
+        """
         rows = self.train_rows.global_batch(
             iteration - 1,
             global_batch_size=self.batch.global_batch_size,
@@ -253,7 +260,7 @@ class Trainer:
         batches = [self._weighted(iteration, pairs) for pairs in micro_batches]
         loss_sum = self.model.train(batches)
         counts = torch.tensor([self._counts(batch.micro) for batch in batches], dtype=torch.float64)
-        return self._totals(loss_sum, counts.sum(dim=0))
+        return loss_sum, self._totals(loss_sum, counts.sum(dim=0))
 
     def _counts(self, micro: MicroBatch) -> tuple[int, int, float]:
         """Return supervised tokens, tokens and floating-point operations of a micro batch."""
@@ -292,6 +299,11 @@ class Trainer:
             own = torch.tensor(peak_memory_bytes(self.layout.device), device=self.layout.device)
             values["peak_memory_bytes"] = int(all_gather(own, self.layout.world).max())
         return values
+
+    def _not_finite_on(self, own: Tensor) -> list[int]:
+        """Return the ranks whose own sums, before gradients were exchanged, are not finite."""
+        finite = all_gather(own.isfinite().all().int(), self.layout.world).tolist()
+        return [rank for rank, is_finite in enumerate(finite) if not is_finite]
 
     def _update(self, iteration: int, grad_norm: float) -> float:
         """Clip, set the learning rate, step the optimizer; return the learning rate used."""

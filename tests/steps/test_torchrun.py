@@ -40,9 +40,9 @@ if ends == "puzzled at last":
 if ends == "silent":
     sys.exit(7)
 if ends.startswith("told"):
-    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     if ends == "told in time":
-        os.kill(os.getppid(), signal.SIGUSR1)
+        os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
 while ends == "killed late" and not os.path.exists(path):
     time.sleep(0.01)

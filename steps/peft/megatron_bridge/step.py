@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nemotron.artifacts import Producer
-from nemotron.steps._entry import run_step
+from nemotron.steps._entry import reporting, run_step
 from nemotron.steps._models.gpt import LoraTargets
 from nemotron.steps._tensor_parallel.linear import LoraSpec
 from nemotron.steps._training.checkpoint import hold_output
@@ -47,6 +47,7 @@ def run(config: Config, produced_by: Producer) -> None:
             config=config.model_dump(mode="json", by_alias=True),
             mirrors=MirrorSettings(**config.logger.model_dump(exclude={"log_interval"})),
         ) as metrics,
+        reporting(),
     ):
         train_adapter(
             layout=layout,

@@ -152,7 +152,7 @@ def train_adapter(
         properties=_properties(packs, base, lora),
     )
     vocab_size = base.config.vocab_size
-    with _named_errors(packed_root, output):
+    with _named_errors(packed_root, output, metrics):
         train_rows = PackedSplit(packed_root / "splits" / "train", vocab_size=vocab_size)
         valid_rows = PackedSplit(packed_root / "splits" / "valid", vocab_size=vocab_size)
         trainer = Trainer(
@@ -186,8 +186,8 @@ def _go_on(trainer: Trainer, saved: SavedRun) -> Progress:
 
 
 @contextlib.contextmanager
-def _named_errors(packed_root: Path, output: Path) -> Iterator[None]:
-    """Turn what training raises into the manifest's errors."""
+def _named_errors(packed_root: Path, output: Path, metrics: MetricsLog) -> Iterator[None]:
+    """Turn what training raises into the manifest's errors; to others, add when they came."""
     try:
         yield
     except BadRowError as error:
@@ -196,6 +196,9 @@ def _named_errors(packed_root: Path, output: Path) -> Iterator[None]:
         raise step_error(STEP, "loss_not_finite", str(error), where=str(output)) from None
     except SaveFailedError as error:
         raise step_error(STEP, "save_failed", str(error), where=str(output)) from None
+    except Exception as error:
+        error.add_note(f"after step {metrics.iteration}")
+        raise
 
 
 def _verified(directory: Path, artifact_type: str, layout: Layout) -> Artifact:

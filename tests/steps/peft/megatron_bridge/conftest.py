@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,13 +211,16 @@ def train(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 @pytest.fixture
 def launch(world: World, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """Return a function that starts the step under the launcher's torchrun; killed at the end."""
+    """Return a function that starts the step under the launcher's torchrun; killed at the end.
+
+    It takes another program to run in the step's place, with arguments, and config values.
+    """
     started: list[subprocess.Popen[str]] = []
 
-    def run(**changes: Any) -> Launched:
+    def run(*program: str, **changes: Any) -> Launched:
         directory = tmp_path / f"launched{len(started)}"
         directory.mkdir()
-        started.append(start(world, directory, "nemotron.steps._torchrun", changes))
+        started.append(start(world, directory, "nemotron.steps._torchrun", changes, program))
         return Launched(started[-1], directory)
 
     yield run
@@ -243,8 +246,15 @@ def train_here(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return run
 
 
+STEP_MODULE = ("-m", "nemotron.steps.peft.megatron_bridge.step")
+
+
 def start(
-    world: World, directory: Path, torchrun: str, changes: dict[str, Any]
+    world: World,
+    directory: Path,
+    torchrun: str,
+    changes: dict[str, Any],
+    program: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
     """Start the step under a torchrun, with some config values changed (dotted keys)."""
     path = write_config(world, directory, changes)
@@ -252,7 +262,7 @@ def start(
     num_ranks = recipe["tensor_model_parallel_size"] * recipe["data_parallel_size"]
     num_ranks *= recipe["pipeline_model_parallel_size"]
     command = [sys.executable, "-m", torchrun, "--standalone", f"--nproc-per-node={num_ranks}"]
-    command += ["-m", "nemotron.steps.peft.megatron_bridge.step", "--config", str(path)]
+    command += [*(program or STEP_MODULE), "--config", str(path)]
     error = {"NEMOTRON_ERROR_FILE": str(directory / "error.json")}
     return subprocess.Popen(
         command,

@@ -1,0 +1,365 @@
+"""The sections of the config of peft/megatron_bridge, in upstream's keys.
+
+Keys of upstream whose other values ask for behaviour that does not exist here accept only the
+values that are honoured. What follows from several sections is in ``schema``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from nemotron.config import Schema
+from nemotron.steps._models.targets import LINEARS
+
+# Upstream selects defaults by importing these; here they are names, and nothing is imported.
+Recipe = Literal[
+    "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_peft_config",
+    "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_finetune_config",
+]
+
+
+class RecipeConfig(Schema):
+    """Layout and sequence length; the first place to override them."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    target: Recipe | None = Field(
+        default=None,
+        alias="_target_",
+        description="upstream's name of these defaults; nothing is imported",
+    )
+    packed_sequence: Literal[True] = Field(default=True, description="rows are always packed")
+    peft: Literal["lora"] = Field(default="lora", description="the recipe is always LoRA")
+    seq_length: PositiveInt | None = None
+    tensor_model_parallel_size: PositiveInt | None = None
+    pipeline_model_parallel_size: PositiveInt | None = None
+    context_parallel_size: PositiveInt | None = Field(
+        default=None, description="ranks that share a sequence in attention; only 1 so far"
+    )
+    expert_model_parallel_size: PositiveInt | None = Field(
+        default=None, description="ranks that share the experts; only 1 so far"
+    )
+    sequence_parallel: bool | None = Field(
+        default=None,
+        description="split activations between the linears over the sequence",
+    )
+    data_parallel_size: PositiveInt = 1
+
+
+class ModelConfig(Schema):
+    """The same facts in Megatron's model section, the loss's normalisation and recomputation."""
+
+    seq_length: PositiveInt | None = Field(default=None, description="as recipe.seq_length")
+    tensor_model_parallel_size: PositiveInt | None = Field(
+        default=None, description="as recipe.tensor_model_parallel_size"
+    )
+    pipeline_model_parallel_size: PositiveInt | None = Field(
+        default=None, description="as recipe.pipeline_model_parallel_size"
+    )
+    virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
+        default=None,
+        description="parts of the model on each pipeline stage; more than 1: interleaved schedule",
+    )
+    num_layers_in_first_pipeline_stage: PositiveInt | None = Field(
+        default=None, description="layers of the first stage; null: as even as possible"
+    )
+    num_layers_in_last_pipeline_stage: PositiveInt | None = Field(
+        default=None, description="layers of the last stage; null: as even as possible"
+    )
+    context_parallel_size: PositiveInt | None = Field(
+        default=None, description="as recipe.context_parallel_size"
+    )
+    expert_model_parallel_size: PositiveInt | None = Field(
+        default=None, description="as recipe.expert_model_parallel_size"
+    )
+    expert_tensor_parallel_size: PositiveInt | None = Field(
+        default=None, description="ranks that share an expert; only 1 so far"
+    )
+    sequence_parallel: bool | None = Field(default=None, description="as recipe.sequence_parallel")
+    calculate_per_token_loss: bool = Field(
+        default=True,
+        description="mean over the global batch's supervised tokens; false: over its micro batches",
+    )
+    recompute_granularity: Literal["full"] | None = Field(
+        default=None,
+        description="full: keep only each layer's input, compute the rest again backward",
+    )
+    recompute_method: Literal["uniform"] | None = Field(
+        default=None, description="uniform: every layer alike; with recompute_granularity"
+    )
+    recompute_num_layers: Literal[1] | None = Field(
+        default=None, description="layers recomputed together; with recompute_granularity"
+    )
+
+
+class PackedSequenceSpecs(Schema):
+    """Upstream's other spelling of where the packs are: a directory or a glob of Parquet files."""
+
+    packed_sequence_size: PositiveInt | None = Field(
+        default=None, description="as recipe.seq_length"
+    )
+    packed_train_data_path: str | None = None
+    packed_val_data_path: str | None = Field(
+        default=None, description="the valid shards; must belong to the same packed data"
+    )
+
+
+class DatasetConfig(Schema):
+    """The packed data."""
+
+    nano3_packed_sft_dir: str | None = None
+    seq_length: PositiveInt | None = Field(default=None, description="as recipe.seq_length")
+    dataloader_type: Literal["batch"] = Field(
+        default="batch", description="global batches in the order of a permutation per epoch"
+    )
+    packed_sequence_specs: PackedSequenceSpecs = PackedSequenceSpecs()
+
+
+class TrainConfig(Schema):
+    """Length of the run and batch sizes, in packed rows."""
+
+    train_iters: PositiveInt = 1000
+    global_batch_size: PositiveInt = 4
+    micro_batch_size: PositiveInt = 1
+    eval_interval: PositiveInt = Field(
+        default=500, description="optimizer steps between evaluations; every save is evaluated too"
+    )
+    eval_iters: PositiveInt = Field(
+        default=32, description="global batches per evaluation, at most"
+    )
+
+
+class PeftConfig(Schema):
+    """The adapter. ``alpha / dim`` scales it; dropout acts on its input.
+
+    A pattern is a linear's own name, or a wildcard on its full name.
+    """
+
+    type: Literal["lora"] = "lora"
+    dim: PositiveInt = 32
+    alpha: float = Field(default=32.0, gt=0.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    target_modules: tuple[str, ...] = ("linear_qkv", "linear_proj")
+    use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(dim) instead")
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default={}, description="dim of the linears that a pattern names; the first match counts"
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default={}, description="alpha of the linears that a pattern names; the first match counts"
+    )
+    lora_plus_lr_ratio: PositiveFloat = Field(
+        default=1.0, description="learning rate of lora_b over that of lora_a (LoRA+)"
+    )
+
+    @model_validator(mode="after")
+    def _targets_exist(self) -> Self:
+        patterns = [*self.target_modules, *self.rank_pattern, *self.alpha_pattern]
+        # What a full name or wildcard matches depends on the base; see checks.target_errors.
+        unknown = [each for each in patterns if "." not in each and "*" not in each]
+        unknown = sorted(set(unknown) - set(LINEARS))
+        if unknown or not self.target_modules:
+            raise ValueError(
+                f"{unknown or 'target_modules []'} must be some of {list(LINEARS)}, or wildcards "
+                "such as *.layers.0.*.linear_qkv"
+            )
+        return self
+
+
+class OptimizerConfig(Schema):
+    """AdamW on fp32 masters of the adapter."""
+
+    lr: float = Field(default=1e-4, gt=0.0, description="learning rate after the warm-up")
+    min_lr: NonNegativeFloat = Field(
+        default=0.0, description="learning rate at the end of the decay"
+    )
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment")
+    adam_beta2: float = Field(
+        default=0.95, ge=0.0, lt=1.0, description="decay of the second moment"
+    )
+    adam_eps: float = Field(
+        default=1e-8, gt=0.0, description="added to the root of the second moment"
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.1, description="decoupled weight decay")
+    clip_grad: NonNegativeFloat = Field(
+        default=1.0, description="bound on the global gradient norm; 0: none"
+    )
+
+
+class SchedulerConfig(Schema):
+    """Learning rate over iterations: linear warm-up, then the decay style down to ``min_lr``."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = Field(
+        default="cosine",
+        description="shape of the decay after the warm-up; WSD: stable first, decay at the end",
+    )
+    lr_warmup_iters: NonNegativeInt = Field(
+        default=50,
+        description="iterations of the warm-up, kept below lr_decay_iters; the first has rate 0",
+    )
+    lr_decay_iters: PositiveInt | None = Field(
+        default=None, description="iteration at which the decay ends; train.train_iters where null"
+    )
+    lr_warmup_fraction: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="the warm-up as a part of lr_decay_iters, instead of lr_warmup_iters",
+    )
+    lr_warmup_init: NonNegativeFloat = Field(
+        default=0.0, description="learning rate of the first iteration of the warm-up"
+    )
+    lr_wsd_decay_iters: PositiveInt | None = Field(
+        default=None, description="iterations of the decay of WSD, the last of lr_decay_iters"
+    )
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
+        default="exponential", description="shape of the decay of WSD"
+    )
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        is_given = "lr_warmup_iters" in self.model_fields_set and self.lr_warmup_iters > 0
+        if self.lr_warmup_fraction is not None and is_given:
+            raise ValueError(
+                f"lr_warmup_fraction={self.lr_warmup_fraction} and "
+                f"lr_warmup_iters={self.lr_warmup_iters} both state the warm-up; "
+                "set lr_warmup_iters=0"
+            )
+        return self
+
+
+class CheckpointConfig(Schema):
+    """Where the base is and where adapters go."""
+
+    save: str = Field(
+        default="./output/peft/megatron_bridge/default",
+        description="directory of the adapters and of metrics.jsonl",
+    )
+    pretrained_checkpoint: str | None = None
+    load: str | None = Field(
+        default=None,
+        description="directory of another run's saves to go on from; an unfinished run in save "
+        "goes on by itself",
+    )
+    ckpt_step: PositiveInt | None = Field(
+        default=None, description="the iteration of load to go on from; null: its newest whole save"
+    )
+    save_interval: PositiveInt = Field(
+        default=50, description="optimizer steps between saves; the last step is saved in any case"
+    )
+    most_recent_k: int = Field(
+        default=-1,
+        description="saves to keep, 2 or more: older ones go once a newer one is whole; -1: all",
+    )
+    finetune: Literal[True] = Field(
+        default=True,
+        description="nothing of pretrained_checkpoint but its weights is taken over",
+    )
+    fully_parallel_save: Literal[False] = Field(
+        default=False, description="an adapter is small: one rank writes it"
+    )
+    async_save: Literal[False] = Field(
+        default=False, description="an adapter is small: a save takes milliseconds"
+    )
+    save_optim: bool = Field(
+        default=True,
+        description="what a run needs to go on; false: adapters only, a stopped run starts again",
+    )
+    save_rng: Literal[False] = Field(
+        default=False,
+        description="nothing to save: all that is random follows from seed, iteration and row",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> Self:
+        if self.most_recent_k != -1 and self.most_recent_k < 2:
+            raise ValueError(
+                f"most_recent_k is {self.most_recent_k}; wanted -1, or 2 and more, so that a "
+                "damaged save is never the only one"
+            )
+        if self.ckpt_step is not None and self.other_run is None:
+            raise ValueError(
+                "ckpt_step goes back to a save of checkpoint.load, which must be another directory "
+                "than checkpoint.save, so that later saves are not overwritten"
+            )
+        return self
+
+    @property
+    def other_run(self) -> Path | None:
+        """Directory of another run to go on from.
+
+        Upstream's ``load`` equal to ``save`` asks for what happens by itself.
+        """
+        if self.load is None or Path(self.load).resolve() == Path(self.save).resolve():
+            return None
+        return Path(self.load)
+
+
+class HfLoadConfig(Schema):
+    """Upstream's handling of its own checkpoint keys; nothing here clears or inherits them."""
+
+    clear_pretrained_checkpoint: Literal[False] = Field(default=False, description="not done")
+    inherit_save_as_load: Literal[False] = Field(default=False, description="not done")
+
+
+class CheckpointPatchConfig(Schema):
+    """How upstream starts its checkpoint writer; ours has no queue, so the value has no effect."""
+
+    use_spawn_queue_for_torch_dist: bool = Field(
+        default=True, description="accepted without effect"
+    )
+
+
+class LoggerConfig(Schema):
+    """Where metrics are shown beside ``metrics.jsonl``, which always has every iteration."""
+
+    log_interval: PositiveInt = Field(
+        default=10, description="optimizer steps between printed lines"
+    )
+    tensorboard_dir: str | None = Field(
+        default=None, description="directory of TensorBoard's event files; null: none are written"
+    )
+    tensorboard_log_interval: PositiveInt = Field(
+        default=1, description="optimizer steps between those that TensorBoard and W&B get"
+    )
+    wandb_project: str | None = Field(
+        default=None, description="project on Weights & Biases; null: nothing goes there"
+    )
+    wandb_exp_name: str | None = Field(
+        default=None, description="name of the run there, with wandb_project"
+    )
+    wandb_entity: str | None = Field(
+        default=None, description="who the project belongs to; null: the account's default"
+    )
+    wandb_save_dir: str | None = Field(
+        default=None, description="where wandb keeps its files; null: as wandb decides (WANDB_DIR)"
+    )
+
+
+class RngConfig(Schema):
+    """The one seed: of the adapter's initial values, of dropout and of the order of the rows."""
+
+    seed: NonNegativeInt = Field(
+        default=1234, description="seed of the adapter, of dropout and of the order of the rows"
+    )
+
+
+class DistConfig(Schema):
+    """The process groups."""
+
+    distributed_timeout_minutes: PositiveInt = Field(
+        default=10, description="longest wait for another rank"
+    )
+    heartbeat_timeout_seconds: PositiveInt = Field(
+        default=60, description="a rank that has been silent for so long ends the job"
+    )
