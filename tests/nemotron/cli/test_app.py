@@ -137,6 +137,11 @@ def test_commands_and_options_are_the_documented_ones() -> None:
         "nemotron jobs logs": {"-f", "--follow", "--on-interrupt", "--debug"},
         "nemotron jobs cancel": both,
         "nemotron jobs wait": both,
+        "nemotron profiles": set(),
+        "nemotron profiles list": both,
+        "nemotron profiles show": both,
+        "nemotron profiles init": {"--debug"},
+        "nemotron profiles check": both,
     }
 
 

@@ -27,7 +27,7 @@ executor = "slurm"
 container_image = ""
 gpus_per_node = 0
 partition = "main"
-time = "00:05:00"
+time = "00:30:00"
 startup_commands = ["export PATH={Path(sys.executable).parent}:$PATH"]
 """
 
@@ -125,9 +125,15 @@ def slurm_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def slurm(slurm_rig: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cluster(slurm_rig: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a directory whose profile ``rig`` is the cluster."""
     monkeypatch.setenv("SLURM_CONF", str(slurm_rig / "slurm.conf"))
     monkeypatch.setenv("PATH", f"{slurm_rig / 'bin'}:{os.environ['PATH']}")
-    (demo / "env.toml").write_text(PROFILE)
-    return demo
+    (here / "env.toml").write_text(PROFILE)
+    return here
+
+
+@pytest.fixture
+def slurm(cluster: Path, demo: Path) -> Path:
+    """Return the same directory, with the demo steps."""
+    return cluster
