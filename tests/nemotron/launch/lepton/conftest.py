@@ -202,7 +202,7 @@ def handler_of(workspace: Workspace) -> type[BaseHTTPRequestHandler]:
                 self.send(*workspace.answer(self.command, path, body))
             return None
 
-        do_GET = do_POST = do_PATCH = do_DELETE = do
+        do_GET = do_POST = do_PATCH = do_DELETE = do  # noqa: N815 - names of the base class
 
         def send(self, status: int, content: Any) -> None:
             data = json.dumps(content).encode()
