@@ -9,6 +9,9 @@ their lost connections.
 SIGTERM and SIGUSR1 ask the job to save and stop. torchrun would give the ranks 30 seconds and then
 kill them; here they are passed on, and the ranks take the time that the step and the save take.
 What asked has its own limit.
+
+On several nodes the first one keeps the store in which the nodes meet, also at the end. It waits a
+moment before it leaves, so that the others do not take its leaving for a failure.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -27,6 +31,7 @@ from typing import ClassVar, NamedTuple
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic import multiprocessing
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -40,6 +45,9 @@ _DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
 # How long ranks have once another one has failed. All that is left to do is to notice.
 _GRACE_SECONDS = 5
+# How long the node with the store outlives the barrier at the end. The others have passed it once
+# they have read one key.
+_LEAVE_LAST_SECONDS = 1
 
 
 class _Ranks(SubprocessContext):
@@ -84,8 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun on ``argv`` and return the exit code for the whole job."""
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         for logger in _with_children(name):
-            logger.addFilter(lambda record: _reported() is None)
+            # It was told to stop, or a rank has said what went wrong: then this is no news.
+            logger.addFilter(lambda record: _reported() is None and not _Ranks.was_told)
     multiprocessing.SubprocessContext = _Ranks
+    SimpleElasticAgent._exit_barrier = _leave_last
     try:
         torchrun.main(argv)
     except ChildFailedError as error:
@@ -93,6 +103,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return int(ExitCode.OK)
+
+
+def _leave_last(agent: SimpleElasticAgent) -> None:
+    """Pass the barrier at the end; on the node with the store, let the others pass it first."""
+    _pass_exit_barrier(agent)
+    group = agent.get_worker_group()
+    if group.group_rank == 0 and (group.group_world_size or 1) > 1:
+        time.sleep(_LEAVE_LAST_SECONDS)
+
+
+_pass_exit_barrier = SimpleElasticAgent._exit_barrier
 
 
 def _report(failed: ChildFailedError) -> int:

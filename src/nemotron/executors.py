@@ -16,6 +16,8 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 # One line, and nothing that ends a quoted word early.
 Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f'\"\\]+$")]
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+# Linux starts no program with a variable of 128 KiB or more.
+Value = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$", max_length=100_000)]
 # Tools that nemo-run calls get these without quotes; Slurm expands % in the names of log files.
 PlainPath = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9_./@+=-]*$")]
 Directory = Annotated[str, StringConstraints(pattern=r"^/[^\x00-\x1f\x7f:,'\"\\]*$")]
@@ -35,7 +37,7 @@ class Execution(BaseModel):
     gpus_per_node: int | None = Field(default=None, ge=0)
     ntasks_per_node: int | None = Field(default=None, ge=1)
     nproc_per_node: int | None = Field(default=None, ge=1)
-    env_vars: dict[Name, Text | None] = {}  # null: leave the variable out
+    env_vars: dict[Name, Value | None] = {}  # null: leave the variable out
     secrets: tuple[Name, ...] = ()
     startup_commands: tuple[Text, ...] = ()
     run_command: Text | None = None  # shell code with {command}, or {script} and {config}

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import nemotron
 from nemotron.errors import NemotronError
 from nemotron.executors import EXECUTORS
 from nemotron.interpolation import resolve
@@ -76,6 +77,31 @@ def read_tables(start: Path) -> dict[str, Node]:
             tables[name] = table
     env_file = _env_file(start)
     return BUILT_IN | tables | (dict(_read_file(env_file)) if env_file else {})
+
+
+def write_template(executor: str, directory: Path | None = None) -> Path:
+    """Write the template of an executor to ``profiles/`` and return the file.
+
+    Raises:
+        NemotronError: ``profile_exists``.
+    """
+    path = (directory or Path("profiles")) / f"{executor}.toml"
+    package = Path(nemotron.__file__).parent
+    # In a wheel beside the modules, in a checkout at its root.
+    places = (package / "profiles", package.parents[1] / "profiles")
+    source = next(place for place in places if place.is_dir()) / path.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise NemotronError(
+            "profile_exists",
+            f"there is {path} already",
+            where=str(path),
+            fix=f"edit it, or remove it first: rm {path}",
+        ) from None
+    return path
 
 
 def _upward(start: Path) -> Iterator[Path]:

@@ -41,7 +41,8 @@ STEPS = {
         from nemotron.config import Schema
 
         Behaviour = Literal[
-            "ok", "refuse", "crash", "sleep", "die", "argv", "nothing", "spill", "stop"
+            *("ok", "refuse", "crash", "sleep", "die", "argv", "nothing", "spill"),
+            *("stop", "stop_once"),
         ]
 
         class Config(Schema):
@@ -59,6 +60,9 @@ STEPS = {
             print("making", flush=True)
             if config.behaviour == "refuse":
                 raise NemotronError("too_odd", "that is odd", exit_code=ExitCode.DATA)
+            if config.behaviour == "stop_once" and not os.path.exists("stopped"):
+                open("stopped", "x").close()
+                raise PreemptedError("stopped")
             if config.behaviour == "stop":
                 raise PreemptedError("stopped")
             if config.behaviour == "crash":

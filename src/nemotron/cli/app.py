@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import nemotron
-from nemotron.cli import data, jobs, steps
+from nemotron.cli import data, jobs, profiles, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.errors import ExitCode, NemotronError
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(steps.app, name="steps")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(data.app, name="data")
+app.add_typer(profiles.app, name="profiles")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

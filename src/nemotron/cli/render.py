@@ -14,8 +14,9 @@ from nemotron.jobs import Job, JobRecord
 from nemotron.manifest import Artifact
 from nemotron.plan import JobPlan
 from nemotron.preflight import Check, label
+from nemotron.profile import Profile
 from nemotron.redaction import redact_argv, redact_data
-from nemotron.tree import display
+from nemotron.tree import Node, display, dotted, leaves, plain
 
 _WIDTH = 100
 _MARKS = {"ok": "ok", "pending": "pending", "failed": "FAILED"}
@@ -144,7 +145,7 @@ def plan_data(plan: JobPlan, checks: Sequence[Check]) -> dict[str, Any]:
             {"type": item.type, "key": item.key, "path": item.path} for item in plan.outputs
         ],
         "notes": list(plan.notes),
-        "checks": [_check_data(check) for check in checks],
+        "checks": [check_data(check) for check in checks],
     }
 
 
@@ -169,7 +170,7 @@ def plan_text(plan: JobPlan, checks: Sequence[Check]) -> str:
         "inputs": [f"{item.type}: {item.path or 'not set'}  ({item.key})" for item in plan.inputs],
         "outputs": [f"{item.type}: {item.path}  ({item.key})" for item in plan.outputs],
         "notes": list(plan.notes),
-        "checks": [f"{_MARKS[check.status]:<8} {check.text}" for check in checks],
+        "checks": check_lines(checks),
     }
     lines = [f"{label(plan)} on {where}{how}: {plan.num_ranks} rank(s) on {plan.nodes} node(s)"]
     for title, content in sections.items():
@@ -181,6 +182,57 @@ def plan_text(plan: JobPlan, checks: Sequence[Check]) -> str:
 def script_text(scripts: Mapping[str, str]) -> str:
     """Return the scripts of a submission, each whole below its name."""
     return "".join(f"\n----- {name}\n{text.rstrip()}\n" for name, text in scripts.items())
+
+
+def check_lines(checks: Sequence[Check]) -> list[str]:
+    """Return a line per check."""
+    return [f"{_MARKS[check.status]:<8} {check.text}" for check in checks]
+
+
+def check_data(check: Check) -> dict[str, Any]:
+    """Return a check as JSON has it."""
+    error = check.error.to_dict() if check.error else None
+    return {"status": check.status, "text": check.text, "error": error}
+
+
+def profile_rows(tables: Mapping[str, Node]) -> list[dict[str, str]]:
+    """Return the profiles as ``profiles list --json`` prints them."""
+    rows = []
+    for name, table in sorted(tables.items()):
+        written = plain(table)
+        rows.append(
+            {
+                "name": name,
+                "executor": str(_inherited(written, "executor", tables) or "local"),
+                "extends": str(written.get("extends", "")),
+                "file": table.place.partition(" [")[0],
+            }
+        )
+    return rows
+
+
+def profile_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return the profiles as a table."""
+    heads = ("name", "executor", "extends", "file")
+    shown = [tuple(head.upper() for head in heads)]
+    return _table([*shown, *(tuple(row[head] for head in heads) for row in rows)])
+
+
+def profile_data(profile: Profile) -> dict[str, Any]:
+    """Return a profile as ``profiles show --json`` prints it."""
+    return {
+        "name": profile.name,
+        "executor": profile.executor,
+        "values": redact_data(plain(profile.values)),
+        "origins": {dotted(path): node.place for path, node in leaves(profile.values)},
+    }
+
+
+def profile_page(profile: Profile) -> str:
+    """Return a profile, for reading."""
+    origins = {dotted(path): node.place for path, node in leaves(profile.values)}
+    lines = _yaml_lines(redact_data(plain(profile.values)), origins)
+    return "\n".join([f"{profile.name} ({profile.executor})", *(f"  {line}" for line in lines)])
 
 
 def job_table(jobs: Sequence[Job]) -> str:
@@ -226,6 +278,17 @@ def _placement(record: JobRecord) -> str:
     return f"{place.executor} job {place.id}{where}, {place.directory}"
 
 
+def _inherited(table: Mapping[str, Any], key: str, tables: Mapping[str, Node]) -> Any:
+    """Return a key of a profile or of the profiles that it extends, as far as they are there."""
+    seen: set[str] = set()
+    while key not in table and isinstance(parent := table.get("extends"), str):
+        if parent in seen or parent not in tables:
+            return None
+        seen.add(parent)
+        table = plain(tables[parent])
+    return table.get(key)
+
+
 def _overridden(plan: JobPlan) -> dict[str, str]:
     """Return where a value comes from, for each that replaced another or came from outside."""
     directory = f"{display(plan.config_path.parent)}/"
@@ -236,11 +299,6 @@ def _overridden(plan: JobPlan) -> dict[str, str]:
             over = f", over {origin.overrides}" if origin.overrides else ""
             shown[key] = f"{origin.place}{over}".replace(directory, "")
     return shown
-
-
-def _check_data(check: Check) -> dict[str, Any]:
-    error = check.error.to_dict() if check.error else None
-    return {"status": check.status, "text": check.text, "error": error}
 
 
 def _yaml_lines(values: Any, origins: dict[str, str], prefix: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nemotron.launch.base import Console, Submission
+from nemotron.launch.check import check_profile
 from nemotron.launch.follow import cancel, logs, refresh, wait
 from nemotron.launch.local import LocalBackend
 from nemotron.launch.remote import OnInterrupt
@@ -14,6 +15,7 @@ __all__ = [
     "OnInterrupt",
     "Submission",
     "cancel",
+    "check_profile",
     "logs",
     "preview",
     "refresh",

@@ -13,6 +13,7 @@ from nemotron.errors import ExitCode, NemotronError
 from nemotron.jobs import Job
 from nemotron.launch.base import Console
 from nemotron.launch.cluster import SlurmHandle
+from nemotron.launch.lepton_jobs import LeptonHandle
 from nemotron.launch.remote import Handle, OnInterrupt, follow, note
 
 _POLL_SECONDS = 0.2
@@ -23,7 +24,7 @@ def handle_of(job: Job) -> Handle:
     """Return the handle of a job that was placed on another machine."""
     placement = job.record.placement
     assert placement is not None  # noqa: S101 - caller
-    return SlurmHandle(placement)
+    return SlurmHandle(placement) if placement.executor == "slurm" else LeptonHandle(placement)
 
 
 def refresh(job: Job) -> Job:

@@ -24,6 +24,7 @@ import nemo_run as run
 from nemo_run.config import get_nemorun_home, set_nemorun_home
 from nemo_run.core.execution.base import Executor
 from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel, Tunnel
+from nemo_run.run.torchx_backend.schedulers import lepton, slurm
 
 from nemotron.errors import ExitCode, NemotronError
 
@@ -67,6 +68,11 @@ def slurm_executor(
         poll_estimated_start_time=False,
         **options,
     )
+
+
+def lepton_executor(options: dict[str, Any], *, source: Path) -> Executor:
+    """Return nemo-run's Lepton executor with these fields, for the files in ``source``."""
+    return run.LeptonExecutor(packager=ShippedFiles(source=str(source)), launcher=None, **options)
 
 
 def preview(executor: Executor, *, job_id: str, task: str, base: Path) -> str:
@@ -137,6 +143,9 @@ def _quiet(base: Path) -> Iterator[None]:
     home, level, stdin = get_nemorun_home(), logging.root.level, sys.stdin
     logging.disable(logging.WARNING)
     set_nemorun_home(str(base))
+    # Its lists of all jobs of a user, kept for commands of its own; ours have their own records.
+    lepton.LEPTON_JOB_DIRS = str(base / ".lepton_jobs.json")
+    slurm.SLURM_JOB_DIRS = str(base / ".slurm_jobs")
     try:
         with (
             Path(os.devnull).open(encoding="utf-8") as nothing,

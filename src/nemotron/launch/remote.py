@@ -27,6 +27,7 @@ OnInterrupt = Literal["ask", "cancel", "leave"]
 # What was written on another machine may show up here a moment later.
 _SETTLE_SECONDS = 0.3
 _MOST_FAILED_POLLS = 20
+_FINAL = ("workspace_refused", "workspace_unknown")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def follow(job: Job, handle: Handle, console: Console, on_interrupt: OnInterrupt
 
 def _states(job: Job, handle: Handle, console: Console) -> Iterator[State]:
     """Yield the job's states for ever; show its output and keep its record on the way."""
-    num_failed = 0
+    num_failed, restarts = 0, job.record.restarts
     said = ""
     while True:
         try:
@@ -124,12 +125,15 @@ def _states(job: Job, handle: Handle, console: Console) -> Iterator[State]:
             num_failed += 1
             if num_failed == 1:
                 console.say(f"{error.problem}; trying again")
-            if num_failed >= _MOST_FAILED_POLLS:
+            if num_failed >= _MOST_FAILED_POLLS or error.code in _FINAL:
                 raise
             state = State("unknown")
         if state.exit_code is not None:
             time.sleep(_SETTLE_SECONDS)
             _show(console, handle.new_output(is_last=True))
+        if state.restarts > restarts:
+            restarts = state.restarts
+            console.say(f"queued again (restart {restarts})")
         if state.status == "queued" and state.reason not in ("", "None", said):
             said = state.reason
             console.say(f"waiting: {state.reason}")

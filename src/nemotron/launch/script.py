@@ -18,6 +18,8 @@ from nemotron.plan import JOB_DIRECTORY, JobPlan
 LAUNCH, CONFIG = "launch.sh", "train.yaml"
 # What the batch shell prints before anything of ours; what stands above it is nemo-run's own trace.
 BATCH_MARK = "nemotron: job"
+# What a node of a Lepton job prints last: its exit code, and the error that the step reported.
+END_MARK, ERROR_MARK = "nemotron: exit", "nemotron: error "
 # Which variables say a node's place in the job, and where rank 0 is.
 _PLACES = {
     "slurm": (
@@ -28,6 +30,13 @@ _PLACES = {
     ),
     "lepton": ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LEPTON_RESTART_COUNT"),
 }
+
+_LAST_WORDS = (
+    'if [ -s "$NEMOTRON_ERROR_FILE" ]; then',
+    f"    printf '{ERROR_MARK}%s\\n' \"$(tr -d '\\n' < \"$NEMOTRON_ERROR_FILE\")\"",
+    "fi",
+    f'echo "{END_MARK} $code"',
+)
 
 
 def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: int = 0) -> str:
@@ -65,6 +74,7 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         "    # Not a failure that would end the other nodes before they have stopped as well.",
         f'    : > "$here/stopped.$restart"; code={_stopped_code(plan)}',
         "fi",
+        *(_LAST_WORDS if plan.executor == "lepton" else ()),
         'exit "$code"',
     ]
     return "\n".join(parts) + "\n"

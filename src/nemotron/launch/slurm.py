@@ -89,7 +89,7 @@ def preview(plan: JobPlan) -> dict[str, str]:
     with tempfile.TemporaryDirectory(prefix="nemotron-") as name:
         executor = _executor(plan, shipped, Path(name) / "none")
         (Path(name) / "none").mkdir()
-        batch = _nemo().preview(executor, job_id=JOB, task=task_name(plan), base=Path(name))
+        batch = load_nemo().preview(executor, job_id=JOB, task=task_name(plan), base=Path(name))
     return {"sbatch": batch, script.LAUNCH: shipped.launch}
 
 
@@ -112,7 +112,7 @@ def submit(plan: JobPlan, shipped: SlurmFiles, *, job_id: str, console: Console)
         base.mkdir(parents=True, exist_ok=True)
         with _secrets(plan, host, job_id) as pre_command:
             executor = _executor(plan, shipped, source, pre_command)
-            number = _nemo().submit(executor, job_id=job_id, task=task_name(plan), base=base)
+            number = load_nemo().submit(executor, job_id=job_id, task=task_name(plan), base=base)
     if not number.isdigit():
         raise NemotronError(
             "submission_failed",
@@ -143,9 +143,8 @@ def _execution(plan: JobPlan) -> SlurmExecution:
     return plan.execution
 
 
-def _nemo() -> ModuleType:
-    # nemo-run keeps a list of all its jobs; ours have their own records.
-    os.environ.setdefault("NEMORUN_HOME", str(Path.cwd() / jobs.JOBS_ROOT.parent / "nemo-run"))
+def load_nemo() -> ModuleType:
+    """Return the module that imports nemo-run, which takes seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its imports deprecate each other
         from nemotron.launch import nemo
@@ -175,7 +174,7 @@ def _executor(
             "identity": identity,
             "pre_command": pre_command,
         }
-    return _nemo().slurm_executor(
+    return load_nemo().slurm_executor(
         _options(plan, shipped.prologue), source=source, job_root=root, ssh=ssh
     )
 

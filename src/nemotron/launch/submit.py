@@ -8,17 +8,19 @@ from types import ModuleType
 from nemotron import jobs, preflight
 from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.jobs import Job
-from nemotron.launch import script, slurm
+from nemotron.launch import lepton, script, slurm
 from nemotron.launch.base import Console, Submission
 from nemotron.launch.follow import handle_of
+from nemotron.launch.lepton import LeptonFiles
 from nemotron.launch.remote import OnInterrupt, follow
+from nemotron.launch.slurm import SlurmFiles
 from nemotron.plan import JobPlan
 from nemotron.redaction import secret_values
 
 
 def preview(plan: JobPlan) -> dict[str, str]:
     """Return the scripts that a submission of the plan would use, by name; none for this host."""
-    return slurm.preview(plan) if plan.executor == "slurm" else {}
+    return {} if plan.executor == "local" else _backend(plan).preview(plan)
 
 
 def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt) -> Submission:
@@ -51,7 +53,11 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
 
 
 def _place(
-    job: Job, plan: JobPlan, backend: ModuleType, shipped: slurm.SlurmFiles, console: Console
+    job: Job,
+    plan: JobPlan,
+    backend: ModuleType,
+    shipped: SlurmFiles | LeptonFiles,
+    console: Console,
 ) -> None:
     """Hand the job over; record where it is, or why it is nowhere."""
     try:
@@ -69,12 +75,4 @@ def _place(
 
 
 def _backend(plan: JobPlan) -> ModuleType:
-    if plan.executor == "slurm":
-        return slurm
-    raise NemotronError(
-        "submission_unavailable",
-        f"submission through {plan.executor} is not built yet",
-        where=f"profile {plan.profile.name}" if plan.profile else "",
-        fix="add --dry-run to see the plan, or leave out -r and -b to run on this host",
-        exit_code=ExitCode.SUBMISSION,
-    )
+    return slurm if plan.executor == "slurm" else lepton

@@ -141,6 +141,11 @@ def test_commands_and_options_are_the_documented_ones() -> None:
         "nemotron data": set(),
         "nemotron data stats": both | {"--png"},
         "nemotron data inspect": both | {"--row", "--split", "--tokenizer"},
+        "nemotron profiles": set(),
+        "nemotron profiles list": both,
+        "nemotron profiles show": both,
+        "nemotron profiles init": {"--debug"},
+        "nemotron profiles check": both,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ executor = "slurm"
 container_image = ""
 gpus_per_node = 0
 partition = "main"
-time = "00:05:00"
+time = "00:30:00"
 startup_commands = ["export PATH={Path(sys.executable).parent}:$PATH"]
 """
 
@@ -124,10 +125,77 @@ def slurm_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
+@dataclass(frozen=True)
+class LoginNode:
+    """An sshd on loopback that takes one key, and an ``ssh`` that knows only its own hosts."""
+
+    port: int
+    identity: Path
+    known_hosts: Path
+    tools: Path
+
+
+@pytest.fixture(scope="session")
+def login_node(slurm_rig: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoginNode]:
+    """Start a login node of the cluster."""
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if sshd is None or shutil.which("rsync") is None or shutil.which("ssh") is None:
+        pytest.skip("a login node of our own needs sshd, ssh and rsync (see .ci/run)")
+    root = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "user"):
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(root / name)]
+        subprocess.run(command, check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [f"HostKey {root}/host", f"AuthorizedKeysFile {root}/user.pub", f"Port {port}"]
+    options += ["ListenAddress 127.0.0.1", f"PidFile {root}/pid", "StrictModes no", "UsePAM no"]
+    options += ["PasswordAuthentication no", f"SetEnv SLURM_CONF={slurm_rig}/slurm.conf"]
+    (root / "config").write_text("\n".join([*options, "Subsystem sftp internal-sftp\n"]))
+    Path("/run/sshd").mkdir(exist_ok=True)
+    (root / "known_hosts").write_text(f"[127.0.0.1]:{port} {(root / 'host.pub').read_text()}")
+    tools = root / "bin"
+    tools.mkdir()
+    (tools / "ssh").write_text(
+        '#!/bin/sh\nexec /usr/bin/ssh -F none -o UserKnownHostsFile="$RIG_KNOWN_HOSTS" "$@"\n'
+    )
+    (tools / "ssh").chmod(0o755)
+    with subprocess.Popen(
+        [sshd, "-D", "-f", str(root / "config"), "-E", str(root / "log")]
+    ) as server:
+        yield LoginNode(port, root / "user", root / "known_hosts", tools)
+        server.terminate()
+
+
 @pytest.fixture
-def slurm(slurm_rig: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def over_ssh(
+    login_node: LoginNode, slurm: Path, demo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Return a directory outside of the cluster; profile ``far`` reaches it over ssh."""
+    monkeypatch.delenv("SLURM_CONF")
+    monkeypatch.setenv("PATH", f"{login_node.tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("RIG_KNOWN_HOSTS", str(login_node.known_hosts))
+    with (slurm / "env.toml").open("a") as file:
+        file.write(
+            f'[far]\nextends = "rig"\ntunnel = "ssh"\nhost = "127.0.0.1"\nuser = "root"\n'
+            f'port = {login_node.port}\nidentity = "{login_node.identity}"\n'
+            f'remote_job_dir = "{slurm}/far"\n'
+            f'env_vars = {{ PYTHONPATH = "{os.environ["PYTHONPATH"]}", '
+            f'DEMO_STEPS = "{demo_root}" }}\n'
+        )
+    return slurm
+
+
+@pytest.fixture
+def cluster(slurm_rig: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a directory whose profile ``rig`` is the cluster."""
     monkeypatch.setenv("SLURM_CONF", str(slurm_rig / "slurm.conf"))
     monkeypatch.setenv("PATH", f"{slurm_rig / 'bin'}:{os.environ['PATH']}")
-    (demo / "env.toml").write_text(PROFILE)
-    return demo
+    (here / "env.toml").write_text(PROFILE)
+    return here
+
+
+@pytest.fixture
+def slurm(cluster: Path, demo: Path) -> Path:
+    """Return the same directory, with the demo steps."""
+    return cluster

@@ -221,16 +221,6 @@ def test_no_secret_is_in_any_file_that_a_run_leaves(
     assert not leaking
 
 
-@pytest.mark.parametrize("executor", ["lepton"])
-def test_a_remote_run_is_refused_for_now(demo: Path, executor: str) -> None:
-    (demo / "env.toml").write_text(f'[p]\nexecutor = "{executor}"\ncontainer_image = "x"\n')
-    with pytest.raises(NemotronError, match=f"through {executor} is not built yet") as caught:
-        launch.submit(build(resolve("demo/use"), profile=load_profile("p")), Terminal().console)
-    assert caught.value.exit_code is ExitCode.SUBMISSION
-    assert "--dry-run" in caught.value.fix
-    assert not (demo / ".nemotron").exists()
-
-
 def test_ranks_run_under_torchrun_and_the_record_says_so(demo: Path) -> None:
     submission, record, _ = run(plan("demo/train", config="tiny"))
     assert submission.exit_code == 0

@@ -168,3 +168,49 @@ def test_two_nodes_share_one_job_and_rank_0_is_on_the_first(
     assert (slurm / "out" / "train" / "rank0.txt").is_file()
     assert (slurm / "out" / "train" / "rank1.txt").is_file()
     assert "Traceback" not in done.out
+
+
+def test_a_job_that_stopped_to_go_on_ends_with_75(slurm: Path, nemotron: Nemotron) -> None:
+    done = nemotron("steps", "run", "demo/make", "-r", "rig", "behaviour=stop")
+    assert done.code == 75
+    (job,) = nemotron("jobs", "list", "--json").data
+    assert (job["status"], job["error"]) == ("preempted", None)
+
+
+def start_now(job_id: str, nemotron: Nemotron, until: Callable[..., Any]) -> None:
+    """Wait until a job is queued again, and spare it the two minutes that Slurm lets it wait."""
+
+    def is_queued_again() -> bool:
+        now = nemotron("jobs", "status", job_id, "--json").data
+        return now["status"] == "queued" and now["restarts"] == 1
+
+    until(is_queued_again)
+    number = record(job_id)["placement"]["id"]
+    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
+
+
+def test_a_job_that_stopped_is_queued_again_so_often_and_no_more(
+    slurm: Path, nemotron: Nemotron, until: Callable[..., Any]
+) -> None:
+    words = ("steps", "run", "demo/make", "-b", "rig", "run.env.requeue=true")
+    goes_on = nemotron(*words, "behaviour=stop_once").out.strip()
+    always = nemotron(*words, "run.env.requeue_limit=1", "behaviour=stop").out.strip()
+    for job_id in (goes_on, always):
+        start_now(job_id, nemotron, until)
+    assert nemotron("jobs", "wait", goes_on).code == 0
+    assert nemotron("jobs", "logs", goes_on).out.count("making\n") == 2
+    assert nemotron("jobs", "wait", always).code == 75
+    assert [record(job_id)["status"] for job_id in (goes_on, always)] == ["succeeded", "preempted"]
+    assert [record(job_id)["restarts"] for job_id in (goes_on, always)] == [1, 1]
+
+
+def test_check_asks_the_cluster_without_submitting(slurm: Path, nemotron: Nemotron) -> None:
+    good = nemotron("profiles", "check", "rig")
+    assert good.code == 0, good.err
+    assert "ok       partition main is there" in good.out
+    with (slurm / "env.toml").open("a") as file:
+        file.write('[bad]\nextends = "rig"\npartition = "mian"\nmounts = ["/nowhere:/x"]\n')
+    bad = nemotron("profiles", "check", "bad")
+    assert bad.code == 3
+    assert "partition mian is none of: main" in bad.err
+    assert "mount source /nowhere is not there" in bad.err

@@ -1,0 +1,192 @@
+"""Lepton: from a plan to a job of a workspace, submitted through nemo-run.
+
+``launch.sh`` and the config reach the workspace's storage through nemo-run's helper job, whose
+command line holds them; the code archive comes in environment variables of the job itself, because
+one argument of a program holds 128 KiB and no more. Secrets are secrets of the workspace, by name.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.executors import LeptonExecution
+from nemotron.jobs import Placement
+from nemotron.launch import lepton_jobs, script, slurm
+from nemotron.launch.archive import Archive, pack_code
+from nemotron.launch.base import Console
+from nemotron.plan import JobPlan
+
+_CHUNK_CHARACTERS = 96 * 1024
+# The whole job must fit into one object of the workspace's Kubernetes, 1.5 MiB.
+_MOST_CODE_CHARACTERS = 1024 * 1024
+# An argument of a program ends at 128 KiB; nemo-run adds the paths.
+_MOST_FILE_CHARACTERS = 120 * 1024
+_EXAMPLES = "steps/_tiny"
+_MOVER_TRIES = 5
+
+
+@dataclass(frozen=True)
+class LeptonFiles:
+    """What a job ships."""
+
+    launch: str
+    config: str
+    chunks: tuple[str, ...]
+    archive: Archive | None
+
+
+def files(plan: JobPlan, job_id: str) -> LeptonFiles:
+    """Return everything of ours that a job consists of.
+
+    Raises:
+        NemotronError: ``code_too_large``, ``config_too_large``: it does not reach the job this way.
+    """
+    execution = _execution(plan)
+    config = plan.config_text
+    archive, chunks = None, ()
+    if execution.code_path is None:
+        needs_examples = f"${{{_EXAMPLES.replace('/', ':')}" in config
+        archive = pack_code(left_out=() if needs_examples else (_EXAMPLES,))
+        chunks = _chunks(archive)
+    launch = script.launch_script(
+        plan,
+        job_id=job_id,
+        archive=archive.name if archive else None,
+        chunks=len(chunks),
+    )
+    _check_size(launch, config)
+    return LeptonFiles(launch=launch, config=config, chunks=chunks, archive=archive)
+
+
+def preview(plan: JobPlan) -> dict[str, str]:
+    """Return the job's script, and what nemo-run's executor is told, without values of secrets."""
+    shipped = files(plan, slurm.JOB)
+    options = _options(plan, shipped)
+    options["env_vars"] = sorted(options["env_vars"])
+    text = yaml.safe_dump(options, sort_keys=False)
+    return {"LeptonExecutor": text, script.LAUNCH: shipped.launch}
+
+
+def submit(plan: JobPlan, shipped: LeptonFiles, *, job_id: str, console: Console) -> Placement:
+    """Hand a job to the workspace and return where it is.
+
+    Raises:
+        NemotronError: ``submission_failed``, ``workspace_refused``.
+    """
+    lepton_jobs.require_node_group(_execution(plan))
+    name = job_name(job_id)
+    for attempt in range(_MOVER_TRIES):
+        try:
+            number = _submit_once(plan, shipped, job_id, name)
+        except NemotronError as error:
+            # nemo-run names its helper job by the second.
+            if "409" not in error.problem or "data-mover" not in error.problem:
+                raise
+            if attempt == _MOVER_TRIES - 1:
+                raise
+            time.sleep(1 + attempt)
+        else:
+            directory = f"{_execution(plan).nemo_run_dir}/experiments/nemotron/nemotron_{job_id}"
+            return Placement(
+                executor="lepton", id=number.rpartition("___")[2], name=name, directory=directory
+            )
+    raise AssertionError("the last attempt raises")
+
+
+def job_name(job_id: str) -> str:
+    """Return a name as Lepton takes it: at most 34 of a-z, 0-9 and -, a letter first."""
+    day, clock, *slug, random = job_id.split("-")
+    words = re.sub(r"[^a-z0-9-]", "", "-".join(slug))[:10].strip("-")
+    return f"n-{words}-{day[4:]}{clock}-{random}"
+
+
+def _submit_once(plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str) -> str:
+    with tempfile.TemporaryDirectory(prefix="nemotron-") as base:
+        source = Path(base) / "ship"
+        source.mkdir()
+        (source / script.LAUNCH).write_text(shipped.launch, encoding="utf-8")
+        (source / script.CONFIG).write_text(shipped.config, encoding="utf-8")
+        nemo = slurm.load_nemo()
+        executor = nemo.lepton_executor(_options(plan, shipped), source=source)
+        return nemo.submit(executor, job_id=job_id, task=name, base=Path(base))
+
+
+def _execution(plan: JobPlan) -> LeptonExecution:
+    assert isinstance(plan.execution, LeptonExecution)  # noqa: S101 - chosen by the executor
+    return plan.execution
+
+
+def _options(plan: JobPlan, shipped: LeptonFiles) -> dict[str, Any]:
+    """Return the fields of nemo-run's executor."""
+    execution = _execution(plan)
+    gpus = execution.gpus_per_node
+    gpus = plan.step.manifest.step.gpus_per_node if gpus is None else gpus
+    chunks = {f"NEMOTRON_CODE_{index}": text for index, text in enumerate(shipped.chunks)}
+    options = {
+        "container_image": plan.image,
+        "nemo_run_dir": execution.nemo_run_dir or f"{plan.workspace}/nemo-run",
+        "nodes": plan.nodes,
+        "gpus_per_node": gpus,
+        "shared_memory_size": execution.shared_memory_size,
+        "resource_shape": execution.resource_shape,
+        "node_group": execution.node_group,
+        "node_reservation": execution.node_reservation,
+        "secret_vars": {name: name for name in execution.secrets} | execution.secret_vars,
+        "mounts": [mount.model_dump(by_alias=True) for mount in execution.mounts],
+        "image_pull_secrets": list(execution.image_pull_secrets),
+        "pre_launch_commands": list(execution.pre_launch_commands),
+        "can_be_preempted": execution.can_be_preempted,
+        "can_preempt": execution.can_preempt,
+        "queue_priority": execution.queue_priority,
+        "env_vars": chunks,
+        **execution.extra,
+    }
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _chunks(archive: Archive) -> tuple[str, ...]:
+    text = base64.b64encode(archive.content).decode("ascii")
+    if len(text) > _MOST_CODE_CHARACTERS:
+        raise NemotronError(
+            "code_too_large",
+            f"the code is {len(text):,} characters packed; "
+            f"a Lepton job takes {_MOST_CODE_CHARACTERS:,}",
+            where="${steps:...} of the config" if len(text) > 2 * _MOST_CODE_CHARACTERS else "",
+            why="it goes into the job itself, and the example model of -c tiny with it",
+            fix="put the package on the mounted storage and set code_path in the profile, "
+            "or point the config at files of that storage",
+            exit_code=ExitCode.PREFLIGHT,
+        )
+    starts = range(0, len(text), _CHUNK_CHARACTERS)
+    return tuple(text[start : start + _CHUNK_CHARACTERS] for start in starts)
+
+
+def _check_size(*texts: str) -> None:
+    """Refuse what nemo-run's helper job could not be started with."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for index, text in enumerate(texts):
+            content = text.encode()
+            entry = tarfile.TarInfo(str(index))
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    size = len(base64.b64encode(packed.getvalue()))
+    if size > _MOST_FILE_CHARACTERS:
+        raise NemotronError(
+            "config_too_large",
+            f"config and script are {size:,} characters packed; "
+            f"they reach a Lepton job up to {_MOST_FILE_CHARACTERS:,}",
+            fix="move what is long into a file on the mounted storage and give its path",
+            exit_code=ExitCode.PREFLIGHT,
+        )

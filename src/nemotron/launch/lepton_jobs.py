@@ -1,0 +1,226 @@
+"""What a Lepton workspace says about a job, asked through its own client.
+
+Lepton knows whether a job failed, not with which exit code: ``launch.sh`` prints that as its last
+line, and the step's error with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.executors import LeptonExecution
+from nemotron.jobs import Placement
+from nemotron.launch.remote import State
+from nemotron.launch.script import END_MARK, ERROR_MARK
+from nemotron.preflight import Check
+
+_TIMEOUT_SECONDS = 30
+_DRAIN_SECONDS = 10.0
+_QUEUED = ("Starting", "Queueing", "Awaiting", "PendingRetry", "Restarting")
+_RUNNING = ("Running", "Stopping", "Deleting", "UNK")
+_REFUSED = (401, 403)
+
+
+@dataclass
+class LeptonHandle:
+    """One job of a workspace: its state, what it prints, its end."""
+
+    placement: Placement
+    poll_seconds: float = 1.0
+    _printed: queue.SimpleQueue[bytes] = field(init=False, default_factory=queue.SimpleQueue)
+    _readers: dict[str, threading.Thread] = field(init=False, default_factory=dict)
+    _has_ended: threading.Event = field(init=False, default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._client = open_client()
+
+    def state(self) -> State:
+        """Return where the job stands.
+
+        Raises:
+            NemotronError: The workspace does not answer, or refuses.
+        """
+        with _asking():
+            try:
+                status = self._client.job.get(self.placement.id).status
+            except RuntimeError as error:
+                if _http_status(error) != 404:
+                    raise
+                return _gone(self.placement.id)
+        name = status.state.value if status and status.state else "UNK"
+        if name in _QUEUED:
+            return State("queued", reason=name)
+        if name in _RUNNING:
+            return State("running")
+        self._has_ended.set()
+        if name == "Stopped":
+            error = NemotronError("job_cancelled", "the job was stopped")
+            code = int(ExitCode.INTERRUPTED)
+            return State.ended(code, error.to_dict() | {"exit_code": code}, 0, "cancelled")
+        if name == "Completed" or (name in ("Archived", "Deleted") and not status.failed):
+            return State.ended(0, None, 0)
+        return self._failed()
+
+    def new_output(self, *, is_last: bool = False) -> bytes:
+        """Return what the job has printed since the last call, all its nodes.
+
+        Args:
+            is_last: Wait for what is on its way.
+        """
+        with contextlib.suppress(NemotronError), _asking():
+            for replica in self._client.job.get_replicas(self.placement.id):
+                name = replica.metadata.id_
+                if name and name not in self._readers:
+                    reader = threading.Thread(target=self._read, args=(name,), daemon=True)
+                    self._readers[name] = reader
+                    reader.start()
+        if is_last:
+            end = time.monotonic() + _DRAIN_SECONDS
+            for reader in self._readers.values():
+                reader.join(max(0.0, end - time.monotonic()))
+        return b"".join(self._drained())
+
+    def cancel(self) -> None:
+        """Stop the job; its record and logs stay in the workspace."""
+        with _asking():
+            self._client.job.update(self.placement.id, spec={"spec": {"stopped": True}})  # type: ignore[arg-type]
+
+    def _drained(self) -> Iterator[bytes]:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._printed.get_nowait()
+
+    def _read(self, replica: str) -> None:
+        """Put a node's log into the queue, from its start to its end, over lost connections."""
+        seen = 0
+        while True:
+            is_last = self._has_ended.is_set()
+            position = 0
+            with contextlib.suppress(Exception):  # a connection that ends is opened again
+                for block in self._log(replica):
+                    fresh = block[max(0, seen - position) :]
+                    position += len(block)
+                    seen = max(seen, position)
+                    if fresh:
+                        self._printed.put(fresh)
+            if is_last:
+                return
+            self._has_ended.wait(self.poll_seconds)
+
+    def _log(self, replica: str) -> Iterator[bytes]:
+        texts = self._client.job.get_log(self.placement.id, replica, timeout=_TIMEOUT_SECONDS)
+        return (text.encode() for text in texts)
+
+    def _failed(self) -> State:
+        code, error = int(ExitCode.FAILED), None
+        with contextlib.suppress(Exception):  # logs can be gone; that it failed is known
+            for replica in self._client.job.get_replicas(self.placement.id):
+                text = b"".join(self._log(str(replica.metadata.id_))).decode(errors="replace")
+                error = error or _reported(text)
+                found = re.findall(rf"^{END_MARK} (\d+)$", text, re.MULTILINE)
+                code = int(found[-1]) if found and found[-1] != "0" else code
+        if error is not None:
+            return State.ended(int(error["exit_code"]), error, 0)
+        if code == ExitCode.PREEMPTED:
+            return State.ended(code, None, 0)
+        problem = f"the job ended with exit code {code} and reported no error"
+        unknown = NemotronError("job_failed", problem, fix="look at the end of the log")
+        return State.ended(code, unknown.to_dict() | {"exit_code": code}, 0)
+
+
+def open_client() -> Any:
+    """Return a client of the workspace that the environment or ``lep login`` names.
+
+    Raises:
+        NemotronError: ``workspace_unknown``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from leptonai.api.v2.client import APIClient
+    try:
+        client = APIClient()
+    except Exception as error:
+        raise NemotronError(
+            "workspace_unknown",
+            f"no Lepton workspace to talk to: {str(error).splitlines()[0]}",
+            fix="run lep login, or export LEPTON_WORKSPACE_ID, LEPTON_WORKSPACE_TOKEN and "
+            "LEPTON_WORKSPACE_URL",
+            exit_code=ExitCode.SUBMISSION,
+        ) from None
+    client._timeout = _TIMEOUT_SECONDS
+    return client
+
+
+def require_node_group(execution: LeptonExecution) -> None:
+    """Refuse a workspace that does not answer, or has no such node group.
+
+    Raises:
+        NemotronError: ``workspace_refused``, ``workspace_silent``, ``node_group_unknown``.
+    """
+    client = open_client()
+    with _asking():
+        names = [group.metadata.name for group in client.nodegroup.list_all()]
+    if execution.node_group not in names:
+        raise NemotronError(
+            "node_group_unknown",
+            f"node_group {execution.node_group!r} is none of: {', '.join(map(str, names))}",
+            where="run.env.node_group",
+            fix="mend node_group in the profile",
+            exit_code=ExitCode.SUBMISSION,
+        )
+
+
+def check_workspace(execution: LeptonExecution) -> Iterator[Check]:
+    """Yield what can be said about a profile from its workspace."""
+    require_node_group(execution)
+    yield Check("ok", f"the workspace answers; node group {execution.node_group} is there")
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """Turn what the client raises into errors of ours; never with a token in them."""
+    try:
+        yield
+    except NemotronError:
+        raise
+    except Exception as error:
+        status = _http_status(error)
+        said = re.sub(r"\s+", " ", str(error))[:300]
+        if status in _REFUSED:
+            code, fix = "workspace_refused", "check LEPTON_WORKSPACE_TOKEN, or run lep login again"
+        elif status is None:
+            code, fix = "workspace_silent", "check LEPTON_WORKSPACE_URL and the network; try again"
+        else:
+            code, fix = "workspace_failed", "try again; if it stays, ask who runs the workspace"
+        raise NemotronError(
+            code, f"Lepton: {said}", fix=fix, exit_code=ExitCode.SUBMISSION
+        ) from None
+
+
+def _http_status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _gone(job: str) -> State:
+    error = NemotronError("job_gone", f"the workspace has no job {job} any more")
+    code = int(ExitCode.FAILED)
+    return State.ended(code, error.to_dict() | {"exit_code": code}, 0, "lost")
+
+
+def _reported(text: str) -> dict[str, Any] | None:
+    for line in text.splitlines():
+        if line.startswith(ERROR_MARK):
+            with contextlib.suppress(ValueError):
+                return json.loads(line.removeprefix(ERROR_MARK))
+    return None

@@ -1,0 +1,174 @@
+"""nemotron on a Lepton workspace on loopback, through nemo-run and the real client."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron.launch import lepton, lepton_jobs
+
+Nemotron = Callable[..., Any]
+RUN = ("steps", "run", "demo/make")
+
+
+def record(job_id: str) -> dict[str, Any]:
+    return json.loads((Path(".nemotron") / "jobs" / job_id / "job.json").read_text())
+
+
+def test_an_attached_job_streams_its_log_and_writes_to_the_storage(
+    workspace: Any, nemotron: Nemotron
+) -> None:
+    done = nemotron(*RUN, "-r", "lepton", "run.env.env_vars.COLOUR=dark 'red' $x")
+    assert done.code == 0, done.err + done.out
+    assert "making\n" in done.out
+    made = workspace.root / "volumes" / "work" / "out" / "make" / "made.txt"
+    assert made.read_text().startswith("dark 'red' $x\n")
+    (job,) = nemotron("jobs", "list", "--json").data
+    assert (job["status"], job["exit_code"], job["executor"]) == ("succeeded", 0, "lepton")
+
+
+def test_a_failing_job_gives_its_own_exit_code_and_error_also_later(
+    workspace: Any, nemotron: Nemotron
+) -> None:
+    started = nemotron(*RUN, "-b", "lepton", "behaviour=refuse")
+    assert started.code == 0, started.err
+    job_id = started.out.strip()
+    assert nemotron("jobs", "wait", job_id).code == 4
+    assert record(job_id)["error"]["code"] == "too_odd"
+    # nemo-run waits for ever for the log of a job that has ended.
+    assert "making\n" in nemotron("jobs", "logs", job_id).out
+    assert nemotron(*RUN, "-r", "lepton", "behaviour=crash").code == 3
+
+
+def test_a_job_that_is_cancelled_keeps_its_record_and_log(
+    workspace: Any, nemotron: Nemotron, until: Callable[..., Any]
+) -> None:
+    job_id = nemotron(*RUN, "-b", "lepton", "behaviour=sleep").out.strip()
+    until(lambda: "making" in next(workspace.root.glob("n-*.log")).read_text())
+    assert nemotron("jobs", "cancel", job_id).code == 0
+    assert nemotron("jobs", "wait", job_id).code == 130
+    assert record(job_id)["status"] == "cancelled"
+    assert "making\n" in nemotron("jobs", "logs", job_id).out
+
+
+def test_two_nodes_share_one_job(workspace: Any, nemotron: Nemotron) -> None:
+    storage = workspace.root / "volumes" / "work" / "out" / "make"
+    storage.mkdir(parents=True)
+    (storage / "made.txt").write_text("packs")
+    done = nemotron("steps", "run", "demo/train", "-r", "lepton", "run.env.nodes=2")
+    assert done.code == 0, done.err + done.out
+    assert (storage.parent / "train" / "rank0.txt").is_file()
+    assert (storage.parent / "train" / "rank1.txt").is_file()
+
+
+def test_secrets_are_names_of_the_workspace_and_nothing_else(
+    workspace: Any, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
+    with Path("env.toml").open("a") as file:
+        file.write('[p]\nextends = "lepton"\nsecrets = ["HF_TOKEN"]\n')
+        file.write('secret_vars = { WANDB_API_KEY = "my-key" }\n')
+        file.write('startup_commands = ["echo got $HF_TOKEN and $WANDB_API_KEY"]\n')
+    done = nemotron(*RUN, "-r", "p", "run.env.container_image=x")
+    assert "got secret HF_TOKEN and secret my-key\n" in done.out
+    assert "hunter2" not in "".join(workspace.bodies)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        ("GET /dedicated-node-groups", 401, "workspace_refused"),
+        ("POST /jobs", 409, "submission_failed"),
+        ("POST /jobs", 429, "submission_failed"),
+        ("POST /jobs", 500, "submission_failed"),
+    ],
+)
+def test_what_the_workspace_refuses_is_an_error_with_its_words(
+    workspace: Any,
+    nemotron: Nemotron,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    status: int,
+    code: str,
+) -> None:
+    monkeypatch.setattr(lepton, "_MOVER_TRIES", 1)
+    workspace.faults[fault] = status
+    done = nemotron(*RUN, "-r", "lepton")
+    assert done.code == 9
+    assert f"error[{code}]" in done.err
+    assert f"{status} " in done.err
+    (job,) = nemotron("jobs", "list", "--json").data
+    assert (job["status"], job["exit_code"]) == ("failed", 9)
+
+
+def test_a_workspace_that_does_not_answer_is_left_soon(
+    workspace: Any, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lepton_jobs, "_TIMEOUT_SECONDS", 1)
+    workspace.stalls[".*"] = 3
+    done = nemotron(*RUN, "-r", "lepton")
+    assert done.code == 9
+    assert "error[workspace_silent]" in done.err
+
+
+def test_an_attached_run_outlives_a_moment_without_the_workspace(
+    workspace: Any, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = nemotron(*RUN, "-b", "lepton").out.strip()
+    ask, answers = workspace.answer, []
+
+    def failing(method: str, path: str, body: Any) -> tuple[int, Any]:
+        answers.append(path)
+        return (503, {}) if len(answers) < 3 else ask(method, path, body)
+
+    monkeypatch.setattr(workspace, "answer", failing)
+    followed = nemotron("jobs", "logs", "-f", job_id)
+    assert followed.code == 0
+    assert "trying again" in followed.err
+    assert "making\n" in followed.out
+
+
+def test_a_job_that_the_workspace_has_forgotten_is_lost(workspace: Any, nemotron: Nemotron) -> None:
+    job_id = nemotron(*RUN, "-b", "lepton").out.strip()
+    nemotron("jobs", "wait", job_id)
+    path = Path(".nemotron") / "jobs" / job_id / "job.json"
+    text = record(job_id) | {"status": "running", "exit_code": None}
+    path.write_text(json.dumps(text))
+    workspace.jobs.clear()
+    assert nemotron("jobs", "wait", job_id).code == 8
+    assert nemotron("jobs", "status", job_id, "--json").data["error"]["code"] == "job_gone"
+
+
+def test_a_name_is_one_that_lepton_takes() -> None:
+    for step in ("peft/megatron_bridge", "data_prep/sft_packing", "x/_y_"):
+        slug = step.replace("/", "-").replace("_", "-")
+        name = lepton.job_name(f"20261122-024158-{slug}-508b4f")
+        assert len(name) <= 34
+        assert name[0].isalpha()
+        assert name[-1].isalnum()
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_what_does_not_fit_into_a_job_is_refused_before_anything_is_sent(
+    workspace: Any, nemotron: Nemotron
+) -> None:
+    digits = random.Random(1).randbytes(120_000).hex()
+    long = [f"run.env.env_vars.LONG{i}=x{digits[i * 60_000 : (i + 1) * 60_000]}" for i in range(4)]
+    done = nemotron(*RUN, "-r", "lepton", *long)
+    assert done.code == 3
+    assert "error[config_too_large]" in done.err
+    assert not workspace.jobs
+
+
+def test_check_asks_the_workspace_for_the_node_group(workspace: Any, nemotron: Nemotron) -> None:
+    assert "node group group is there" in nemotron("profiles", "check", "lepton").out
+    text = Path("env.toml").read_text().replace('node_group = "group"', 'node_group = "grop"')
+    Path("env.toml").write_text(text)
+    wrong = nemotron("profiles", "check", "lepton")
+    assert wrong.code == 9
+    assert "node_group 'grop' is none of: group" in wrong.err

@@ -1,0 +1,53 @@
+"""A real Slurm from outside: through ssh to a login node."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Nemotron = Callable[..., Any]
+RUN = ("steps", "run", "demo/make")
+
+
+def test_a_job_is_submitted_followed_and_cancelled_over_ssh(
+    over_ssh: Path, nemotron: Nemotron, until: Callable[..., Any]
+) -> None:
+    done = nemotron(*RUN, "-r", "far", "behaviour=refuse")
+    assert done.code == 4, done.err + done.out
+    assert "making\n" in done.out
+    assert (over_ssh / "far" / "workspace").is_dir()
+    assert stat.S_IMODE((over_ssh / "far").stat().st_mode) == 0o700
+    job_id = nemotron(*RUN, "-b", "far", "behaviour=sleep").out.strip()
+    until(lambda: "making" in nemotron("jobs", "logs", job_id).out)
+    assert nemotron("jobs", "cancel", job_id).code == 0
+    assert nemotron("jobs", "wait", job_id).code == 130
+    assert "127.0.0.1" in nemotron("jobs", "status", job_id).out
+
+
+def test_a_secret_reaches_the_job_and_stays_in_no_file(
+    over_ssh: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hunter2 'hunter2'")
+    python = (over_ssh / "env.toml").read_text().partition('["')[2].partition('"]')[0]
+    show = f"run.env.startup_commands=['{python}', 'echo ${{#HF_TOKEN}} characters']"
+    done = nemotron(*RUN, "-r", "far", "run.env.secrets=[HF_TOKEN]", show.replace("${", "\\${"))
+    assert "17 characters\n" in done.out, done.err + done.out
+    files = [path for path in over_ssh.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
+    assert not list((over_ssh / "far").glob(".environment*"))
+
+
+def test_a_host_whose_key_is_not_known_is_refused(
+    over_ssh: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIG_KNOWN_HOSTS", "/dev/null")
+    done = nemotron(*RUN, "-r", "far")
+    assert done.code == 9
+    assert "error[host_unreachable]" in done.err
+    assert "Host key verification failed" in done.err
+    assert "make this work without a question: ssh" in done.err

@@ -1,0 +1,46 @@
+"""Training over the two nodes of a real Slurm, against the same training on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TRAIN = ("steps", "run", "peft/megatron_bridge", "-c", "tiny", "train.train_iters=12")
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """Return the training loss of every iteration that a run has done so far."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    events = [json.loads(line) for line in lines]
+    return {e["iteration"]: e["lm_loss"] for e in events if e["event"] == "step"}
+
+
+def test_a_run_stopped_on_two_nodes_and_queued_again_equals_one_on_this_machine(
+    cluster: Path, nemotron: Callable[..., Any], until: Callable[..., Any]
+) -> None:
+    local = nemotron(*TRAIN, "checkpoint.save=local")  # makes the packs and the base first
+    assert local.code == 0, local.err
+    options = ("run.env.nodes=2", "run.env.requeue=true", "checkpoint.save=remote")
+    job_id = nemotron(*TRAIN, "-b", "rig", *options).out.strip()
+    until(lambda: losses(cluster / "remote"), 120)
+    number = nemotron("jobs", "status", job_id, "--json").data["placement"]["id"]
+    # What Slurm sends ahead of a time limit or a preemption.
+    subprocess.run(["scancel", "--signal=TERM", number], check=True)
+    until(lambda: nemotron("jobs", "status", job_id, "--json").data["restarts"] == 1, 60)
+    assert not (cluster / "remote" / "iter_0000012").exists()
+    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
+    assert nemotron("jobs", "wait", job_id).code == 0
+    log = nemotron("jobs", "logs", job_id).out
+    assert "going on from remote/iter_" in log
+    assert "Traceback" not in log
+    # The same two ranks in the same order: not only close, but the same bytes.
+    assert losses(cluster / "remote") == losses(cluster / "local")
+    adapters = [cluster / name / "iter_0000012/adapter_model.safetensors" for name in TWO]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+TWO = ("local", "remote")
