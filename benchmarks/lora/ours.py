@@ -53,11 +53,7 @@ def main() -> None:
         load_adapter(arguments.case / "adapter", stage)
         adapter = FlatAdapter(
             (each for linear in stage.adapted_linears() for each in linear.lora_parameters()),
-            tensor=layout.tensor,
-            data=layout.data,
-            stage=layout.stage,
-            pipeline=layout.pipeline,
-            device=layout.device,
+            layout,
         )
         optimizer = torch.optim.AdamW([adapter.values], lr=case["lr"])
         batches = [_micro_batch(each, layout.device) for each in case["micro_batches"]]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
 from nemotron.steps._tensor_parallel.linear import LoraParameter
+from nemotron.steps._training.distributed import Layout
 
 _ORDER = ("partial", "replicated", "sharded")
 
@@ -25,11 +26,7 @@ class FlatAdapter:
 
     Args:
         parameters: Every factor of this rank; their data and gradients become views.
-        tensor: Tensor-parallel group.
-        data: Data-parallel group.
-        stage: Both together.
-        pipeline: The ranks that hold the model's other layers.
-        device: Where a rank without any factor keeps its empty buffers.
+        layout: This rank's groups, and where a rank without any factor keeps its empty buffers.
 
     Attributes:
         values: All factors, [P], fp32; its ``grad`` is the flat gradient.
@@ -37,21 +34,11 @@ class FlatAdapter:
         parts: Where in [P] all ``lora_a`` and all ``lora_b`` are, adjacent ones joined.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[LoraParameter],
-        *,
-        tensor: ProcessGroup,
-        data: ProcessGroup,
-        stage: ProcessGroup,
-        pipeline: ProcessGroup,
-        device: torch.device,
-    ) -> None:
-        self._tensor, self._data, self._stage = tensor, data, stage
-        self._pipeline = pipeline
+    def __init__(self, parameters: Iterable[LoraParameter], layout: Layout) -> None:
+        self._layout = layout
         ordered = sorted(parameters, key=lambda each: (_ORDER.index(each.kind), _factor(each)))
         factors = [each.parameter.detach().flatten() for each in ordered]
-        flat = torch.cat(factors) if factors else torch.zeros(0, device=device)
+        flat = torch.cat(factors) if factors else torch.zeros(0, device=layout.device)
         self.values = nn.Parameter(flat)
         self.gradients = torch.zeros_like(flat)
         self.values.grad = self.gradients
@@ -82,8 +69,8 @@ class FlatAdapter:
 
     def reduce_gradients(self) -> None:
         """Complete the gradients: sum over micro batches of all ranks. Two collectives at most."""
-        all_reduce(self.gradients[: self._num_partial], self._stage)
-        all_reduce(self.gradients[self._num_partial :], self._data)
+        all_reduce(self.gradients[: self._num_partial], self._layout.stage)
+        all_reduce(self.gradients[self._num_partial :], self._layout.data)
 
     def gradient_norm(self) -> float:
         """Return the L2 norm over all logical parameters, each counted once, at every layout."""
@@ -91,13 +78,16 @@ class FlatAdapter:
             [self._num_whole, self.gradients.numel() - self._num_whole]
         )
         shared_square = sharded.square().sum().reshape(1)
-        square = whole.square().sum() + all_reduce(shared_square, self._tensor)
-        return math.sqrt(float(all_reduce(square, self._pipeline)))
+        square = whole.square().sum() + all_reduce(shared_square, self._layout.tensor)
+        return math.sqrt(float(all_reduce(square, self._layout.pipeline)))
 
     def replica_difference(self) -> float:
         """Return by how much the ranks' copies of a factor differ; anything but 0.0 is a defect."""
         values = self.values.detach()
-        return max(_spread(values[: self._num_whole], self._tensor), _spread(values, self._data))
+        return max(
+            _spread(values[: self._num_whole], self._layout.tensor),
+            _spread(values, self._layout.data),
+        )
 
 
 def _factor(parameter: LoraParameter) -> str:

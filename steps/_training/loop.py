@@ -152,11 +152,7 @@ class Trainer:
         self.flops = lora_flops(model.config, model.lora)
         self.adapter = FlatAdapter(
             (each for linear in model.adapted_linears() for each in linear.lora_parameters()),
-            tensor=layout.tensor,
-            data=layout.data,
-            stage=layout.stage,
-            pipeline=layout.pipeline,
-            device=layout.device,
+            layout,
         )
         self.optimizer = LoraPlusAdamW(
             self.adapter,

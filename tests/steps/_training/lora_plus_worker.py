@@ -16,6 +16,7 @@ from nemotron.steps._tensor_parallel.linear import (
     LoraSpec,
     RowParallelLinear,
 )
+from nemotron.steps._training.distributed import make_layout
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.lora_plus import LoraPlusAdamW
 
@@ -50,11 +51,7 @@ def difference(group: ProcessGroup, ratio: float) -> float:
     column, row = model(group, weights, factors)
     adapter = FlatAdapter(
         [*column.lora_parameters(), *row.lora_parameters()],
-        tensor=group,
-        data=ProcessGroup(),
-        stage=group,
-        pipeline=ProcessGroup(),
-        device=torch.device("cpu"),
+        make_layout(group.size, group.size, torch.device("cpu")),
     )
     optimizer = LoraPlusAdamW(adapter, lora_plus_lr_ratio=ratio, **SETTINGS)
     wanted = [factor.clone().requires_grad_() for factor in factors]

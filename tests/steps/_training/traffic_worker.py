@@ -100,11 +100,7 @@ def step_traffic(layout: Layout, sequence_parallel: bool) -> Traffic:
     stage = PipelineStage([whole], group=layout.pipeline, device=layout.device)
     adapter = FlatAdapter(
         (each for linear in stage.adapted_linears() for each in linear.lora_parameters()),
-        tensor=layout.tensor,
-        data=layout.data,
-        stage=layout.stage,
-        pipeline=layout.pipeline,
-        device=layout.device,
+        layout,
     )
     tokens = torch.arange(TOKENS)
     micro = MicroBatch(tokens, tokens[:7], tokens[:7], (0, 10, TOKENS), (TOKENS,))
