@@ -12,11 +12,14 @@ from typing import Annotated, Any
 import typer
 
 import nemotron
-from nemotron.cli import jobs, steps
+from nemotron.cli import adapter, jobs, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.errors import ExitCode, NemotronError
 
-COMMANDS = ("steps", "jobs", "list", "show", "run", "status", "logs")
+COMMANDS = (
+    *("steps", "jobs", "adapter", "list", "show", "run", "status", "logs"),
+    *("verify", "diff", "export"),
+)
 
 app = typer.Typer(
     help=nemotron.__doc__,
@@ -28,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(steps.app, name="steps")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(adapter.app, name="adapter")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +94,7 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
     command = " ".join(["nemotron", *names])
     if type(error).__name__ != "NoSuchOption":
         return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
-    if command in ("nemotron", "nemotron steps", "nemotron jobs"):
+    if command in ("nemotron", "nemotron steps", "nemotron jobs", "nemotron adapter"):
         fix = "options stand after the command: nemotron steps run STEP -c NAME"
     else:
         fix = f"{command} --help"
