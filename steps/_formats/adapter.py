@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nemotron.steps._formats.huggingface import pickled_weights, read_json
-from nemotron.steps._formats.lora import adapter_error
+from nemotron.steps._formats.lora import LoraAdapter, adapter_error
 from nemotron.steps._formats.megatron import TRACKER
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
 from nemotron.steps._formats.weights import damaged
@@ -163,23 +163,63 @@ def write_adapter(
         rank_pattern |= {module: len(lora_a) for module in modules if len(lora_a) != dim}
         own_alpha = (alphas or {}).get(name, alpha)
         alpha_pattern |= {module: _number(own_alpha) for module in modules if own_alpha != alpha}
+    _write_files(
+        directory,
+        tensors,
+        {
+            "r": dim,
+            "lora_alpha": _number(alpha),
+            "use_rslora": use_rslora,
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+        },
+        dropout=dropout,
+        base_model_name_or_path=base_model_name_or_path,
+        target_modules=_target_modules(factors, config),
+    )
+
+
+def write_peft(directory: Path, adapter: LoraAdapter) -> None:
+    """Write any adapter as PEFT does, its factors as they are; ``directory`` exists."""
+    tensors: dict[str, Tensor] = {}
+    leaves: dict[str, list[str]] = {}
+    for module in adapter.modules:
+        tensors |= dict(zip(_names(module), adapter.read(module), strict=True))
+        leaves.setdefault(module.rsplit(".", 1)[-1], []).append(module)
+    num_layers = adapter.config.num_layers
+    targets = [[leaf] if len(own) == num_layers else own for leaf, own in leaves.items()]
+    _write_files(
+        directory,
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        {
+            "r": adapter.dim,
+            "lora_alpha": _number(adapter.alpha),
+            "use_rslora": adapter.use_rslora,
+            "rank_pattern": dict(adapter.rank_pattern),
+            "alpha_pattern": dict(adapter.alpha_pattern),
+        },
+        dropout=adapter.dropout,
+        base_model_name_or_path=adapter.base_model_name_or_path or "",
+        target_modules=sorted(name for own in targets for name in own),
+    )
+
+
+def _write_files(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    scaling: Mapping[str, Any],
+    *,
+    dropout: float,
+    base_model_name_or_path: str,
+    target_modules: list[str],
+) -> None:
     write_safetensors(
         directory / ADAPTER_WEIGHTS,
         names=sorted(tensors),
         shape=lambda name: tuple(tensors[name].shape),
         dtype=lambda name: tensors[name].dtype,
         read=lambda name: tensors[name],
-        metadata={
-            _SCALING: json.dumps(
-                {
-                    "r": dim,
-                    "lora_alpha": _number(alpha),
-                    "use_rslora": use_rslora,
-                    "rank_pattern": rank_pattern,
-                    "alpha_pattern": alpha_pattern,
-                }
-            )
-        },
+        metadata={_SCALING: json.dumps(scaling)},
     )
     values = {
         "peft_type": "LORA",
@@ -190,15 +230,11 @@ def write_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": _number(alpha),
         "lora_dropout": dropout,
         "modules_to_save": None,
-        "r": dim,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "target_modules": _target_modules(factors, config),
+        "target_modules": target_modules,
         "use_dora": False,
-        "use_rslora": use_rslora,
+        **scaling,
     }
     text = json.dumps(values, indent=2) + "\n"
     (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemotron.artifacts import MANIFEST, Artifact, read_artifact, verify_files
 from nemotron.steps._formats.adapter import ADAPTER_CONFIG, find_adapter_dir, open_adapter
 from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron import find_iteration_dir
@@ -21,6 +22,22 @@ def find_any_adapter(path: Path) -> Path | None:
     if found is None and is_megatron_adapter(path):
         return find_iteration_dir(path)
     return found
+
+
+def read_adapter_record(directory: Path) -> Artifact | None:
+    """Return the ``artifact.json`` of an adapter, its files verified; foreign ones have none.
+
+    Of a Megatron-Bridge checkpoint it lies in the root, above the iteration.
+
+    Raises:
+        NemotronError: ``artifact_damaged`` or ``artifact_type``.
+    """
+    for root in (directory, directory.parent):
+        if (root / MANIFEST).is_file():
+            artifact = read_artifact(root, "checkpoint_lora")
+            verify_files(root, artifact)
+            return artifact
+    return None
 
 
 def open_any_adapter(directory: Path, *, config: DecoderConfig) -> LoraAdapter:

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import typer
 
 import nemotron
-from nemotron.cli import data, jobs, profiles, steps
+from nemotron.cli import adapter, data, jobs, profiles, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.errors import ExitCode, NemotronError
 
 COMMANDS = (
-    *("steps", "jobs", "data", "profiles", "list", "show", "run", "status", "logs", "cancel"),
-    *("wait", "report", "init", "check", "stats", "inspect"),
+    *("steps", "jobs", "data", "profiles", "adapter", "list", "show", "run", "status", "logs"),
+    *("cancel", "wait", "report", "init", "check", "stats", "inspect", "verify", "diff", "export"),
 )
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.add_typer(steps.app, name="steps")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(data.app, name="data")
 app.add_typer(profiles.app, name="profiles")
+app.add_typer(adapter.app, name="adapter")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,8 +96,8 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
     command = " ".join(["nemotron", *names])
     if type(error).__name__ != "NoSuchOption":
         return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
-    groups = ("nemotron steps", "nemotron jobs", "nemotron data", "nemotron profiles")
-    if command in ("nemotron", *groups):
+    groups = ("steps", "jobs", "data", "profiles", "adapter")
+    if command in ("nemotron", *(f"nemotron {group}" for group in groups)):
         fix = "options stand after the command: nemotron steps run STEP -c NAME"
     else:
         fix = f"{command} --help"

@@ -16,7 +16,11 @@ from nemotron.artifacts import (
     verify_files,
 )
 from nemotron.steps._entry import step_error
-from nemotron.steps._formats.any_adapter import find_any_adapter, open_any_adapter
+from nemotron.steps._formats.any_adapter import (
+    find_any_adapter,
+    open_any_adapter,
+    read_adapter_record,
+)
 from nemotron.steps._formats.fingerprint import base_fingerprint
 from nemotron.steps._formats.huggingface import (
     CHAT_TEMPLATE,
@@ -92,7 +96,7 @@ def open_inputs(
         raise step_error(ID, "missing_adapter", problem, where="lora_checkpoint")
     if base is None or not base.is_dir():
         raise step_error(ID, "missing_base_checkpoint", f"{base} does not exist")
-    record = _read_record(adapter_dir)
+    record = read_adapter_record(adapter_dir)
     _check_validated(adapter_dir, record, allow_unvalidated=allow_unvalidated)
     opened = _open_megatron_base(base) if is_megatron_base else _open_hf_base(base)
     files = model_files or opened.model_files
@@ -114,15 +118,6 @@ def open_inputs(
         base_fingerprint=fingerprint,
         lineage=(describe_input("checkpoint_lora", adapter_dir), opened.lineage),
     )
-
-
-def _read_record(adapter_dir: Path) -> Artifact | None:
-    """Return the adapter's ``artifact.json``, its files verified; foreign adapters have none."""
-    if not (adapter_dir / MANIFEST).is_file():
-        return None
-    artifact = read_artifact(adapter_dir, "checkpoint_lora")
-    verify_files(adapter_dir, artifact)
-    return artifact
 
 
 def _open_hf_base(path: Path) -> _Base:

@@ -127,6 +127,10 @@ def test_commands_and_options_are_the_documented_ones() -> None:
     run |= {"--on-interrupt"}
     assert options(typer.main.get_command(app)) == {
         "nemotron": {"--version"},
+        "nemotron adapter": set(),
+        "nemotron adapter verify": both | {"--base"},
+        "nemotron adapter diff": both | {"--base"},
+        "nemotron adapter export": both | {"--base", "--to"},
         "nemotron steps": set(),
         "nemotron steps list": both | filters,
         "nemotron steps show": both,

@@ -1,0 +1,90 @@
+"""``nemotron adapter verify | diff | export``: the work is done by a process that imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+
+from nemotron.errors import ExitCode
+
+app = typer.Typer(
+    help="LoRA adapters: verify, compare, write in another layout.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors included.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
+Adapter = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Directory of PEFT's layout, checkpoint of Megatron-Bridge, or a root of either.",
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Base, Megatron or Hugging Face; by default the recorded one."
+    ),
+]
+
+
+@app.command("verify")
+def verify(adapter: Adapter, base: Base = None, as_json: Json = False, debug: Debug = False) -> int:
+    """Make every check that a merge makes: files, names, shapes, ranks, values, base."""
+    return _run("verify", {"adapter": adapter, "base": base}, as_json=as_json)
+
+
+@app.command("diff")
+def diff(
+    adapter: Adapter,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The adapter to compare with.")],
+    base: Base = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Compare what two adapters of one base add to its weights."""
+    return _run("diff", {"adapter": adapter, "other": other, "base": base}, as_json=as_json)
+
+
+@app.command("export")
+def export(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write.")],
+    to: Annotated[
+        Literal["megatron_bridge", "peft"], typer.Option(help="Layout to write.")
+    ] = "megatron_bridge",
+    base: Base = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Write an adapter in Megatron-Bridge's layout, or in PEFT's."""
+    values = {"adapter": adapter, "output": output, "layout": to, "base": base}
+    return _run("export", values, as_json=as_json)
+
+
+def _run(command: str, values: dict[str, Any], *, as_json: bool) -> int:
+    """Run a command of ``nemotron.steps._adapter`` and return its exit code."""
+    with tempfile.TemporaryDirectory() as made:
+        config, error = Path(made) / "config.yaml", Path(made) / "error.json"
+        paths = {key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
+        config.write_text(yaml.safe_dump(paths | {"as_json": as_json}), encoding="utf-8")
+        argv = [sys.executable, "-m", f"nemotron.steps._adapter.{command}", "--config", str(config)]
+        done = subprocess.run(
+            argv,
+            env={**os.environ, "NEMOTRON_ERROR_FILE": str(error)},
+            stderr=subprocess.PIPE if as_json else None,
+            check=False,
+        )
+        if as_json and error.is_file():
+            print(json.dumps({"error": json.loads(error.read_text(encoding="utf-8"))}, indent=2))
+    return done.returncode if done.returncode >= 0 else int(ExitCode.FAILED)

@@ -1,0 +1,1 @@
+"""What ``nemotron adapter`` runs: adapters verified, compared, written in another layout."""

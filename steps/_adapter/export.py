@@ -1,0 +1,62 @@
+"""``nemotron adapter export``: an adapter in another layout, read back before it gets its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nemotron.artifacts import Producer, describe_input, publish, refuse_overlap, write_artifact
+from nemotron.steps._adapter.diff import compare
+from nemotron.steps._adapter.opening import OpenedAdapter, open_with_base
+from nemotron.steps._adapter.schema import ExportConfig
+from nemotron.steps._entry import run_step
+from nemotron.steps._formats.adapter import write_peft
+from nemotron.steps._formats.any_adapter import find_any_adapter, open_any_adapter
+from nemotron.steps._formats.huggingface import TOKENIZER_FILES, copy_files
+from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
+from nemotron.steps._formats.weights import damaged
+
+
+def run(config: ExportConfig, producer: Producer) -> None:
+    """Write an adapter in another layout."""
+    opened = open_with_base(config.adapter, base=config.base)
+    source = opened.adapter.directory
+    refuse_overlap(config.output, {"adapter": source, "base": opened.base_path})
+    with publish(config.output) as partial:
+        kind = _write(partial, opened, config.layout)
+        _read_back(partial, opened)
+        write_artifact(
+            partial,
+            artifact_type="checkpoint_lora",
+            produced_by=producer,
+            inputs=[describe_input("checkpoint_lora", source)],
+            properties=opened.record.properties if opened.record else {},
+        )
+    found = {"output": str(config.output), "layout": config.layout, "kind": kind}
+    text = f"{source} -> {config.output} ({kind})"
+    print(json.dumps(found, indent=2) if config.as_json else text)
+
+
+def _write(partial: Path, opened: OpenedAdapter, layout: str) -> str:
+    iteration = int((opened.record.properties.get("iteration") if opened.record else None) or 0)
+    if layout == "megatron_bridge":
+        base = str(opened.base_path.resolve())
+        kind = write_megatron_adapter(
+            partial, opened.adapter, pretrained_checkpoint=base, iteration=iteration
+        )
+        return f"Megatron-Bridge's {kind}"
+    write_peft(partial, opened.adapter)
+    copy_files(opened.adapter.directory, partial, TOKENIZER_FILES)
+    return "PEFT's LoRA"
+
+
+def _read_back(partial: Path, opened: OpenedAdapter) -> None:
+    directory = find_any_adapter(partial)
+    assert directory is not None  # just written
+    found = compare(opened.adapter, open_any_adapter(directory, config=opened.base.config))
+    if found["relative_difference"] or found["only_in_first"] or found["only_in_second"]:
+        raise damaged(partial, "what was read back is not what was written")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_step("adapter export", ExportConfig, run))

@@ -1,0 +1,31 @@
+"""What the launcher hands each command of ``nemotron adapter``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from nemotron.config import Schema
+
+
+class VerifyConfig(Schema):
+    """Config of ``nemotron adapter verify``."""
+
+    adapter: Path = Field(description="adapter directory, checkpoint, or a root of either")
+    base: Path | None = Field(default=None, description="base; null: the one that it records")
+    as_json: bool = Field(default=False, description="print JSON")
+
+
+class DiffConfig(VerifyConfig):
+    """Config of ``nemotron adapter diff``."""
+
+    other: Path = Field(description="the adapter to compare with")
+
+
+class ExportConfig(VerifyConfig):
+    """Config of ``nemotron adapter export``."""
+
+    output: Path = Field(description="directory to write")
+    layout: Literal["peft", "megatron_bridge"] = Field(description="what to write")

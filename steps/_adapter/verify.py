@@ -1,0 +1,62 @@
+"""``nemotron adapter verify``: every check that a merge makes, without merging."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from nemotron.artifacts import Producer
+from nemotron.steps._adapter.opening import OpenedAdapter, open_with_base
+from nemotron.steps._adapter.schema import VerifyConfig
+from nemotron.steps._entry import run_step
+
+
+def run(config: VerifyConfig, producer: Producer) -> None:
+    """Verify an adapter and print what it is."""
+    opened = open_with_base(config.adapter, base=config.base)
+    found = describe(opened)
+    print(json.dumps(found, indent=2) if config.as_json else _page(found))
+
+
+def describe(opened: OpenedAdapter) -> dict[str, Any]:
+    """Return what can be said about a verified adapter."""
+    adapter, record = opened.adapter, opened.record
+    properties = record.properties if record else {}
+    return {
+        "adapter": str(adapter.directory),
+        "layout": opened.layout,
+        "base": str(opened.base_path),
+        "base_is_verified": opened.is_base_verified,
+        "files_are_verified": record is not None,
+        "dim": adapter.dim,
+        "alpha": adapter.alpha,
+        "use_rslora": adapter.use_rslora,
+        "num_modules": len(adapter.modules),
+        "target_modules": list(adapter.target_modules),
+        "iteration": properties.get("iteration"),
+        "valid_loss": properties.get("valid_loss"),
+    }
+
+
+def _page(found: dict[str, Any]) -> str:
+    base = "its fingerprint is the recorded one"
+    if not found["base_is_verified"]:
+        base = "names and shapes fit; the adapter records no fingerprint"
+    files = "sha256 as in artifact.json"
+    if not found["files_are_verified"]:
+        files = "no artifact.json: a changed value that is finite cannot be found"
+    loss = found["valid_loss"]
+    return "\n".join(
+        [
+            f"adapter   {found['adapter']} ({found['layout']})",
+            f"base      {found['base']}: {base}",
+            f"files     {files}",
+            f"lora      r {found['dim']}, alpha {found['alpha']:g}, {found['num_modules']} modules "
+            f"({', '.join(found['target_modules'])}); names, shapes, ranks fit, all values finite",
+            f"held-out  loss {loss:.4f}" if loss is not None else "held-out  never measured",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_step("adapter verify", VerifyConfig, run))

@@ -1,0 +1,146 @@
+"""``nemotron adapter``: what is verified, what differs, what is written in another layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from nemotron.artifacts import Producer, read_artifact, verify_files
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._adapter import diff, export, verify
+from nemotron.steps._adapter.schema import DiffConfig, ExportConfig, VerifyConfig
+from tests.steps._formats.harm import HARMS, resign
+
+PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
+Output = pytest.CaptureFixture[str]
+
+
+def verified(capsys: Output, adapter: Path, base: Path | None) -> dict[str, Any]:
+    capsys.readouterr()
+    verify.run(VerifyConfig(adapter=adapter, base=base, as_json=True), PRODUCER)
+    return json.loads(capsys.readouterr().out)
+
+
+def compared(capsys: Output, one: Path, other: Path, base: Path) -> dict[str, Any]:
+    capsys.readouterr()
+    config = DiffConfig(adapter=one, other=other, base=base, as_json=True)
+    diff.run(config, PRODUCER)
+    return json.loads(capsys.readouterr().out)
+
+
+def exported(adapter: Path, output: Path, layout: Any, base: Path) -> None:
+    export.run(ExportConfig(adapter=adapter, output=output, layout=layout, base=base), PRODUCER)
+
+
+def test_verify_takes_either_base_and_finds_the_recorded_one(
+    capsys: Output, adapter: Path, base_hf: Path, base_megatron: Path
+) -> None:
+    found = [verified(capsys, adapter, base) for base in (base_hf, base_megatron, None)]
+    assert [each["base"] for each in found] == [str(base_hf), str(base_megatron), str(base_hf)]
+    for each in found:
+        assert each["base_is_verified"]
+        assert each["files_are_verified"]
+        assert (each["layout"], each["dim"], each["alpha"]) == ("peft", 3, 6.0)
+        assert (each["num_modules"], each["valid_loss"], each["iteration"]) == (14, 1.5, 20)
+
+
+def test_verify_says_what_cannot_be_verified(capsys: Output, adapter: Path, base_hf: Path) -> None:
+    (adapter / "iter_0000020" / "artifact.json").unlink()
+    found = verified(capsys, adapter, base_hf)
+    assert not found["base_is_verified"]
+    assert not found["files_are_verified"]
+    verify.run(VerifyConfig(adapter=adapter, base=base_hf), PRODUCER)
+    page = capsys.readouterr().out
+    assert "the adapter records no fingerprint" in page
+    assert "no artifact.json" in page
+    assert "never measured" in page
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
+def test_verify_refuses_a_harmful_adapter_even_with_digests_that_fit(
+    adapter: Path, base_hf: Path, harm: Callable[[Path], None]
+) -> None:
+    harm(adapter / "iter_0000020")
+    resign(adapter / "iter_0000020")
+    with pytest.raises(NemotronError) as caught:
+        verify.run(VerifyConfig(adapter=adapter, base=base_hf), PRODUCER)
+    assert (caught.value.code, caught.value.exit_code) == (HARMS[harm], ExitCode.DATA)
+
+
+def test_verify_asks_for_a_base_that_is_not_here(adapter: Path, base_hf: Path) -> None:
+    shutil.move(base_hf, base_hf.with_name("elsewhere"))
+    with pytest.raises(NemotronError) as caught:
+        verify.run(VerifyConfig(adapter=adapter), PRODUCER)
+    assert caught.value.code == "base_missing"
+    assert "--base DIR" in caught.value.fix
+
+
+def test_diff_compares_what_is_added_to_the_weights_not_the_factors(
+    tmp_path: Path, capsys: Output, adapter: Path, base_hf: Path
+) -> None:
+    one = adapter / "iter_0000020"
+    other = Path(shutil.copytree(one, tmp_path / "other"))
+    assert compared(capsys, one, other, base_hf)["relative_difference"] == 0.0
+    # Twice lora_A and half of lora_B add the same; a changed value does not.
+    weights = other / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for name in tensors:
+        tensors[name].mul_(2.0 if "lora_A" in name else 0.5)
+    rewrite(weights, tensors)
+    assert compared(capsys, one, other, base_hf)["relative_difference"] < 1e-7
+    name = "model.layers.1.mlp.down_proj"
+    lora_a = tensors[f"base_model.model.{name}.lora_A.weight"]
+    lora_b = tensors[f"base_model.model.{name}.lora_B.weight"]
+    before = 2.0 * lora_b @ lora_a
+    lora_b[3, 1] += 1.0
+    rewrite(weights, tensors)
+    found = compared(capsys, one, other, base_hf)
+    wanted = (2.0 * lora_b @ lora_a - before).norm().item()
+    assert found["modules"][name]["difference"] == pytest.approx(wanted, rel=1e-5)
+    assert found["modules"][name]["norm"] == pytest.approx(before.norm().item(), rel=1e-5)
+    diff.run(DiffConfig(adapter=one, other=other, base=base_hf), PRODUCER)
+    assert f"{name}: " in capsys.readouterr().out
+
+
+def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path)
+    resign(path.parent)
+
+
+def test_export_writes_both_layouts_and_comes_back_the_same(
+    tmp_path: Path, capsys: Output, adapter: Path, base_hf: Path, base_megatron: Path
+) -> None:
+    theirs, again = tmp_path / "out" / "theirs", tmp_path / "out" / "again"
+    exported(adapter, theirs, "megatron_bridge", base_megatron)
+    assert (theirs / "iter_0000020" / ".metadata").is_file()
+    found = verified(capsys, theirs, base_hf)
+    assert (found["layout"], found["base_is_verified"]) == ("megatron_bridge", True)
+    exported(theirs, again, "peft", base_hf)
+    assert compared(capsys, adapter, again, base_hf)["relative_difference"] == 0.0
+    verify_files(again, read_artifact(again, "checkpoint_lora"))
+    name = "adapter_model.safetensors"
+    wanted, got = load_file(adapter / "iter_0000020" / name), load_file(again / name)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    ids = torch.arange(20).unsqueeze(0)
+    logits = []
+    for directory in (adapter / "iter_0000020", again):
+        base = LlamaForCausalLM.from_pretrained(base_hf)
+        with torch.no_grad():
+            logits.append(PeftModel.from_pretrained(base, directory)(ids).logits)
+    assert torch.equal(*logits)
+
+
+def test_export_refuses_to_write_over_its_inputs(adapter: Path, base_hf: Path) -> None:
+    with pytest.raises(NemotronError) as caught:
+        exported(adapter, adapter, "peft", base_hf)
+    assert caught.value.code == "output_path_overlaps_inputs"
