@@ -9,8 +9,10 @@ S tokens, N attention heads, G key/value heads, D head dimension.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -150,16 +152,34 @@ def packed_attention(
     exact, and several times faster than one call with a mask, which also computes what it masks.
     """
     if query_SND.is_cuda and query_SND.dtype in (torch.bfloat16, torch.float16):
-        bounds = torch.tensor(cu_seqlens, dtype=torch.int32, device=query_SND.device)
-        longest = max(stop - start for start, stop in pairwise(cu_seqlens))
-        heads = (query_SND, key_SGD, value_SGD)
-        causal = {"window_size": (-1, 0), "enable_gqa": query_SND.shape[1] != key_SGD.shape[1]}
-        out = varlen_attn(*heads, bounds, bounds, longest, longest, **causal)
+        bounds, longest = _bounds(tuple(cu_seqlens), query_SND.device)
+        heads, options = (query_SND, key_SGD, value_SGD), _causal(query_SND, key_SGD)
+        out = varlen_attn(*heads, bounds, bounds, longest, longest, **options)
         assert isinstance(out, Tensor)
         return out
     if query_SND.is_cuda:
         return _attention_by_document(query_SND, key_SGD, value_SGD, cu_seqlens)
     return _FlashOnCpu.apply(query_SND, key_SGD, value_SGD, cu_seqlens)
+
+
+@lru_cache(maxsize=8)
+def _bounds(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
+    """Return the boundaries on the device, and the longest document; one copy for all layers."""
+    longest = max(stop - start for start, stop in pairwise(cu_seqlens))
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device), longest
+
+
+def _causal(query_SND: Tensor, key_SGD: Tensor) -> dict[str, Any]:
+    """Return what makes ``varlen_attn`` causal: torch 2.10 has a flag for it, later ones a window.
+
+    Grouped heads need a flag of their own since torch 2.12.
+    """
+    parameters = inspect.signature(varlen_attn).parameters
+    has_window = "window_size" in parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = query_SND.shape[1] != key_SGD.shape[1]
+    return options
 
 
 class _FlashOnCpu(torch.autograd.Function):
