@@ -148,8 +148,8 @@ def run_peer(data: Path, tokenizer: Path, output: Path) -> dict[str, float]:
     from trl.data_utils import pack_dataset  # pyright: ignore
 
     disable_progress_bars()
-    backend = AutoTokenizer.from_pretrained(tokenizer)
     start = time.process_time()
+    backend = AutoTokenizer.from_pretrained(tokenizer)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
     with data.open(encoding="utf-8") as stream:
         lines = list(stream)
