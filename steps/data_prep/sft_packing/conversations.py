@@ -36,8 +36,8 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 
-# What a conversation says: fields beyond these may differ between copies of one conversation.
-IDENTITY = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id")
+# What a message says beside role and content; other fields may differ between copies.
+MORE_IDENTITY = ("reasoning_content", "tool_calls", "name", "tool_call_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +191,12 @@ def _tools(value: Any) -> list[Any] | None:
 
 
 def _uid(messages: list[dict[str, Any]]) -> int:
-    said = [{key: message[key] for key in IDENTITY if key in message} for message in messages]
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    parts: list[str] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        more = {key: message[key] for key in MORE_IDENTITY if key in message}
+        rest = json.dumps(more, sort_keys=True) if more else ""
+        # With their lengths, so that no text can pass for the start of the next message.
+        parts.append(f"{role} {len(content)} {len(rest)} {content}{rest}")
+    said = "".join(parts).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big")

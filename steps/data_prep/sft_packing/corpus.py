@@ -74,7 +74,6 @@ def plan_sources(
     *,
     directory: Path,
     encoder: EncoderSettings,
-    tokenizer_sha256: str,
     used_in_field: str,
     used_in_filter: str | None,
 ) -> list[Source]:
@@ -87,7 +86,6 @@ def plan_sources(
         datasets: The data sets.
         directory: Where the tasks leave spools and receipts.
         encoder: What encodes.
-        tokenizer_sha256: Digest of the tokenizer.
         used_in_field: See ``RowSettings``.
         used_in_filter: See ``RowSettings``.
 
@@ -99,7 +97,7 @@ def plan_sources(
     size_bytes = part_bytes([file for group in files for file in group])
     how = {
         "code": code_digest(),
-        "tokenizer": tokenizer_sha256,
+        # Where the tokenizer lies is not what it is.
         "encoder": {**vars(encoder), "tokenizer": ""},
     }
 

@@ -99,11 +99,10 @@ def plan_job(config: Config, blend: Sources, *, engine: str | None = None) -> Jo
         blend.datasets,
         directory=workspace.tokens,
         encoder=encoder,
-        tokenizer_sha256=tokenizer.sha256,
         used_in_field=config.used_in_field,
         used_in_filter=config.used_in_filter,
     )
-    packing = _packing(config, tokenizer, encoder_of(encoder).stop_token_id)
+    packing = _packing(config, tokenizer, encoder_of(encoder, tokenizer).stop_token_id)
     properties = _properties(config, tokenizer, template)
     # Not the key and not a path: equal rows are equal files, wherever the inputs were.
     metadata = {name: str(value) for name, value in properties.items() if name != "tokenizer"}
@@ -127,6 +126,7 @@ def _encoder_settings(
 ) -> EncoderSettings:
     return EncoderSettings(
         tokenizer=str(tokenizer.directory),
+        tokenizer_sha256=tokenizer.sha256,
         chat_template=template,
         add_bos=config.tokenizer_options.add_bos,
         add_eos=config.tokenizer_options.add_eos,

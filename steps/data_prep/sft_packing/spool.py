@@ -99,7 +99,7 @@ class SpoolWriter:
         }
         tokens = np.concatenate(documents).astype(np.int32, copy=False)
         with aside(self.directory / f"{name}.tokens") as path, path.open("wb") as stream:
-            stream.write(memoryview(tokens))  # ndarray.tofile would hide why it failed
+            stream.write(tokens.data)  # ndarray.tofile would hide why it failed
         with aside(self.directory / f"{name}.npz") as path, path.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **index)
         self.names.append(name)

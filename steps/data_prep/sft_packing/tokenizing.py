@@ -6,10 +6,11 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemotron.steps._entry import step_error
+from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.conversations import (
     ALPACA_FIELDS,
     SHAREGPT,
@@ -24,7 +25,7 @@ from nemotron.steps.data_prep.sft_packing.receipts import Receipt, done_or, writ
 from nemotron.steps.data_prep.sft_packing.rejects import SAMPLES_PER_REASON, BadRowError
 from nemotron.steps.data_prep.sft_packing.rows import BLANK, PLACES, Row, read_rows
 from nemotron.steps.data_prep.sft_packing.spool import SpoolWriter
-from nemotron.steps.data_prep.sft_packing.tokenizer import load_tokenizer
+from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, load_tokenizer
 
 BATCH_ROWS = 512
 BATCH_BYTES = 4 << 20
@@ -36,6 +37,7 @@ class EncoderSettings:
 
     Attributes:
         tokenizer: Directory of the tokenizer.
+        tokenizer_sha256: Digest of the tokenizer.
         chat_template: Text of the template.
         add_bos: See ``masks.Encoder``.
         add_eos: See ``masks.Encoder``.
@@ -46,6 +48,7 @@ class EncoderSettings:
     """
 
     tokenizer: str
+    tokenizer_sha256: str
     chat_template: str
     add_bos: bool
     add_eos: bool
@@ -122,11 +125,27 @@ class TokenizeTask:
         return write_receipt(self.directory, self.key, content, files=writer.files)
 
 
-@lru_cache(maxsize=2)
-def encoder_of(settings: EncoderSettings) -> Encoder:
-    """Return the encoder of this process for some settings."""
+_encoders: dict[EncoderSettings, Encoder] = {}
+
+
+def encoder_of(settings: EncoderSettings, tokenizer: ChatTokenizer | None = None) -> Encoder:
+    """Return the encoder of this process for some settings; built once.
+
+    Raises:
+        NemotronError: ``tokenizer_mismatch``: the tokenizer changed since the run was planned.
+    """
+    if settings not in _encoders:
+        _encoders.clear()
+        _encoders[settings] = _build(settings, tokenizer or load_tokenizer(settings.tokenizer))
+    return _encoders[settings]
+
+
+def _build(settings: EncoderSettings, tokenizer: ChatTokenizer) -> Encoder:
+    if tokenizer.sha256 != settings.tokenizer_sha256:
+        problem = "it changed while the run was going on"
+        raise step_error(STEP, "tokenizer_mismatch", problem, where=settings.tokenizer)
     return build_encoder(
-        tokenizer=load_tokenizer(settings.tokenizer),
+        tokenizer=tokenizer,
         chat_template=settings.chat_template,
         add_bos=settings.add_bos,
         add_eos=settings.add_eos,
