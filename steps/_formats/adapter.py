@@ -17,14 +17,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from nemotron.steps._formats.huggingface import pickled_weights, read_json
 from nemotron.steps._formats.lora import LoraAdapter, adapter_error
 from nemotron.steps._formats.megatron import TRACKER
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
-from nemotron.steps._formats.weights import damaged
+from nemotron.steps._formats.weights import all_finite, damaged
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import (
     LORA_TARGETS,
@@ -267,7 +266,7 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
     _check_scaling(path, values, file)
     for name, shape in wanted.items():
         _check_shape(file, name, shape)
-        if not torch.isfinite(file.read(name)).all():
+        if not all_finite(file.read(name)):
             problem = f"{name} holds values that are not finite"
             raise adapter_error("not_finite", file.path, problem)
     return Adapter(

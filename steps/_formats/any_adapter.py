@@ -32,7 +32,8 @@ def read_adapter_record(directory: Path) -> Artifact | None:
     Raises:
         NemotronError: ``artifact_damaged`` or ``artifact_type``.
     """
-    for root in (directory, directory.parent):
+    is_peft = (directory / ADAPTER_CONFIG).is_file()
+    for root in (directory,) if is_peft else (directory, directory.parent):
         if (root / MANIFEST).is_file():
             artifact = read_artifact(root, "checkpoint_lora")
             verify_files(root, artifact)

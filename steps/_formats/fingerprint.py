@@ -59,20 +59,23 @@ class Fingerprint:
 class FingerprintedWeights:
     """Weights whose fingerprint is taken while somebody reads them; see ``Weights``."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, known: str | None = None) -> None:
         self.config, self.names = weights.config, weights.names
         self.shape, self.dtype = weights.shape, weights.dtype
         self._weights = weights
+        self._known = known
         self._fingerprint = Fingerprint()
 
     def read(self, name: str) -> Tensor:
         tensor = self._weights.read(name)
-        if name not in self._fingerprint:
+        if self._known is None and name not in self._fingerprint:
             self._fingerprint.add(name, tensor)
         return tensor
 
     def fingerprint(self) -> str:
-        """Return the fingerprint, after reading what nobody has read yet."""
+        """Return the fingerprint: ``known``, or after reading what nobody has read yet."""
+        if self._known is not None:
+            return self._known
         for name in self.names:
             if name not in self._fingerprint:
                 self.read(name)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nemotron.steps._formats.lora import adapter_error
 from nemotron.steps._formats.megatron import NOT_WEIGHTS, find_iteration_dir, read_run_config
 from nemotron.steps._formats.torch_dist import TorchDistReader
+from nemotron.steps._formats.weights import all_finite
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import (
     LORA_TARGETS,
@@ -262,7 +262,7 @@ def _check_tensors(adapter: MegatronAdapter) -> None:
         _check_shape(adapter, source, "out", (rows, adapter.dim))
     for source in {(each.key, each.layer): each for each in adapter.sources.values()}.values():
         for half in ("in", "out"):
-            if not torch.isfinite(adapter._read(source, half)).all():
+            if not all_finite(adapter._read(source, half)):
                 name = f"{source.key}.linear_{half}.weight"
                 problem = f"{name} holds values that are not finite"
                 raise adapter_error("not_finite", adapter.directory, problem)

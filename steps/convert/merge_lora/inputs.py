@@ -21,7 +21,7 @@ from nemotron.steps._formats.any_adapter import (
     open_any_adapter,
     read_adapter_record,
 )
-from nemotron.steps._formats.fingerprint import base_fingerprint
+from nemotron.steps._formats.fingerprint import FingerprintedWeights, base_fingerprint
 from nemotron.steps._formats.huggingface import (
     CHAT_TEMPLATE,
     HuggingFaceCheckpoint,
@@ -45,15 +45,13 @@ class MergeInputs:
         model_files: Directory that config, generation config and tokenizer come from.
         chat_template: Template that the adapter was trained with where it is not the one in
             ``model_files``; None otherwise.
-        base_fingerprint: Of ``base``.
         lineage: Goes into the output's ``artifact.json``.
     """
 
     adapter: LoraAdapter
-    base: Weights
+    base: FingerprintedWeights
     model_files: Path
     chat_template: str | None
-    base_fingerprint: str
     lineage: tuple[Input, ...]
 
 
@@ -112,10 +110,9 @@ def open_inputs(
     _check_tokenizer(adapter_dir, record, files)
     return MergeInputs(
         adapter=open_any_adapter(adapter_dir, config=opened.weights.config),
-        base=opened.weights,
+        base=FingerprintedWeights(opened.weights, fingerprint),
         model_files=files,
         chat_template=_other_chat_template(adapter_dir, record, files),
-        base_fingerprint=fingerprint,
         lineage=(describe_input("checkpoint_lora", adapter_dir), opened.lineage),
     )
 
@@ -153,19 +150,20 @@ def _check_base(
     *,
     base: Path,
     allow_unverified_base: bool,
-) -> str:
-    """Return the base's fingerprint, after comparing it with the one that the adapter records."""
+) -> str | None:
+    """Return the base's fingerprint as far as it is known, checked against the recorded one."""
     wanted = record.properties.get("base_fingerprint") if record else None
     if wanted is None and not allow_unverified_base:
         problem = f"{adapter_dir} does not record the fingerprint of its base"
         raise step_error(ID, "base_model_mismatch", problem, where=str(adapter_dir))
     # A base with a manifest has just been verified file by file, so its word is good.
-    properties = opened.artifact.properties if opened.artifact else {}
-    reported = ReportedWeights(opened.weights, f"fingerprint of {base}")
-    got = properties.get("base_fingerprint") or base_fingerprint(reported)
+    got = opened.artifact.properties.get("base_fingerprint") if opened.artifact else None
     if wanted is None:
         print(f"warning: {adapter_dir} does not record its base: not checked", file=sys.stderr)
-    elif got != wanted:
+        return got
+    if got is None:
+        got = base_fingerprint(ReportedWeights(opened.weights, f"fingerprint of {base}"))
+    if got != wanted:
         problem = f"{base} has fingerprint {got[:16]}; {adapter_dir} was trained on {wanted[:16]}"
         raise step_error(ID, "base_model_mismatch", problem, where=str(base))
     return got

@@ -19,12 +19,12 @@ from nemotron.steps._entry import step_error
 from nemotron.steps._formats.huggingface_writer import publish_huggingface
 from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron_writer import publish_megatron
-from nemotron.steps._formats.weights import Weights
+from nemotron.steps._formats.weights import Weights, all_finite
 from nemotron.steps._training.layerwise import compare_merged
 from nemotron.steps.convert.merge_lora.checks import ID
 from nemotron.steps.convert.merge_lora.inputs import MergeInputs
 
-_ROWS_AT_A_TIME = 1024  # bounds the fp32 copies; 64 MB each at 16k columns
+_ROWS_AT_A_TIME = 256  # bounds the fp32 product to what a cache holds
 
 
 class MergedWeights:
@@ -49,7 +49,7 @@ class MergedWeights:
             lora_a, lora_b = self._adapter.read(module)
             scale = self._adapter.scale(module)
             weight, self.deltas[name] = add_delta(weight, lora_a, lora_b, scale=scale)
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise step_error(ID, "merged_not_finite", f"{name} holds values that are not finite")
         return weight
 
@@ -69,12 +69,14 @@ def add_delta(
         The merged weight, and the largest absolute value of the scaled product before the cast.
     """
     merged = torch.empty_like(weight)
+    lora_a, lora_b = lora_a.float(), lora_b.float()
     largest = 0.0
     for start in range(0, weight.shape[0], _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
-        delta = scale * (lora_b[rows].float() @ lora_a.float())
-        merged[rows] = (weight[rows].float() + delta).to(weight.dtype)
-        largest = max(largest, delta.abs().max().item())
+        delta = (lora_b[rows] @ lora_a).mul_(scale)
+        smallest, greatest = torch.aminmax(delta)
+        largest = max(largest, -smallest.item(), greatest.item())
+        merged[rows] = delta.add_(weight[rows])
     return merged, largest
 
 
@@ -161,7 +163,7 @@ def _verify(inputs: MergeInputs, written: Weights) -> dict[str, Any]:
 def _describe_merge(inputs: MergeInputs, merged: MergedWeights) -> dict[str, Any]:
     return {
         "merged_from": {
-            "base_fingerprint": inputs.base_fingerprint,
+            "base_fingerprint": inputs.base.fingerprint(),
             "dim": inputs.adapter.dim,
             "alpha": inputs.adapter.alpha,
             "use_rslora": inputs.adapter.use_rslora,
