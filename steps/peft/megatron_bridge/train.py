@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,27 @@ from nemotron.steps.peft.megatron_bridge.saves import Saves
 from nemotron.steps.peft.megatron_bridge.start import ResumeSettings, start_run
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """How the base is held and computed.
+
+    Attributes:
+        dtype: dtype of the base and of activations.
+        sequence_parallel: Whether activations between the linears are split over the sequence.
+        recompute: Whether layers are computed again in the backward pass.
+        num_chunks: Parts of the model on each pipeline stage; more than one: interleaved.
+        num_layers_in_first_stage: Layers of the first pipeline stage, where not an equal part.
+        num_layers_in_last_stage: Layers of the last pipeline stage, likewise.
+    """
+
+    dtype: torch.dtype
+    sequence_parallel: bool
+    recompute: bool
+    num_chunks: int
+    num_layers_in_first_stage: int | None
+    num_layers_in_last_stage: int | None
+
+
 def train_adapter(
     *,
     layout: Layout,
@@ -55,12 +77,7 @@ def train_adapter(
     seed: int,
     intervals: Intervals,
     metrics: MetricsLog,
-    dtype: torch.dtype,
-    sequence_parallel: bool,
-    recompute: bool,
-    num_chunks: int,
-    num_layers_in_first_stage: int | None,
-    num_layers_in_last_stage: int | None,
+    model_settings: ModelSettings,
     base_model_name_or_path: str | None,
     produced_by: Producer,
     resume: ResumeSettings,
@@ -81,12 +98,7 @@ def train_adapter(
         seed: Seed of the adapter, the row order and dropout.
         intervals: Length of the run, and when it evaluates and saves.
         metrics: Where losses go.
-        dtype: dtype of the base and of activations.
-        sequence_parallel: Whether activations between the linears are split over the sequence.
-        recompute: Whether layers are computed again in the backward pass.
-        num_chunks: Parts of the model on each pipeline stage; more than one: interleaved.
-        num_layers_in_first_stage: Layers of the first pipeline stage, where not an equal part.
-        num_layers_in_last_stage: Layers of the last pipeline stage, likewise.
+        model_settings: Type of the base, and how it is split and computed.
         base_model_name_or_path: What the adapter's config names as its base; the base's own
             source where None.
         produced_by: What to write as producer into artifacts.
@@ -105,26 +117,7 @@ def train_adapter(
     if base.artifact is not None:
         _verified(base.root, "checkpoint_megatron", layout)
     _check_targets(lora, base)
-    layers = split_layers(
-        base.config.num_layers,
-        layout.pipeline.size * num_chunks,
-        first=num_layers_in_first_stage,
-        last=num_layers_in_last_stage,
-    )
-    chunks = [
-        load_base_model(
-            base,
-            lora=lora,
-            group=layout.tensor,
-            dtype=dtype,
-            device=layout.device,
-            sequence_parallel=sequence_parallel,
-            recompute=recompute,
-            layers=part,
-        )
-        for part in layers[layout.pipeline.rank :: layout.pipeline.size]
-    ]
-    model = PipelineStage(chunks, group=layout.pipeline, device=layout.device)
+    model = _load_model(base, lora, model_settings, layout)
     for linear in model.adapted_linears():
         linear.init_lora(seed)
     if layout.is_first:
@@ -171,6 +164,32 @@ def train_adapter(
     if reached < intervals.train_iters:
         metrics.stopped(reached)
         raise PreemptedError(f"stopped at iteration {reached}/{intervals.train_iters}")
+
+
+def _load_model(
+    base: MegatronCheckpoint, lora: LoraTargets, settings: ModelSettings, layout: Layout
+) -> PipelineStage:
+    """Return this rank's layers, in as many parts as settings ask for; adapters are zero."""
+    layers = split_layers(
+        base.config.num_layers,
+        layout.pipeline.size * settings.num_chunks,
+        first=settings.num_layers_in_first_stage,
+        last=settings.num_layers_in_last_stage,
+    )
+    chunks = [
+        load_base_model(
+            base,
+            lora=lora,
+            group=layout.tensor,
+            dtype=settings.dtype,
+            device=layout.device,
+            sequence_parallel=settings.sequence_parallel,
+            recompute=settings.recompute,
+            layers=part,
+        )
+        for part in layers[layout.pipeline.rank :: layout.pipeline.size]
+    ]
+    return PipelineStage(chunks, group=layout.pipeline, device=layout.device)
 
 
 def _go_on(trainer: Trainer, saved: SavedRun) -> Progress:

@@ -1,0 +1,86 @@
+"""What the config says, in the terms of the trainer: each function makes one of its settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nemotron.steps._models.gpt import LoraTargets
+from nemotron.steps._tensor_parallel.linear import LoraSpec
+from nemotron.steps._training.loop import AdamSettings, BatchSettings, Intervals
+from nemotron.steps._training.schedule import Schedule
+from nemotron.steps.peft.megatron_bridge.schema import Config
+from nemotron.steps.peft.megatron_bridge.start import ResumeSettings
+from nemotron.steps.peft.megatron_bridge.train import ModelSettings
+
+
+def lora_targets(config: Config) -> LoraTargets:
+    """Return the adapters, and the linears that get one."""
+    peft = config.peft
+    return LoraTargets(
+        peft.target_modules,
+        LoraSpec(peft.dim, peft.alpha, peft.dropout, peft.use_rslora),
+        rank_pattern=peft.rank_pattern,
+        alpha_pattern=peft.alpha_pattern,
+    )
+
+
+def model(config: Config) -> ModelSettings:
+    """Return how the base is held and computed."""
+    values = config.model
+    return ModelSettings(
+        dtype=torch.bfloat16 if config.mixed_precision == "bf16_mixed" else torch.float32,
+        sequence_parallel=config.sequence_parallel,
+        recompute=values.recompute_granularity == "full",
+        num_chunks=values.virtual_pipeline_model_parallel_size or 1,
+        num_layers_in_first_stage=values.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_stage=values.num_layers_in_last_pipeline_stage,
+    )
+
+
+def batch(config: Config) -> BatchSettings:
+    """Return the batch sizes."""
+    train = config.train
+    per_token = config.model.calculate_per_token_loss
+    return BatchSettings(train.global_batch_size, train.micro_batch_size, per_token)
+
+
+def schedule(config: Config) -> Schedule:
+    """Return the learning rate per iteration."""
+    optimizer, scheduler = config.optimizer, config.scheduler
+    return Schedule(
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        warmup_iters=config.lr_warmup_iters,
+        decay_iters=config.lr_decay_iters,
+        style=scheduler.lr_decay_style,
+        warmup_init=scheduler.lr_warmup_init,
+        wsd_decay_iters=scheduler.lr_wsd_decay_iters or 0,
+        wsd_style=scheduler.lr_wsd_decay_style,
+    )
+
+
+def adam(config: Config) -> AdamSettings:
+    """Return the optimizer's settings."""
+    values = config.optimizer.model_dump(exclude={"lr", "min_lr"})
+    return AdamSettings(**values, lora_plus_lr_ratio=config.peft.lora_plus_lr_ratio)
+
+
+def intervals(config: Config) -> Intervals:
+    """Return the length of the run, and when it evaluates and saves."""
+    train = config.train
+    save_interval = config.checkpoint.save_interval
+    return Intervals(train.train_iters, train.eval_interval, train.eval_iters, save_interval)
+
+
+def resume(config: Config, identity: dict[str, Any]) -> ResumeSettings:
+    """Return what a run goes on from; ``identity`` is what must not have changed since."""
+    checkpoint = config.checkpoint
+    return ResumeSettings(
+        load=checkpoint.other_run,
+        ckpt_step=checkpoint.ckpt_step,
+        identity=identity,
+        save_optim=checkpoint.save_optim,
+        most_recent_k=checkpoint.most_recent_k,
+    )
