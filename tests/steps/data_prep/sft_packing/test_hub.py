@@ -56,7 +56,7 @@ def cached(
 def test_subset_and_split_choose_files_by_name(
     cached: Path, values: dict[str, str], names: list[str]
 ) -> None:
-    files = list_files(Dataset(name="d", path="hf://owner/name", **values))
+    files = list_files(Dataset.model_validate({"name": "d", "path": "hf://owner/name"} | values))
     assert sorted(str(file.relative_to(cached)) for file in files) == sorted(names)
 
 
@@ -72,7 +72,7 @@ def test_what_is_not_there_is_named(
     cached: Path, path: str, values: dict[str, str], problem: str
 ) -> None:
     with pytest.raises(NemotronError, match=problem) as caught:
-        list_files(Dataset(name="d", path=path, **values))
+        list_files(Dataset.model_validate({"name": "d", "path": path} | values))
     assert caught.value.code == "missing_training_data"
 
 
