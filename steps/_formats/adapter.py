@@ -10,30 +10,39 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
+from nemotron.steps._formats.adapter_checks import (
+    ADAPTER_CONFIG,
+    PREFIX,
+    SCALING,
+    by_pattern,
+    check_config,
+    check_keys,
+    check_pattern,
+    check_scaling,
+    check_shape,
+    tensor_names,
+    wanted_shapes,
+)
 from nemotron.steps._formats.huggingface import pickled_weights, read_json
 from nemotron.steps._formats.lora import LoraAdapter, adapter_error
 from nemotron.steps._formats.megatron import TRACKER
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
-from nemotron.steps._formats.weights import all_finite, damaged
+from nemotron.steps._formats.weights import all_finite
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import (
     LORA_TARGETS,
     lora_from_hf,
     lora_hf_modules,
-    lora_shapes,
     lora_to_hf,
 )
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _CONVERT_PICKLED = (
@@ -43,26 +52,6 @@ _CONVERT_PICKLED = (
     f"target / '{ADAPTER_WEIGHTS}'); "
     f"shutil.copy(source / '{ADAPTER_CONFIG}', target)"
 )
-_PREFIX = "base_model.model."
-# What scales the tensors is also written beside them: an alpha that is changed in the config alone
-# gives an adapter that loads everywhere and does something else.
-_SCALING = "lora_scaling"
-# What we would otherwise ignore, each with the value that means nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "modules_to_save": ((), []),
-    "layers_to_transform": ((), []),
-    "layers_pattern": ((), []),
-    "layer_replication": ((), []),
-    "exclude_modules": ((), []),
-    "target_parameters": ((), []),
-    "trainable_token_indices": ((), [], {}),
-    "alora_invocation_tokens": ((), []),
-}
 
 
 @dataclass(frozen=True)
@@ -97,8 +86,8 @@ class Adapter:
 
     def scale(self, module: str) -> float:
         """Return what the product of the factors of one of ``modules`` is multiplied by."""
-        dim = _by_pattern(self.rank_pattern, module, default=self.dim)
-        alpha = _by_pattern(self.alpha_pattern, module, default=self.alpha)
+        dim = by_pattern(self.rank_pattern, module, default=self.dim)
+        alpha = by_pattern(self.alpha_pattern, module, default=self.alpha)
         return alpha / (math.sqrt(dim) if self.use_rslora else dim)
 
     @property
@@ -106,11 +95,11 @@ class Adapter:
         """Adapted Hugging Face modules, such as ``model.layers.0.self_attn.q_proj``."""
         end = ".lora_A.weight"
         names = (name for name in self.file.entries if name.endswith(end))
-        return tuple(name.removeprefix(_PREFIX).removesuffix(end) for name in names)
+        return tuple(name.removeprefix(PREFIX).removesuffix(end) for name in names)
 
     def read(self, module: str) -> tuple[Tensor, Tensor]:
         """Return lora_a [R, in features] and lora_b [out features, R] of one of ``modules``."""
-        lora_a, lora_b = (self.file.read(name) for name in _names(module))
+        lora_a, lora_b = (self.file.read(name) for name in tensor_names(module))
         return lora_a, lora_b
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -183,7 +172,7 @@ def write_peft(directory: Path, adapter: LoraAdapter) -> None:
     tensors: dict[str, Tensor] = {}
     leaves: dict[str, list[str]] = {}
     for module in adapter.modules:
-        tensors |= dict(zip(_names(module), adapter.read(module), strict=True))
+        tensors |= dict(zip(tensor_names(module), adapter.read(module), strict=True))
         leaves.setdefault(module.rsplit(".", 1)[-1], []).append(module)
     num_layers = adapter.config.num_layers
     targets = [[leaf] if len(own) == num_layers else own for leaf, own in leaves.items()]
@@ -218,7 +207,7 @@ def _write_files(
         shape=lambda name: tuple(tensors[name].shape),
         dtype=lambda name: tensors[name].dtype,
         read=lambda name: tensors[name],
-        metadata={_SCALING: json.dumps(scaling)},
+        metadata={SCALING: json.dumps(scaling)},
     )
     values = {
         "peft_type": "LORA",
@@ -257,15 +246,15 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
         file = ADAPTER_WEIGHTS if path.is_file() else ADAPTER_CONFIG
         raise adapter_error("missing", directory, f"{directory} has no {file}")
     values = read_json(path)
-    dim, alpha, targets = _check_config(path, values)
-    rank_pattern = _check_pattern(path, values, "rank_pattern")
-    alpha_pattern = _check_pattern(path, values, "alpha_pattern")
+    dim, alpha, targets = check_config(path, values)
+    rank_pattern = check_pattern(path, values, "rank_pattern")
+    alpha_pattern = check_pattern(path, values, "alpha_pattern")
     file = SafetensorsFile(directory / ADAPTER_WEIGHTS)
-    wanted = _wanted_shapes(path, targets, dim=dim, rank_pattern=rank_pattern, config=config)
-    _check_keys(file, wanted)
-    _check_scaling(path, values, file)
+    wanted = wanted_shapes(path, targets, dim=dim, rank_pattern=rank_pattern, config=config)
+    check_keys(file, wanted)
+    check_scaling(path, values, file)
     for name, shape in wanted.items():
-        _check_shape(file, name, shape)
+        check_shape(file, name, shape)
         if not all_finite(file.read(name)):
             problem = f"{name} holds values that are not finite"
             raise adapter_error("not_finite", file.path, problem)
@@ -294,10 +283,6 @@ def find_adapter_dir(path: Path) -> Path | None:
     return latest if latest and (latest / ADAPTER_CONFIG).is_file() else None
 
 
-def _names(module: str) -> tuple[str, str]:
-    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
-
-
 def _number(value: float) -> float:
     """Return a number as PEFT writes it: 32 rather than 32.0."""
     return int(value) if float(value).is_integer() else value
@@ -311,134 +296,3 @@ def _target_modules(names: Collection[str], config: DecoderConfig) -> list[str]:
         is_everywhere = len(own) == config.num_layers
         targets += leaves if is_everywhere else [m for name in own for m in lora_hf_modules(name)]
     return sorted(targets)
-
-
-_Number = TypeVar("_Number", int, float)
-
-
-def _by_pattern(pattern: Mapping[str, _Number], module: str, *, default: _Number) -> _Number:
-    """Return the value of the first key that names a module, as PEFT looks it up."""
-    own = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(own, default)
-
-
-def _check_pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return ``rank_pattern`` (counts) or ``alpha_pattern`` (numbers) after checking it."""
-    pattern = values.get(key) or {}
-    kinds = int if key == "rank_pattern" else int | float
-    for module, value in pattern.items():
-        is_number = isinstance(value, kinds) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or (key == "rank_pattern" and value < 1):
-            raise adapter_error("config", path, f"{key} gives {module} {value!r}; wanted a number")
-        try:
-            re.compile(module)
-        except re.error as error:
-            raise adapter_error(
-                "config", path, f"{key}: {module!r} is no pattern: {error}"
-            ) from None
-    return pattern
-
-
-def _check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float, tuple[str, ...]]:
-    """Return rank, alpha and target modules of an adapter that is plain LoRA."""
-    if values.get("peft_type") != "LORA":
-        raise adapter_error(
-            "config", path, f"peft_type is {values.get('peft_type')!r}; wanted LORA"
-        )
-    for key, neutral in _NEUTRAL.items():
-        value = values.get(key)
-        if value is not None and value not in neutral:
-            raise adapter_error("config", path, f"{key} is {value!r}, which is not supported")
-    dim, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-        raise adapter_error("config", path, f"r is {dim!r}; wanted a number of 1 or more")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise adapter_error("config", path, f"lora_alpha is {alpha!r}; wanted a number")
-    if not isinstance(targets, list) or not targets:
-        raise adapter_error(
-            "config", path, f"target_modules is {targets!r}; wanted a list of names"
-        )
-    return dim, float(alpha), tuple(sorted(str(target) for target in targets))
-
-
-def _wanted_shapes(
-    path: Path,
-    targets: tuple[str, ...],
-    *,
-    dim: int,
-    rank_pattern: Mapping[str, int],
-    config: DecoderConfig,
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor that an adapter of these targets has."""
-    linears = lora_shapes(config)
-    wanted: dict[str, tuple[int, ...]] = {}
-    for target in targets:
-        modules = [name for name in linears if re.search(rf"(^|\.){re.escape(target)}$", name)]
-        if not modules:
-            leaves = [leaf for group in LORA_TARGETS.values() for leaf in group]
-            close = get_close_matches(target, leaves, n=1)
-            hint = f" (closest: {close[0]})" if close else ""
-            raise adapter_error("config", path, f"no module of the base is named {target}{hint}")
-        for module in modules:
-            name_a, name_b = _names(module)
-            own_dim = _by_pattern(rank_pattern, module, default=dim)
-            wanted[name_a] = (own_dim, linears[module][1])
-            wanted[name_b] = (linears[module][0], own_dim)
-    return wanted
-
-
-def _check_scaling(path: Path, values: Mapping[str, Any], file: SafetensorsFile) -> None:
-    """Check rank and alpha of the config against what our writer put beside the tensors."""
-    try:
-        written = dict(json.loads(file.metadata.get(_SCALING, "{}")))
-    except (ValueError, TypeError):
-        raise damaged(file.path, f"its {_SCALING} does not parse") from None
-    for key, wanted in written.items():
-        got = values.get(key) or (False if key == "use_rslora" else {})
-        if got != wanted:
-            kind = "rank" if key in ("r", "rank_pattern") else "alpha"
-            problem = f"{key} is {got}; {file.path.name} was saved with {wanted}"
-            raise adapter_error(kind, path, problem)
-
-
-def _check_keys(file: SafetensorsFile, wanted: Mapping[str, Any]) -> None:
-    missing = sorted(set(wanted) - set(file.entries))
-    unexpected = sorted(set(file.entries) - set(wanted))
-    if missing and len(missing) == len(unexpected) == len(wanted):
-        _refuse_prefix(file, missing[0])
-    if missing:
-        for half in (".lora_A.weight", ".lora_B.weight"):
-            if set(missing) == {name for name in wanted if name.endswith(half)}:
-                problem = f"all {len(missing)} tensors *{half} are missing: one half of each pair"
-                raise adapter_error("half_missing", file.path, problem)
-        close = get_close_matches(missing[0], unexpected, n=1)
-        hint = f" (the file has {close[0]})" if close else ""
-        problem = f"{len(missing)} of {len(wanted)} tensors are missing, first {missing[0]}{hint}"
-        raise adapter_error("keys_missing", file.path, problem)
-    if unexpected:
-        close = get_close_matches(unexpected[0], list(wanted), n=1)
-        hint = f" (closest: {close[0]})" if close else ""
-        problem = f"{len(unexpected)} tensors are unexpected, first {unexpected[0]}{hint}"
-        raise adapter_error("keys_unexpected", file.path, problem)
-
-
-def _refuse_prefix(file: SafetensorsFile, wanted: str) -> None:
-    """Name the case that all tensors are there, under another prefix: PEFT loads nothing then."""
-    core = wanted.removeprefix(f"{_PREFIX}model.")
-    found = next((name for name in file.entries if name.endswith(core)), None)
-    if found is not None:
-        prefixes = f"{found.removesuffix(core)!r}; wanted {wanted.removesuffix(core)!r}"
-        raise adapter_error("prefix", file.path, f"its tensors are under the prefix {prefixes}")
-
-
-def _check_shape(file: SafetensorsFile, name: str, wanted: tuple[int, ...]) -> None:
-    got = file.entries[name].shape
-    if got == wanted:
-        return
-    rank_dim = 0 if name.endswith(".lora_A.weight") else 1
-    is_rank = len(got) == 2 and got[1 - rank_dim] == wanted[1 - rank_dim]
-    if is_rank:
-        problem = f"{name} has rank {got[rank_dim]}; {ADAPTER_CONFIG} says {wanted[rank_dim]}"
-        raise adapter_error("rank", file.path, problem)
-    problem = f"{name} is {list(got)}; its rank and the base ask for {list(wanted)}"
-    raise adapter_error("shape", file.path, problem)

@@ -24,14 +24,14 @@ from nemotron.steps._formats.safetensors_file import raw_bytes
 from nemotron.steps._formats.weights import DTYPE_NAMES, Weights, damaged
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
-_MAX_WAITING_BYTES = 128_000_000  # tensors that are held only because they are being hashed
+_MAX_WAITING_BYTES = 32_000_000  # tensors that are held only because they are being hashed
 
 
 class Fingerprint:
     """The fingerprint of weights that pass by one at a time, in any order.
 
     Hashing goes on in threads, behind the caller's back: sha256 is slower than any disk that is
-    worth having. At most one tensor, or 128 MB of smaller ones, waits.
+    worth having. At most one large tensor, or 32 MB of smaller ones, waits.
     """
 
     def __init__(self) -> None:

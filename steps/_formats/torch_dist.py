@@ -151,11 +151,10 @@ class TorchDistReader:
 
     def _load(self, name: str, chunk: Chunk) -> Tensor:
         path = self.directory / chunk.file
-        with path.open("rb") as stream:
-            stream.seek(chunk.start)
-            content = stream.read(chunk.length_bytes)
         try:
-            tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            with path.open("rb", buffering=0) as stream:
+                part = io.BufferedReader(_Part(stream, chunk.start, chunk.length_bytes))
+                tensor = torch.load(part, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
             raise damaged(path, f"{name} at byte {chunk.start} does not load: {error}") from None
         is_tensor = isinstance(tensor, Tensor) and tensor.dtype == self.dtype(name)
@@ -178,6 +177,34 @@ class TorchDistReader:
             if size_bytes < end:
                 problem = f"the file has {size_bytes} bytes; .metadata needs {end}"
                 raise damaged(path, problem)
+
+
+class _Part(io.RawIOBase):
+    """A byte range of an open file, as a file: spares torch.load a copy of what it reads."""
+
+    def __init__(self, stream: io.FileIO, start: int, length_bytes: int) -> None:
+        self._stream, self._start, self._length_bytes = stream, start, length_bytes
+        stream.seek(start)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._stream.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length_bytes}
+        target = origin[whence] + offset
+        self._stream.seek(self._start + target)
+        return target
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        left = max(self._length_bytes - self.tell(), 0)
+        return self._stream.readinto(view[:left]) or 0
 
 
 class TorchDistWriter:
