@@ -129,20 +129,20 @@ def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -
     if archive is None:
         return []
     lines = [
-        f'code="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$node"',
-        'rm -rf -- "$code" && mkdir -m 700 -- "$code"',
-        "trap 'rm -rf -- \"$code\"' EXIT",
+        f'package="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$node"',
+        'rm -rf -- "$package" && mkdir -m 700 -- "$package"',
+        "trap 'rm -rf -- \"$package\"' EXIT",
     ]
     if chunks:
         names = [f"NEMOTRON_CODE_{index}" for index in range(chunks)]
         joined = "".join(f"${{{name}}}" for name in names)
         lines += [
-            f'printf %s "{joined}" | base64 -d | tar -xzf - -C "$code"',
+            f'printf %s "{joined}" | base64 -d | tar -xzf - -C "$package"',
             f"unset {' '.join(names)}",
         ]
     else:
-        lines.append(f'tar -xzf "$here"/{shlex.quote(archive)} -C "$code"')
-    return [*lines, 'export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"']
+        lines.append(f'tar -xzf "$here"/{shlex.quote(archive)} -C "$package"')
+    return [*lines, 'export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"']
 
 
 def _rendezvous(plan: JobPlan, address: str, port: str) -> list[str]:
@@ -174,7 +174,11 @@ def _run_line(plan: JobPlan) -> str:
     if template is None:
         return command
     module = f"nemotron/steps/{plan.step.id}/step.py"
-    for name, value in (("command", command), ("config", config), ("script", f'"$code"/{module}')):
+    for name, value in (
+        ("command", command),
+        ("config", config),
+        ("script", f'"$package"/{module}'),
+    ):
         template = template.replace(f"{{{name}}}", value)
     return template
 
