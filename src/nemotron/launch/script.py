@@ -31,6 +31,7 @@ _PLACES = {
     "lepton": ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LEPTON_RESTART_COUNT"),
 }
 
+_PYTHONPATH = 'export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"'
 _LAST_WORDS = (
     'if [ -s "$NEMOTRON_ERROR_FILE" ]; then',
     f"    printf '{ERROR_MARK}%s\\n' \"$(tr -d '\\n' < \"$NEMOTRON_ERROR_FILE\")\"",
@@ -45,7 +46,7 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
     Args:
         plan: The plan.
         job_id: Id of the job.
-        archive: File name of the code archive beside the script; None: the code is there already.
+        archive: File name of the code archive beside the script; None where ``code_path`` is set.
         chunks: The archive comes as this many environment variables instead of as a file.
     """
     node, address, port, restart = _PLACES[plan.executor]
@@ -125,9 +126,7 @@ def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -
     assert isinstance(execution, RemoteExecution)  # noqa: S101 - a plan for another machine
     if execution.code_path:
         where = shlex.quote(execution.code_path)
-        return [f'export PYTHONPATH={where}"${{PYTHONPATH:+:$PYTHONPATH}}"']
-    if archive is None:
-        return []
+        return [f"package={where}", _PYTHONPATH]
     lines = [
         f'package="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$node"',
         'rm -rf -- "$package" && mkdir -m 700 -- "$package"',
@@ -141,8 +140,8 @@ def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -
             f"unset {' '.join(names)}",
         ]
     else:
-        lines.append(f'tar -xzf "$here"/{shlex.quote(archive)} -C "$package"')
-    return [*lines, 'export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"']
+        lines.append(f'tar -xzf "$here"/{shlex.quote(archive or "")} -C "$package"')
+    return [*lines, _PYTHONPATH]
 
 
 def _rendezvous(plan: JobPlan, address: str, port: str) -> list[str]:

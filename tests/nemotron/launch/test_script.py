@@ -78,6 +78,8 @@ def test_the_job_gets_words_environment_and_directory_as_they_are(
             environment=environment,
             workspace=workspace,
         )
+        commands = {"code_path": "/there is nothing"}
+        plan = dataclasses.replace(plan, execution=plan.execution.model_copy(update=commands))
         text = script.launch_script(plan, job_id="job-1", archive=None)
         (here / "bin").mkdir()
         (here / "bin" / "python").write_text(PYTHON)
@@ -156,6 +158,20 @@ def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) 
     assert done.stdout.startswith("0\n")  # the chunks are not handed on
     assert "class NemotronError" in done.stdout
     assert not list(Path("/tmp").glob("nemotron-job-1*"))  # noqa: S108 - where the script puts it
+
+
+def test_a_run_command_wraps_the_command_or_names_script_and_config(demo: Path) -> None:
+    def line(template: str) -> str:
+        commands = {"run_command": template, "code_path": "/code"}
+        plan = plan_of("slurm", demo)
+        plan = dataclasses.replace(plan, execution=plan.execution.model_copy(update=commands))
+        lines = script.launch_script(plan, job_id="job-1", archive=None).splitlines()
+        return lines[lines.index("trap : TERM USR1 INT") + 1]
+
+    start = 'python -m nemotron.steps.demo.make.step --config "$here"/train.yaml'
+    assert line("nsys profile {command}") == f"nsys profile {start}"
+    step = '"$package"/nemotron/steps/demo/make/step.py'
+    assert line("python {script} --config {config}") == f'python {step} --config "$here"/train.yaml'
 
 
 def test_the_archive_is_the_same_bytes_every_time_and_has_the_steps(tmp_path: Path) -> None:
