@@ -108,17 +108,20 @@ class SlurmHandle:
         if done.returncode:
             return None
         text = done.stdout.decode(errors="replace")
-        return dict(re.findall(r"(\w+)=(\S+)", text))
+        facts = dict(re.findall(r"(\w+)=(\S+)", text))
+        return facts if "JobState" in facts else None
 
     def _from_sacct(self) -> dict[str, str] | None:
-        fields = "State,ExitCode,Restarts"
-        command = ["sacct", "-X", "-n", "-P", "-D", "-j", self.placement.id, "-o", fields]
+        command = ["sacct", "-X", "-n", "-P", "-D", "-j", self.placement.id, "-o", "State,ExitCode"]
         done = self._host.run(command)
-        lines = done.stdout.decode(errors="replace").splitlines()
-        if done.returncode or not lines or not lines[-1]:
+        lines = re.findall(
+            r"^([A-Z_]+)[^|\n]*\|(\d+:\d+)$", done.stdout.decode(errors="replace"), re.MULTILINE
+        )
+        if done.returncode or not lines:
             return None
-        state, code, restarts = lines[-1].split("|")
-        return {"JobState": state.split()[0], "ExitCode": code, "Restarts": restarts or "0"}
+        state, code = lines[-1]
+        # -D: one line for each time that the job was started.
+        return {"JobState": state, "ExitCode": code, "Restarts": str(len(lines) - 1)}
 
     def _from_files(self) -> State:
         """Return how the job ended from what it left; its scheduler has forgotten it."""

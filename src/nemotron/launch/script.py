@@ -100,7 +100,7 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
         "nemotron_end() {",
         "    nemotron_code=$?",
         '    nemotron_stopped="$nemotron_dir/stopped.$nemotron_restart"',
-        '    if [ "$nemotron_code" -eq 0 ] && [ -e "$nemotron_stopped" ]; then',
+        '    if [ -e "$nemotron_stopped" ] && [ "$nemotron_code" -eq 0 ]; then',
         f"        nemotron_code={int(ExitCode.PREEMPTED)}",
         f'        if [ "$nemotron_restart" -lt {limit} ]; then',
         "            echo 'nemotron: stopped and saved; queued again'",
@@ -111,6 +111,8 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
         '    exit "$nemotron_code"',
         "}",
         "trap nemotron_end EXIT",
+        # Without this the shell would end at once, and as if all had gone well.
+        "trap 'exit 143' TERM",
     ]
     if plan.nodes > 1:
         lines += [
