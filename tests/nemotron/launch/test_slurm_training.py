@@ -32,9 +32,10 @@ def test_a_run_stopped_on_two_nodes_and_queued_again_equals_one_on_this_machine(
     subprocess.run(["scancel", "--signal=TERM", number], check=True)
     until(lambda: nemotron("jobs", "status", job_id, "--json").data["restarts"] == 1, 60)
     assert not (cluster / "remote" / "iter_0000012").exists()
-    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
-    assert nemotron("jobs", "wait", job_id).code == 0
+    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now+3"], check=True)
+    code = nemotron("jobs", "wait", job_id).code
     log = nemotron("jobs", "logs", job_id).out
+    assert code == 0, log
     assert "going on from remote/iter_" in log
     assert "Traceback" not in log
     # The same two ranks in the same order: not only close, but the same bytes.
