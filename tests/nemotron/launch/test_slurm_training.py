@@ -8,7 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TRAIN = ("steps", "run", "peft/megatron_bridge", "-c", "tiny", "train.train_iters=12")
+# One thread everywhere: a rank that has a node to itself would use more, and add in another order.
+TRAIN = (
+    *("steps", "run", "peft/megatron_bridge", "-c", "tiny", "train.train_iters=12"),
+    "run.env.env_vars.OMP_NUM_THREADS=1",
+)
 
 
 def losses(directory: Path) -> dict[int, float]:
