@@ -203,7 +203,9 @@ def hold(directory: Path) -> Iterator[None]:
                 exit_code=ExitCode.LOCKED,
             ) from None
         stream.truncate(0)
-        stream.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        job = os.environ.get("NEMOTRON_JOB", "")
+        name = f"job {job}, " if job else ""
+        stream.write(f"{name}pid {os.getpid()} on {socket.gethostname()}")
         stream.flush()
         yield
 

@@ -378,6 +378,8 @@ def _without_effect(tree: Node, execution: Execution, executor: str) -> list[str
     ]
     if executor != "local":
         return notes
+    if execution.run_command is not None:
+        notes.append("run_command of the profile has no effect on a local run")
     for key in ("container_image", "gpus_per_node", "ntasks_per_node"):
         node = child_at(tree, ("run", "env", key))
         if node is not None and node.place.startswith("argument"):

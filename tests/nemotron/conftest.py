@@ -42,7 +42,7 @@ STEPS = {
 
         Behaviour = Literal[
             *("ok", "refuse", "crash", "sleep", "die", "argv", "nothing", "spill"),
-            *("stop", "stop_once"),
+            *("stop", "stop_once", "hold"),
         ]
 
         class Config(Schema):
@@ -52,6 +52,7 @@ STEPS = {
         """,
     "demo/make/step.py": """
         import os, signal, subprocess, sys, time
+        from nemotron.artifacts import hold
         from nemotron.errors import ExitCode, NemotronError
         from nemotron.steps._entry import PreemptedError, run_step
         from nemotron.steps.demo.make.schema import Config
@@ -60,6 +61,11 @@ STEPS = {
             print("making", flush=True)
             if config.behaviour == "refuse":
                 raise NemotronError("too_odd", "that is odd", exit_code=ExitCode.DATA)
+            if config.behaviour == "hold":
+                with hold(config.output_dir.absolute()):
+                    while not os.path.exists("release"):
+                        time.sleep(0.05)
+                return
             if config.behaviour == "stop_once" and not os.path.exists("stopped"):
                 open("stopped", "x").close()
                 raise PreemptedError("stopped")

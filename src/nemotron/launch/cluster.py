@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from dataclasses import dataclass, field
 from typing import Any
 
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.jobs import Placement
 from nemotron.launch.host import Host
-from nemotron.launch.remote import State
+from nemotron.launch.remote import State, ended_silently
 from nemotron.launch.script import BATCH_MARK
 
 _QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
@@ -109,17 +108,20 @@ class SlurmHandle:
         if done.returncode:
             return None
         text = done.stdout.decode(errors="replace")
-        return dict(re.findall(r"(\w+)=(\S+)", text))
+        facts = dict(re.findall(r"(\w+)=(\S+)", text))
+        return facts if "JobState" in facts else None
 
     def _from_sacct(self) -> dict[str, str] | None:
-        fields = "State,ExitCode,Restarts"
-        command = ["sacct", "-X", "-n", "-P", "-D", "-j", self.placement.id, "-o", fields]
+        command = ["sacct", "-X", "-n", "-P", "-D", "-j", self.placement.id, "-o", "State,ExitCode"]
         done = self._host.run(command)
-        lines = done.stdout.decode(errors="replace").splitlines()
-        if done.returncode or not lines or not lines[-1]:
+        lines = re.findall(
+            r"^([A-Z_]+)[^|\n]*\|(\d+:\d+)$", done.stdout.decode(errors="replace"), re.MULTILINE
+        )
+        if done.returncode or not lines:
             return None
-        state, code, restarts = lines[-1].split("|")
-        return {"JobState": state.split()[0], "ExitCode": code, "Restarts": restarts or "0"}
+        state, code = lines[-1]
+        # -D: one line for each time that the job was started.
+        return {"JobState": state, "ExitCode": code, "Restarts": str(len(lines) - 1)}
 
     def _from_files(self) -> State:
         """Return how the job ended from what it left; its scheduler has forgotten it."""
@@ -153,16 +155,7 @@ class SlurmHandle:
         reported = self._reported()
         if reported is not None:
             return State.ended(int(reported["exit_code"]), reported, self._restarts)
-        if code == ExitCode.PREEMPTED:
-            return State.ended(code, None, self._restarts)
-        if number:
-            name = signal.Signals(number).name
-            problem = f"the job was killed by signal {number} ({name})"
-            code = int(ExitCode.RANK_DIED)
-        else:
-            problem = f"the job ended with exit code {code} and reported no error"
-        error = NemotronError("job_failed", problem, fix="look at the end of the log")
-        return State.ended(code, error.to_dict() | {"exit_code": code}, self._restarts)
+        return ended_silently(128 + number if number else code, self._restarts)
 
     def _reported(self) -> dict[str, Any] | None:
         path = f"{self.placement.directory}/code/error.{self._restarts}.json"

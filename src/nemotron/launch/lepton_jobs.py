@@ -20,7 +20,7 @@ from typing import Any
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.executors import LeptonExecution
 from nemotron.jobs import Placement
-from nemotron.launch.remote import State
+from nemotron.launch.remote import State, ended_silently
 from nemotron.launch.script import END_MARK, ERROR_MARK
 from nemotron.preflight import Check
 
@@ -131,11 +131,7 @@ class LeptonHandle:
                 code = int(found[-1]) if found and found[-1] != "0" else code
         if error is not None:
             return State.ended(int(error["exit_code"]), error, 0)
-        if code == ExitCode.PREEMPTED:
-            return State.ended(code, None, 0)
-        problem = f"the job ended with exit code {code} and reported no error"
-        unknown = NemotronError("job_failed", problem, fix="look at the end of the log")
-        return State.ended(code, unknown.to_dict() | {"exit_code": code}, 0)
+        return ended_silently(code, 0)
 
 
 def open_client() -> Any:

@@ -117,7 +117,8 @@ def _produce_inputs(plan: JobPlan, console: Console) -> tuple[int, dict[str, Any
 def _execute(plan: JobPlan, job: Job, console: Console) -> tuple[int, dict[str, Any] | None]:
     """Run the command of a plan; return its exit code and the error that it reported."""
     error_file = job.path / jobs.ERROR
-    environment = os.environ | plan.environment | {"NEMOTRON_ERROR_FILE": str(error_file)}
+    ours = {"NEMOTRON_ERROR_FILE": str(error_file), "NEMOTRON_JOB": job.record.id}
+    environment = os.environ | plan.environment | ours
     console.say(f"running {preflight.label(plan)} ({_relative(job.path)})")
     with _SignalForwarder() as signals:
         process = subprocess.Popen(

@@ -57,6 +57,26 @@ class State:
         return cls(status, "", restarts, exit_code, error)
 
 
+def ended_silently(code: int, restarts: int) -> State:
+    """Return the state of a job that ended with ``code`` and reported no error of its own.
+
+    A shell says 128 + N of a command that signal N killed.
+    """
+    if code in (ExitCode.OK, ExitCode.PREEMPTED):
+        return State.ended(code, None, restarts)
+    fix = "look at the end of the log"
+    if code == ExitCode.INTERRUPTED or code not in range(129, 129 + signal.NSIG):
+        problem = f"the job ended with exit code {code} and reported no error"
+        error = NemotronError("job_failed", problem, fix=fix)
+    else:
+        name = signal.strsignal(code - 128) or "unknown"
+        problem = f"the job was killed by signal {code - 128} ({name})"
+        fix += "; SIGKILL mostly means that memory ran out"
+        error = NemotronError("job_killed", problem, fix=fix)
+        code = int(ExitCode.RANK_DIED)
+    return State.ended(code, error.to_dict() | {"exit_code": code}, restarts)
+
+
 class Handle(Protocol):
     """A job of a scheduler."""
 

@@ -31,6 +31,7 @@ _PLACES = {
     "lepton": ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LEPTON_RESTART_COUNT"),
 }
 
+_PYTHONPATH = 'export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"'
 _LAST_WORDS = (
     'if [ -s "$NEMOTRON_ERROR_FILE" ]; then',
     f"    printf '{ERROR_MARK}%s\\n' \"$(tr -d '\\n' < \"$NEMOTRON_ERROR_FILE\")\"",
@@ -45,7 +46,7 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
     Args:
         plan: The plan.
         job_id: Id of the job.
-        archive: File name of the code archive beside the script; None: the code is there already.
+        archive: File name of the code archive beside the script; None where ``code_path`` is set.
         chunks: The archive comes as this many environment variables instead of as a file.
     """
     node, address, port, restart = _PLACES[plan.executor]
@@ -99,7 +100,7 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
         "nemotron_end() {",
         "    nemotron_code=$?",
         '    nemotron_stopped="$nemotron_dir/stopped.$nemotron_restart"',
-        '    if [ "$nemotron_code" -eq 0 ] && [ -e "$nemotron_stopped" ]; then',
+        '    if [ -e "$nemotron_stopped" ] && [ "$nemotron_code" -eq 0 ]; then',
         f"        nemotron_code={int(ExitCode.PREEMPTED)}",
         f'        if [ "$nemotron_restart" -lt {limit} ]; then',
         "            echo 'nemotron: stopped and saved; queued again'",
@@ -110,6 +111,8 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
         '    exit "$nemotron_code"',
         "}",
         "trap nemotron_end EXIT",
+        # Without this the shell would end at once, and as if all had gone well.
+        "trap 'exit 143' TERM",
     ]
     if plan.nodes > 1:
         lines += [
@@ -125,24 +128,22 @@ def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -
     assert isinstance(execution, RemoteExecution)  # noqa: S101 - a plan for another machine
     if execution.code_path:
         where = shlex.quote(execution.code_path)
-        return [f'export PYTHONPATH={where}"${{PYTHONPATH:+:$PYTHONPATH}}"']
-    if archive is None:
-        return []
+        return [f"package={where}", _PYTHONPATH]
     lines = [
-        f'code="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$node"',
-        'rm -rf -- "$code" && mkdir -m 700 -- "$code"',
-        "trap 'rm -rf -- \"$code\"' EXIT",
+        f'package="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$node"',
+        'rm -rf -- "$package" && mkdir -m 700 -- "$package"',
+        "trap 'rm -rf -- \"$package\"' EXIT",
     ]
     if chunks:
         names = [f"NEMOTRON_CODE_{index}" for index in range(chunks)]
         joined = "".join(f"${{{name}}}" for name in names)
         lines += [
-            f'printf %s "{joined}" | base64 -d | tar -xzf - -C "$code"',
+            f'printf %s "{joined}" | base64 -d | tar -xzf - -C "$package"',
             f"unset {' '.join(names)}",
         ]
     else:
-        lines.append(f'tar -xzf "$here"/{shlex.quote(archive)} -C "$code"')
-    return [*lines, 'export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"']
+        lines.append(f'tar -xzf "$here"/{shlex.quote(archive or "")} -C "$package"')
+    return [*lines, _PYTHONPATH]
 
 
 def _rendezvous(plan: JobPlan, address: str, port: str) -> list[str]:
@@ -174,7 +175,11 @@ def _run_line(plan: JobPlan) -> str:
     if template is None:
         return command
     module = f"nemotron/steps/{plan.step.id}/step.py"
-    for name, value in (("command", command), ("config", config), ("script", f'"$code"/{module}')):
+    for name, value in (
+        ("command", command),
+        ("config", config),
+        ("script", f'"$package"/{module}'),
+    ):
         template = template.replace(f"{{{name}}}", value)
     return template
 

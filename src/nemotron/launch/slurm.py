@@ -175,14 +175,14 @@ def _executor(
             "pre_command": pre_command,
         }
     return load_nemo().slurm_executor(
-        _options(plan, shipped.prologue), source=source, job_root=root, ssh=ssh
+        executor_options(plan, shipped.prologue), source=source, job_root=root, ssh=ssh
     )
 
 
 _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./@+=-"
 
 
-def _options(plan: JobPlan, prologue: str) -> dict[str, Any]:
+def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
     """Return the fields of nemo-run's executor."""
     execution = _execution(plan)
     gpus = execution.gpus_per_node

@@ -15,12 +15,15 @@ from nemotron.launch.lepton import LeptonFiles
 from nemotron.launch.remote import OnInterrupt, follow
 from nemotron.launch.slurm import SlurmFiles
 from nemotron.plan import JobPlan
-from nemotron.redaction import secret_values
+from nemotron.redaction import redact_argv, redact_text, secret_values
 
 
 def preview(plan: JobPlan) -> dict[str, str]:
     """Return the scripts that a submission of the plan would use, by name; none for this host."""
-    return {} if plan.executor == "local" else _backend(plan).preview(plan)
+    if plan.executor == "local":
+        return {}
+    _refuse_secrets(plan)
+    return _backend(plan).preview(plan)
 
 
 def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt) -> Submission:
@@ -30,6 +33,7 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
         NemotronError: A check failed, or the scheduler did not take the job.
     """
     raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
+    _refuse_secrets(plan)
     backend = _backend(plan)
     directory = jobs.new_directory(plan.step.id)
     shipped = backend.files(plan, directory.name)
@@ -72,6 +76,26 @@ def _place(
         raise
     job.update(placement=placement, log=f"{placement.host or 'here'}:{placement.directory}")
     console.say(f"{job.record.id} is {plan.executor} job {placement.id}")
+
+
+def _refuse_secrets(plan: JobPlan) -> None:
+    """Refuse a plan whose files would hold a secret; a job's files are written to disk and shown.
+
+    Raises:
+        NemotronError: ``secret_in_job``.
+    """
+    known = secret_values(os.environ, plan.execution.secrets)
+    words = [*plan.arguments, *plan.environment.values(), *plan.execution.startup_commands]
+    texts = [plan.config_text, *words, getattr(plan.execution, "setup_lines", None) or ""]
+    if redact_argv(words, known) == words and all(redact_text(t, known) == t for t in texts):
+        return
+    raise NemotronError(
+        "secret_in_job",
+        "an argument or a value of the job is a secret",
+        why="the files of a job are written to disk and shown; secrets must not be",
+        fix='name its variable in the profile instead: secrets = ["HF_TOKEN"]; '
+        "the job reads it from its environment",
+    )
 
 
 def _backend(plan: JobPlan) -> ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,27 @@ def test_report_writes_a_page_and_with_json_prints_the_figures(
     assert sorted(path.name for path in here.glob("*.html")) == ["page.html", "report-one.html"]
     assert main(["jobs", "report", "three", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "job_unknown"
+
+
+def test_a_detached_local_job_is_cancelled_and_waited_for(demo: Path, capsys: Captured) -> None:
+    assert main(["steps", "run", "demo/make", "-b", "local", "behaviour=sleep"]) == 0
+    job_id = capsys.readouterr().out.strip()
+    log = Path(".nemotron") / "jobs" / job_id / "log.txt"
+    end = time.monotonic() + 30
+    while "making" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert main(["jobs", "cancel", job_id, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "interrupted"
+    assert main(["jobs", "wait", job_id]) == 130
+    assert main(["jobs", "logs", "-f", job_id]) == 130
+
+
+def test_wait_says_when_nothing_will_ever_say_how_a_job_ended(demo: Path, capsys: Captured) -> None:
+    assert main(["steps", "run", "demo/make"]) == 0
+    (path,) = (Path(".nemotron") / "jobs").glob("*/job.json")
+    record = json.loads(path.read_text())
+    record |= {"status": "running", "exit_code": None, "pid": 2**22 - 1}
+    path.write_text(json.dumps(record))
+    assert main(["jobs", "wait", record["id"]]) == 8
+    assert "error[job_lost]" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import nemotron as nemotron_package
 from nemotron.cli.app import main
 
 RIG = Path(__file__).parent / "rig"
@@ -63,6 +64,7 @@ def nemotron(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 LAUNCHER = """
 import os, pathlib, sys
 from nemotron import catalog
+import nemotron as nemotron_package
 from nemotron.cli.app import main
 catalog.steps_root = lambda: pathlib.Path(os.environ["DEMO_STEPS"])
 sys.exit(main())
@@ -118,6 +120,8 @@ def slurm_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip("a Slurm of our own needs root for namespaces and daemons")
     if missing:
         pytest.skip(f"a Slurm of our own needs {', '.join(missing)} (see .ci/run)")
+    if subprocess.run(["unshare", "--net", "--mount", "true"], check=False).returncode:
+        pytest.skip("a Slurm of our own needs namespaces, which root may not make here")
     root = tmp_path_factory.mktemp("slurm")
     command = [sys.executable, str(RIG / "slurm_rig.py"), str(root)]
     with running(command) as first_line:
@@ -191,6 +195,8 @@ def cluster(slurm_rig: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """Return a directory whose profile ``rig`` is the cluster."""
     monkeypatch.setenv("SLURM_CONF", str(slurm_rig / "slurm.conf"))
     monkeypatch.setenv("PATH", f"{slurm_rig / 'bin'}:{os.environ['PATH']}")
+    # Runs on this machine and on the cluster are of the code under test.
+    monkeypatch.setenv("PYTHONPATH", str(Path(nemotron_package.__file__).parents[1]))
     (here / "env.toml").write_text(PROFILE)
     return here
 

@@ -1,0 +1,138 @@
+"""nemotron.launch.cluster: what Slurm's commands say, from stand-ins on PATH that say it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemotron.errors import NemotronError
+from nemotron.jobs import Placement
+from nemotron.launch.cluster import SlurmHandle
+from nemotron.launch.host import Host
+from nemotron.launch.script import BATCH_MARK
+
+FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory of the stand-ins; Slurm has forgotten the job and keeps no accounts."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+    says(directory, "scontrol", FORGOTTEN)
+    says(directory, "sacct", NO_ACCOUNTING)
+    return directory
+
+
+def says(directory: Path, name: str, script: str) -> None:
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
+
+
+@pytest.fixture
+def handle(tmp_path: Path) -> SlurmHandle:
+    job = tmp_path / "job"
+    (job / "code").mkdir(parents=True)
+    return SlurmHandle(Placement(executor="slurm", id="7", name="nemotron-x", directory=str(job)))
+
+
+def shown(state: str, code: str = "0:0", restarts: int = 0) -> str:
+    line = f"JobId=7 JobName=x JobState={state} Reason=None Restarts={restarts} ExitCode={code}"
+    return f"echo '{line} NodeList=n[1-2]'"
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "status", "exit_code"),
+    [
+        ("PENDING", "0:0", "queued", None),
+        ("CONFIGURING", "0:0", "queued", None),
+        ("RUNNING", "0:0", "running", None),
+        ("COMPLETING", "0:0", "running", None),
+        ("COMPLETED", "0:0", "succeeded", 0),
+        ("FAILED", "4:0", "failed", 4),
+        ("FAILED", "75:0", "preempted", 75),
+        ("FAILED", "137:0", "failed", 8),
+        ("FAILED", "0:11", "failed", 8),
+        ("CANCELLED", "0:15", "cancelled", 130),
+        ("TIMEOUT", "0:0", "preempted", 75),
+        ("PREEMPTED", "0:0", "preempted", 75),
+        ("NODE_FAIL", "0:0", "failed", 8),
+        ("OUT_OF_MEMORY", "0:125", "failed", 8),
+        ("BOOT_FAIL", "0:0", "failed", 9),
+        ("SOMETHING_NEW", "0:0", "failed", 1),
+    ],
+)
+def test_every_state_of_slurm_has_a_status_and_an_exit_code(
+    commands: Path, handle: SlurmHandle, state: str, code: str, status: str, exit_code: int | None
+) -> None:
+    says(commands, "scontrol", shown(state, code))
+    found = handle.state()
+    assert (found.status, found.exit_code) == (status, exit_code)
+    if exit_code not in (None, 0, 75):
+        assert found.error is not None
+        assert found.error["exit_code"] == exit_code
+
+
+def test_accounting_answers_where_scontrol_has_forgotten(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    says(commands, "sacct", "echo 'PREEMPTED|0:0'; echo 'CANCELLED by 0|0:15'")
+    found = handle.state()
+    assert (found.status, found.exit_code, found.restarts) == ("cancelled", 130, 1)
+
+
+@pytest.mark.parametrize("words", ["", "garbage", "|||", "\\377\\376"])
+def test_what_cannot_be_read_is_unknown_and_not_an_end(
+    commands: Path, handle: SlurmHandle, words: str
+) -> None:
+    for name in ("scontrol", "sacct"):
+        says(commands, name, f"printf '{words}'")
+    assert handle.state().status == "unknown"
+
+
+def test_the_end_is_read_from_what_the_job_left(commands: Path, handle: SlurmHandle) -> None:
+    code = Path(handle.placement.directory) / "code"
+    error = {"code": "bad_rows", "problem": "two rows", "exit_code": 4}
+    (code / "error.0.json").write_text(json.dumps(error))
+    (code / "exit.0").write_text("143\n")
+    found = handle.state()
+    assert (found.status, found.exit_code, found.error) == ("failed", 4, error)
+
+
+def test_the_log_begins_below_the_mark_and_comes_once(commands: Path, handle: SlurmHandle) -> None:
+    says(commands, "scontrol", shown("RUNNING"))
+    handle.state()
+    directory = Path(handle.placement.directory)
+    batch, log = directory / "sbatch_nemotron-x_7.out", directory / "log-nemotron-x_7_0.out"
+    batch.write_text("+ head_node=n1\n")
+    assert handle.new_output() == b""
+    batch.write_text(f"+ head_node=n1\n{BATCH_MARK} 1\nno such module\n")
+    log.write_text("one\n")
+    assert handle.new_output() == b"no such module\none\n"
+    log.write_text("one\ntwo\n")
+    assert handle.new_output() == b"two\n"
+
+
+def test_a_batch_shell_that_never_came_to_us_is_shown_at_the_end(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    batch = Path(handle.placement.directory) / "sbatch_nemotron-x_7.out"
+    batch.write_text("bash: cannot fork\n")
+    assert handle.new_output() == b""
+    assert handle.new_output(is_last=True) == b"bash: cannot fork\n"
+
+
+def test_a_command_that_hangs_is_left(commands: Path) -> None:
+    says(commands, "scontrol", "exec sleep 60")
+    with pytest.raises(NemotronError) as caught:
+        Host().run(["scontrol", "show"], timeout=0.2)
+    assert caught.value.code == "host_silent"
+
+
+def test_a_command_that_fails_keeps_its_words(commands: Path) -> None:
+    with pytest.raises(NemotronError, match="ended with 1: Slurm accounting storage is disabled"):
+        Host().require(["sacct"])

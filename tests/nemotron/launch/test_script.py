@@ -1,0 +1,185 @@
+"""nemotron.launch.script: whatever text a plan holds, the job gets it as it is."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import os
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from nemotron.catalog import resolve
+from nemotron.executors import LeptonExecution, SlurmExecution
+from nemotron.launch import script, slurm
+from nemotron.launch.archive import pack_code
+from nemotron.plan import JobPlan, build
+from nemotron.profile import load_profile
+
+# What an environment or an argument can hold: no NUL, and nothing that is no character.
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+nasty = st.sampled_from(["$(touch canary)", "`touch canary`", "'; touch canary; '", "a\nb", "-n"])
+values = texts | nasty
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{3,20}", fullmatch=True).filter(
+    lambda name: not name.startswith(("BASH", "LC_", "PATH", "TMPDIR", "SHELLOPTS"))
+)
+# Writes the words and the environment that it gets, each ended by NUL.
+PYTHON = """#!/bin/sh
+[ "$1" = -m ] || exit 9
+printf '%s\\0' "$@" > "$RIG_OUT/argv"
+env -0 > "$RIG_OUT/environment"
+pwd > "$RIG_OUT/directory"
+"""
+check_shell = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def plan_of(executor: str, demo: Path) -> JobPlan:
+    (demo / "env.toml").write_text(
+        f'[p]\nexecutor = "{executor}"\ncontainer_image = "x"\nstartup_commands = ["true"]\n'
+    )
+    return build(resolve("demo/make"), profile=load_profile("p"))
+
+
+@pytest.mark.parametrize("executor", ["slurm", "lepton"])
+@check_shell
+@given(
+    words=st.lists(values, max_size=4),
+    environment=st.dictionaries(names, values, max_size=4),
+    folder=values.filter(lambda text: len(text.encode()) < 200 and text not in ("", ".", "..")),
+)
+def test_the_job_gets_words_environment_and_directory_as_they_are(
+    demo: Path, executor: str, words: list[str], environment: dict[str, str], folder: str
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        here = Path(name).resolve()
+        workspace = here / "w" / folder.replace("/", "|")
+        plan = dataclasses.replace(
+            plan_of(executor, demo),
+            arguments=(
+                "python",
+                "-m",
+                "module",
+                *words,
+                "--config",
+                ".nemotron/jobs/<job>/train.yaml",
+            ),
+            environment=environment,
+            workspace=workspace,
+        )
+        commands = {"code_path": "/there is nothing"}
+        plan = dataclasses.replace(plan, execution=plan.execution.model_copy(update=commands))
+        text = script.launch_script(plan, job_id="job-1", archive=None)
+        (here / "bin").mkdir()
+        (here / "bin" / "python").write_text(PYTHON)
+        (here / "bin" / "python").chmod(0o755)
+        (here / "launch.sh").write_text(text, encoding="utf-8")
+        done = subprocess.run(
+            ["bash", str(here / "launch.sh")],
+            env={"PATH": f"{here}/bin:/usr/bin:/bin", "RIG_OUT": name},
+            cwd=here,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        given_words = (here / "argv").read_bytes().split(b"\0")[:-1]
+        expected = ["-m", "module", *words, "--config", str(here / "train.yaml")]
+        assert [os.fsdecode(word) for word in given_words] == expected
+        pairs = (pair.split(b"=", 1) for pair in (here / "environment").read_bytes().split(b"\0"))
+        found = {os.fsdecode(pair[0]): os.fsdecode(pair[1]) for pair in pairs if len(pair) == 2}
+        assert {name: found.get(name) for name in environment} == environment
+        assert (here / "directory").read_bytes() == os.fsencode(f"{workspace}\n")
+        assert not list(here.rglob("canary"))
+
+
+FIELDS = [
+    name
+    for name, field in SlurmExecution.model_fields.items()
+    if "str" in str(field.annotation) and name not in ("setup_lines", "run_command", "tunnel")
+]
+
+
+@check_shell
+@given(field=st.sampled_from(FIELDS), value=values)
+def test_a_slurm_field_is_refused_or_stays_on_its_line(demo: Path, field: str, value: str) -> None:
+    plan = plan_of("slurm", demo)
+    is_list = "tuple" in str(SlurmExecution.model_fields[field].annotation)
+    is_table = "dict" in str(SlurmExecution.model_fields[field].annotation)
+    written = [value] if is_list else {"extra_key": value} if is_table else value
+    try:
+        execution = SlurmExecution.model_validate({field: written, "container_image": "x"})
+    except ValidationError:
+        return
+    plan = dataclasses.replace(plan, execution=execution)
+    options = slurm.executor_options(plan, "true")
+    for name, option in options.items():
+        if name != "setup_lines" and isinstance(option, str):
+            assert "\n" not in option
+            assert "'" not in option
+    prologue = script.batch_prologue(plan, job_id="job-1", directory=PurePosixPath("/jobs/1"))
+    assert subprocess.run(["bash", "-n", "-c", prologue], check=False).returncode == 0
+
+
+def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) -> None:
+    archive = pack_code(left_out=("steps",))
+    text = base64.b64encode(archive.content).decode()
+    middle = len(text) // 2
+    plan = plan_of("lepton", demo)
+    assert isinstance(plan.execution, LeptonExecution)
+    run = dataclasses.replace(plan, arguments=("cat", "nemotron/errors.py"), workspace=tmp_path)
+    commands = {"startup_commands": ('cd "$package"', "env | grep -c NEMOTRON_CODE || true")}
+    run = dataclasses.replace(run, execution=plan.execution.model_copy(update=commands))
+    (tmp_path / "launch.sh").write_text(
+        script.launch_script(run, job_id="job-1", archive=archive.name, chunks=2)
+    )
+    done = subprocess.run(
+        ["bash", str(tmp_path / "launch.sh")],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "NEMOTRON_CODE_0": text[:middle],
+            "NEMOTRON_CODE_1": text[middle:],
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0\n")  # the chunks are not handed on
+    assert "class NemotronError" in done.stdout
+    assert not list(Path("/tmp").glob("nemotron-job-1*"))  # noqa: S108 - where the script puts it
+
+
+def test_a_run_command_wraps_the_command_or_names_script_and_config(demo: Path) -> None:
+    def line(template: str) -> str:
+        commands = {"run_command": template, "code_path": "/code"}
+        plan = plan_of("slurm", demo)
+        plan = dataclasses.replace(plan, execution=plan.execution.model_copy(update=commands))
+        lines = script.launch_script(plan, job_id="job-1", archive=None).splitlines()
+        return lines[lines.index("trap : TERM USR1 INT") + 1]
+
+    start = 'python -m nemotron.steps.demo.make.step --config "$here"/train.yaml'
+    assert line("nsys profile {command}") == f"nsys profile {start}"
+    step = '"$package"/nemotron/steps/demo/make/step.py'
+    assert line("python {script} --config {config}") == f'python {step} --config "$here"/train.yaml'
+
+
+def test_the_archive_is_the_same_bytes_every_time_and_has_the_steps(tmp_path: Path) -> None:
+    first, second = pack_code(), pack_code()
+    assert first == second
+    with tarfile.open(fileobj=io.BytesIO(first.content)) as archive:
+        members = {member.name: member for member in archive}
+    assert "nemotron/steps/peft/megatron_bridge/step.toml" in members  # through the link
+    assert all(member.isfile() for member in members.values())
+    assert not [name for name in members if "__pycache__" in name]
+    assert first.sha256[:12] in first.name

@@ -1,0 +1,115 @@
+"""Six secrets through every route of a real Slurm, and a search through all that is left."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Nemotron = Callable[..., Any]
+SECRETS = {
+    "HF_TOKEN": "hf_canaryAAAAAAAAAAAAAAAAAAAAAA1",
+    "WANDB_API_KEY": "canary2" + "0123456789abcdef0123456789abcdef0",
+    "NGC_API_KEY": "nvapi-canaryCCCCCCCCCCCCCCCCCCCC3",
+    "AWS_SECRET_ACCESS_KEY": "canary4/with+odd=characters",
+    "MY_PASSWORD": "canary5 with 'quotes' and $(echo shell)",
+    "GITHUB_TOKEN": "ghp_canaryFFFFFFFFFFFFFFFFFFFFFF6",
+}
+
+
+def readings(content: bytes) -> Iterator[bytes]:
+    """Yield what a file says, as it is and through what it may be packed in."""
+    yield content
+    with contextlib.suppress(OSError, EOFError, zlib.error):
+        yield gzip.decompress(content)
+    for token in re.findall(rb"[A-Za-z0-9+/_-]{24,}={0,2}", content):
+        for text in (token, token.translate(bytes.maketrans(b"-_", b"+/"))):
+            with contextlib.suppress(ValueError):
+                packed = base64.b64decode(text + b"=" * (-len(text) % 4))
+                yield packed
+                with contextlib.suppress(zlib.error):
+                    yield zlib.decompress(packed)
+
+
+def found_in(content: bytes) -> list[str]:
+    return [
+        name
+        for reading in readings(content)
+        for name, value in SECRETS.items()
+        if value.encode() in reading or base64.b64encode(value.encode()) in reading
+    ]
+
+
+def command_lines() -> bytes:
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes())
+    return b"\n".join(lines)
+
+
+def test_no_secret_is_left_in_a_file_a_log_or_a_command_line(
+    slurm: Path,
+    nemotron: Nemotron,
+    until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    with (slurm / "env.toml").open("a") as file:
+        file.write(f'[p]\nextends = "rig"\nsecrets = {list(SECRETS)}\n')
+    run = ("steps", "run", "demo/make")
+    said = [
+        nemotron(*run, "-b", "p", "--dry-run"),
+        nemotron(*run, "-b", "p", "--dry-run", "--json"),
+    ]
+    # Written out, it is refused wherever it stands.
+    for name, value in SECRETS.items():
+        refused = nemotron(*run, "-r", "p", f"run.env.env_vars.{name}={value}")
+        assert refused.code == 2, name
+        said.append(refused)
+    for behaviour, code in (("ok", 0), ("refuse", 4), ("die", 8)):
+        done = nemotron(*run, "-r", "p", f"behaviour={behaviour}")
+        assert done.code == code, done.err
+        said.append(done)
+    job_id = nemotron(*run, "-b", "p", "behaviour=sleep").out.strip()
+    until(lambda: "making" in nemotron("jobs", "logs", job_id).out)
+    assert not found_in(command_lines())
+    said += [nemotron("jobs", "status", job_id), nemotron("jobs", "cancel", job_id)]
+    assert nemotron("jobs", "wait", job_id).code == 130
+    for result in said:
+        assert not found_in(f"{result.out}{result.err}".encode())
+    files = [path for path in slurm.rglob("*") if path.is_file() and path.name != "env.toml"]
+    assert {"job.json", "launch.sh", "_CONFIG", "train.yaml"} <= {path.name for path in files}
+    assert not {path: found for path in files if (found := found_in(path.read_bytes()))}
+
+
+def test_the_job_has_the_secrets(
+    slurm: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", SECRETS["MY_PASSWORD"])
+    with (slurm / "env.toml").open("a") as file:
+        file.write('[p]\nextends = "rig"\nsecrets = ["MY_PASSWORD"]\n')
+        file.write("setup_lines = 'echo \"$MY_PASSWORD\" | wc -c'\n")
+    done = nemotron("steps", "run", "demo/make", "-r", "p")
+    assert f"{len(SECRETS['MY_PASSWORD']) + 1}\n" in done.out
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_a_secret_among_the_arguments_of_the_job_is_refused(
+    slurm: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", SECRETS["MY_PASSWORD"])
+    words = ("steps", "run", "demo/make", "-b", "rig", *option)
+    done = nemotron(*words, "--", f"--key={SECRETS['MY_PASSWORD']}")
+    assert done.code == 2
+    assert "error[secret_in_job]" in done.err
+    assert "canary" not in done.out + done.err
+    assert not (slurm / ".nemotron").exists()
