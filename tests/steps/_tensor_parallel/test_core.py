@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemotron.steps._tensor_parallel import prologue as prologue_module
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_reduce_async
 from nemotron.steps._tensor_parallel.linear import (
     ColumnParallelLinear,
@@ -179,17 +180,37 @@ def test_a_linear_without_an_adapter_saves_no_activation() -> None:
     assert sum(saved) == 0
 
 
+NORM_WEIGHT = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
 @pytest.mark.parametrize(
-    "prologue", [RMSNormPrologue(torch.rand(6).double(), 1e-5), SwiGLUPrologue()]
+    ("prologue", "plainly"),
+    [
+        (
+            RMSNormPrologue(NORM_WEIGHT, 1e-5),
+            lambda x: NORM_WEIGHT * x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5),
+        ),
+        (SwiGLUPrologue(), lambda x: x[:, :3] * torch.sigmoid(x[:, :3]) * x[:, 3:]),
+    ],
 )
-def test_a_prologues_gradient_is_the_derivative_of_its_output(prologue: Prologue) -> None:
+def test_a_prologue_and_its_gradient_are_those_of_the_formula(
+    prologue: Prologue, plainly: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     output, kept = prologue.apply(x)
     again, part = prologue.again(x, kept)
     assert torch.equal(again, output)
     dy = torch.randn_like(output)
-    (wanted,) = torch.autograd.functional.vjp(lambda t: prologue.apply(t)[0], x, dy)[1:]
+    wanted, (gradient,) = torch.autograd.functional.vjp(plainly, (x,), dy)
     # The same few float64 operations in another order.
-    torch.testing.assert_close(
-        prologue.gradient(dy.clone(), x, kept, part), wanted, rtol=1e-13, atol=1e-14
-    )
+    torch.testing.assert_close(output, wanted, rtol=1e-13, atol=1e-14)
+    got = prologue.gradient(dy.clone(), x, kept, part)
+    torch.testing.assert_close(got, gradient, rtol=1e-13, atol=1e-14)
+
+
+def test_rows_are_taken_in_blocks_that_miss_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(50, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = SwiGLUPrologue().apply(x)[0]
+    monkeypatch.setattr(prologue_module, "_CACHED_BYTES", 7 * 6 * 8)
+    assert len(prologue_module.row_blocks(x[:, :6])) == 8
+    assert torch.equal(SwiGLUPrologue().apply(x)[0], whole)
