@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(ExitCode.OK)
 
 
-def _leave_last(agent: SimpleElasticAgent) -> None:
+def _leave_last(self: SimpleElasticAgent) -> None:
     """Pass the barrier at the end; on the node with the store, let the others pass it first."""
-    _pass_exit_barrier(agent)
-    group = agent.get_worker_group()
+    _pass_exit_barrier(self)
+    group = self.get_worker_group()
     if group.group_rank == 0 and (group.group_world_size or 1) > 1:
         time.sleep(_LEAVE_LAST_SECONDS)
 

@@ -95,6 +95,9 @@ class Rig:
 
     def close(self) -> None:
         self._undo.close()
+        for root in Path("/tmp").glob(".rig-root.*"):  # noqa: S108 - of containers, see pyxis.c
+            with contextlib.suppress(OSError):
+                root.rmdir()
 
     def _lay_network(self) -> None:
         bridge = f"nmrig{self._number}"
