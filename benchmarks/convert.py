@@ -70,7 +70,7 @@ def build(root: str, layers: int) -> None:
     model = LlamaForCausalLM(config)
     model.save_pretrained(Path(root) / "hf")
     lora = LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS, init_lora_weights=False)
-    get_peft_model(model, lora).save_pretrained(Path(root) / "adapter")
+    get_peft_model(model, lora).save_pretrained(str(Path(root) / "adapter"))
 
 
 def measure(root: Path) -> None:
