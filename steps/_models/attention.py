@@ -37,12 +37,15 @@ class HeadNorms(NamedTuple):
 def rotary_tables(
     config: DecoderConfig, cu_seqlens: Sequence[int], *, dtype: torch.dtype, device: torch.device
 ) -> Rotary:
-    """Return cosine and sine of every token's angles, [S, 1, 1, D / 2] each."""
+    """Return cosine, [S, 1, 1, D], and sine, [S, 1, 1, D / 2], of every token's angles.
+
+    Both halves of a head have the same angles; the cosine is there for each.
+    """
     lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
     positions_S = torch.cat([torch.arange(length, device=device) for length in lengths])
     angles = positions_S.float().unsqueeze(1) * rotary_frequencies(config).to(device)
     cos, sin = (table.to(dtype)[:, None, None] for table in (angles.cos(), angles.sin()))
-    return cos, sin
+    return torch.cat([cos, cos], dim=-1), sin
 
 
 def rotary_frequencies(config: DecoderConfig) -> Tensor:
@@ -128,19 +131,22 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) 
     if out is None:
         out = torch.empty_like(heads, memory_format=torch.contiguous_format)
     (a, b), (out_a, out_b) = heads.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=out_a).sub_(b * sin)
-    torch.mul(b, cos, out=out_b).add_(a * sin)
+    torch.mul(heads, cos, out=out)
+    out_a.addcmul_(b, sin, value=-1.0)
+    out_b.addcmul_(a, sin)
     return out
 
 
 def _normed(heads: Tensor, norm: RMSNormPrologue) -> tuple[Tensor, Tensor]:
-    normed, kept = norm.apply(heads.reshape(-1, heads.shape[-1]))
+    x = heads.reshape(-1, heads.shape[-1])
+    normed = torch.empty_like(x)
+    kept = norm.apply(x, out=normed)
     return normed.view(heads.shape), kept
 
 
 def _norm_gradient(norm: RMSNormPrologue, dy: Tensor, heads: Tensor, kept: Tensor) -> Tensor:
     dy, x = (each.reshape(-1, each.shape[-1]) for each in (dy, heads))
-    return norm.gradient(dy, x, kept, norm.again(x, kept)[1]).view(heads.shape)
+    return norm.gradient(dy, x, kept).view(heads.shape)
 
 
 def packed_attention(

@@ -248,12 +248,12 @@ class TransformerLayer(nn.Module):
         cu_seqlens: Sequence[int],
         dropout: DropoutRows | None,
     ) -> Tensor:
-        x_SH = x_SH + self.self_attention(x_SH, rotary, cu_seqlens, dropout)
-        return x_SH + self.mlp(x_SH, dropout)
+        x_SH = self.self_attention(x_SH, rotary, cu_seqlens, dropout)
+        return self.mlp(x_SH, dropout)
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions, heads split over the ranks by KV group.
+    """The residual plus grouped-query attention with rotary positions, split by KV group.
 
     linear_qkv's rows are Megatron's: for every KV group its query heads, then its key, its value.
     Its bias (Qwen2) has this rank's rows; the norms of queries and keys (Qwen3) are one head's.
@@ -319,7 +319,7 @@ class SelfAttention(nn.Module):
             qkv_SF = qkv_SF + self.qkv_bias
         qkv = qkv_SF.unflatten(1, (-1, heads_per_group, self.head_dim))
         out_SND = self.attend(*rotated_heads(qkv, rotary, self._head_norms()), cu_seqlens)
-        return self.linear_proj(out_SND.flatten(1, 2), dropout)
+        return self.linear_proj(out_SND.flatten(1, 2), dropout, residual_SF=x_SH)
 
     def _head_norms(self) -> HeadNorms | None:
         if self.q_layernorm is None or self.k_layernorm is None:
@@ -331,7 +331,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: ``linear_fc2(silu(gate) * up)``, where linear_fc1's rows are [gate ; up]."""
+    """``x + linear_fc2(silu(gate) * up)``, where linear_fc1's rows are [gate ; up]."""
 
     def __init__(
         self,
@@ -361,4 +361,4 @@ class MLP(nn.Module):
         )
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None) -> Tensor:
-        return self.linear_fc2(self.linear_fc1(x_SH, dropout), dropout)
+        return self.linear_fc2(self.linear_fc1(x_SH, dropout), dropout, residual_SF=x_SH)

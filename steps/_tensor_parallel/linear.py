@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, partition
 from nemotron.steps._tensor_parallel.dropout import DropoutRows
 from nemotron.steps._tensor_parallel.fused import (
-    FusedLora,
-    Mask,
-    SequenceParallelColumn,
-    SequenceParallelRow,
+    ColumnParallel,
+    Groups,
+    RowParallel,
 )
-from nemotron.steps._tensor_parallel.prologue import RMSNormPrologue, SwiGLUPrologue
+from nemotron.steps._tensor_parallel.prologue import Mask, RMSNormPrologue, SwiGLUPrologue
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class _ParallelLinear(nn.Module):
         self.group = group
         self.lora = lora
         self.sequence_parallel = sequence_parallel and group.size > 1
+        self.groups = Groups(sequence=group) if self.sequence_parallel else Groups(group)
         out_features, in_features = weight_shape
         lora_dim = lora.dim if lora else 0
         rows, columns = (lora_dim, 0) if extends_rows else (0, lora_dim)
@@ -116,10 +116,6 @@ class _ParallelLinear(nn.Module):
             _check_shape(f"{self.name}.lora_{name}", source, target)
             with torch.no_grad():
                 target.copy_(source)
-
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Return what every function of the core takes after its input."""
-        return self.lora_a, self.lora_b, self.extended, self.scale
 
     def _mask(
         self, dropout: DropoutRows | None, features: int, tokens: slice, columns: slice
@@ -172,7 +168,7 @@ class ColumnParallelLinear(_ParallelLinear):
         super().__init__(
             name=name,
             weight_shape=(num_segments * (rows.stop - rows.start), in_features),
-            extends_rows=not (sequence_parallel and group.size > 1),
+            extends_rows=False,
             lora=lora,
             group=group,
             dtype=dtype,
@@ -190,9 +186,10 @@ class ColumnParallelLinear(_ParallelLinear):
         first = num_tokens * self.group.rank if self.sequence_parallel else 0
         tokens = slice(first, first + num_tokens)
         mask = self._mask(dropout, features, tokens, slice(0, features))
-        if self.sequence_parallel:
-            return SequenceParallelColumn.apply(x_SH, *self._factors(), norm, mask, self.group)
-        return FusedLora.apply(x_SH, *self._factors(), norm, mask, ProcessGroup(), self.group)
+        factors = self.lora_a, self.lora_b
+        return ColumnParallel.apply(
+            x_SH, *factors, self.extended, self.scale, norm, mask, self.groups
+        )
 
     def local_rows(self) -> list[slice]:
         """Return this rank's rows of the whole weight, one slice a segment."""
@@ -240,6 +237,7 @@ class RowParallelLinear(_ParallelLinear):
 
     With ``sequence_parallel`` the output is this rank's rows of the sequence: [S / T, F]. With
     ``swiglu`` the input is [gate | up], [S, 2 H / T], and the linear acts on ``silu(gate) * up``.
+    A residual given, shaped as the output, is added to it.
 
     Args and errors as of ``ColumnParallelLinear``, with the input features divisible by T.
     """
@@ -269,13 +267,15 @@ class RowParallelLinear(_ParallelLinear):
             sequence_parallel=sequence_parallel,
         )
 
-    def forward(self, x_SH: Tensor, dropout: DropoutRows | None = None) -> Tensor:
+    def forward(
+        self, x_SH: Tensor, dropout: DropoutRows | None = None, residual_SF: Tensor | None = None
+    ) -> Tensor:
         tokens = slice(0, len(x_SH))
         mask = self._mask(dropout, self.in_features, tokens, self.local_columns())
-        factors = (*self._factors(), self.activation)
-        if self.sequence_parallel:
-            return SequenceParallelRow.apply(x_SH, *factors, mask, self.group)
-        return FusedLora.apply(x_SH, *factors, mask, self.group, ProcessGroup())
+        inputs = x_SH, self.lora_a, self.lora_b, residual_SF
+        return RowParallel.apply(
+            *inputs, self.extended, self.scale, self.activation, mask, self.groups
+        )
 
     def local_columns(self) -> slice:
         """Return this rank's columns of the whole weight."""

@@ -9,29 +9,36 @@ the sequence and on its shard of the features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Three or four operands of this size fit into a core's second-level cache of 1 to 2 MiB.
-_CACHED_BYTES = 1 << 18
+# Returns the dropout mask of an input, scaled by 1 / (1 - p): 0 where it is dropped.
+Mask = Callable[[Tensor], Tensor]
 
 
 class Prologue(Protocol):
     """An elementwise (or per-token) function with its own backward."""
 
-    def apply(self, x_SH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the output and what, beside ``x_SH``, makes computing it again cheap."""
+    def apply(self, x_SH: Tensor, *, out: Tensor) -> Tensor:
+        """Write the output; return what, beside ``x_SH``, is kept for the backward pass."""
         ...
 
-    def again(self, x_SH: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the output once more, the same bits, and a part of it that ``gradient`` wants."""
+    def product(
+        self, left_SR: Tensor, x_SH: Tensor, kept: Tensor, mask: Mask | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``left^T (output * mask)``, [R, H], and what of it ``gradient`` can use."""
         ...
 
-    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor) -> Tensor:
-        """Return the gradient of the input for ``dy_SH``, that of the output; may destroy it."""
+    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor | None) -> Tensor:
+        """Return the gradient of the input for ``dy_SH``, that of the output; destroys ``dy_SH``.
+
+        ``part`` is what ``product`` returned, or None where nobody called it.
+        """
         ...
 
 
@@ -45,22 +52,28 @@ class RMSNormPrologue:
     weight: Tensor
     epsilon: float
 
-    def apply(self, x_SH: Tensor) -> tuple[Tensor, Tensor]:
+    def apply(self, x_SH: Tensor, *, out: Tensor) -> Tensor:
         wide_SH = _widened(x_SH)
         norm_S1 = torch.linalg.vector_norm(wide_SH, dim=1, keepdim=True)
         scale_S1 = torch.rsqrt(norm_S1.square() / x_SH.shape[1] + self.epsilon)
-        return self.again(x_SH, scale_S1)[0], scale_S1
+        torch.mul(wide_SH, scale_S1, out=out).mul_(self.weight)
+        return scale_S1
 
-    def again(self, x_SH: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        y_SH = (_widened(x_SH) * kept).to(x_SH.dtype).mul_(self.weight)
-        return y_SH, y_SH
+    def product(
+        self, left_SR: Tensor, x_SH: Tensor, kept: Tensor, mask: Mask | None
+    ) -> tuple[Tensor, None]:
+        # Rows and columns are scaled where there are R of them, and the output is not computed.
+        scaled_SR = (left_SR * kept).to(x_SH.dtype)
+        return _widened(scaled_SR.T @ dropped(x_SH, mask)) * self.weight, None
 
-    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor) -> Tensor:
-        # With y = w x r: dx = r (w dy - x r mean(dy y)).
-        wide_SH = _widened(dy_SH)
-        mean_S1 = torch.linalg.vecdot(wide_SH, _widened(part)).div_(x_SH.shape[1]).unsqueeze(1)
-        dx_SH = (wide_SH * self.weight).addcmul_(x_SH, mean_S1.mul_(kept), value=-1.0)
-        return dx_SH.mul_(kept).to(x_SH.dtype)
+    def gradient(
+        self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor | None = None
+    ) -> Tensor:
+        # With r = 1 / rms(x) and g = w dy: dx = r (g - x r^2 mean(g x)).
+        g_SH = _widened(dy_SH).mul_(self.weight)
+        mean_S1 = torch.linalg.vecdot(g_SH, _widened(x_SH)).div_(x_SH.shape[1]).unsqueeze(1)
+        g_SH.addcmul_(x_SH, mean_S1.mul_(kept.square()), value=-1.0)
+        return g_SH.mul_(kept).to(x_SH.dtype)
 
 
 @dataclass(frozen=True)
@@ -70,31 +83,24 @@ class SwiGLUPrologue:
     Source: Shazeer 2020 (arXiv:2002.05202), section 2.
     """
 
-    def apply(self, x_SH: Tensor) -> tuple[Tensor, Tensor]:
+    def apply(self, x_SH: Tensor, *, out: Tensor) -> Tensor:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
-        y_SF = gate_SF.new_empty(gate_SF.shape)
-        for rows in row_blocks(gate_SF):
-            torch.ops.aten.silu.out(gate_SF[rows], out=y_SF[rows])
-            y_SF[rows].mul_(up_SF[rows])
-        return y_SF, x_SH.new_empty(0)
+        torch.ops.aten.silu.out(gate_SF, out=out).mul_(up_SF)
+        return x_SH.new_empty(0)
 
-    def again(self, x_SH: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def product(
+        self, left_SR: Tensor, x_SH: Tensor, kept: Tensor, mask: Mask | None
+    ) -> tuple[Tensor, Tensor]:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
-        y_SF, silu_SF = (gate_SF.new_empty(gate_SF.shape) for _ in range(2))
-        for rows in row_blocks(gate_SF):
-            torch.ops.aten.silu.out(gate_SF[rows], out=silu_SF[rows])
-            torch.mul(silu_SF[rows], up_SF[rows], out=y_SF[rows])
-        return y_SF, silu_SF
+        silu_SF = F.silu(gate_SF)
+        return left_SR.T @ dropped(silu_SF * up_SF, mask), silu_SF
 
-    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor) -> Tensor:
+    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor | None) -> Tensor:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
         dx_SH = x_SH.new_empty(x_SH.shape)
         dgate_SF, dup_SF = dx_SH.chunk(2, dim=1)
-        for rows in row_blocks(dy_SH):
-            torch.mul(dy_SH[rows], part[rows], out=dup_SF[rows])
-            torch.ops.aten.silu_backward.grad_input(
-                dy_SH[rows].mul_(up_SF[rows]), gate_SF[rows], grad_input=dgate_SF[rows]
-            )
+        torch.mul(dy_SH, F.silu(gate_SF) if part is None else part, out=dup_SF)
+        torch.ops.aten.silu_backward.grad_input(dy_SH.mul_(up_SF), gate_SF, grad_input=dgate_SF)
         return dx_SH
 
 
@@ -106,7 +112,8 @@ def rms_norm(x_SH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SH: Tensor, norm: RMSNormPrologue) -> Tensor:
-        y_SH, kept = norm.apply(x_SH)
+        y_SH = torch.empty_like(x_SH)
+        kept = norm.apply(x_SH, out=y_SH)
         ctx.save_for_backward(x_SH, kept)
         ctx.norm = norm
         return y_SH
@@ -114,18 +121,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         x_SH, kept = ctx.saved_tensors
-        part = ctx.norm.again(x_SH, kept)[1]
-        return ctx.norm.gradient(grad_outputs[0], x_SH, kept, part), None
+        return ctx.norm.gradient(grad_outputs[0].clone(), x_SH, kept), None
 
 
-def row_blocks(tensor_SF: Tensor) -> list[slice]:
-    """Return rows to work on at a time, so that several passes find them in a core's cache.
-
-    All of them on a GPU, where every pass is a launch.
-    """
-    num_rows = len(tensor_SF)
-    at_once = num_rows if tensor_SF.is_cuda else max(1, _CACHED_BYTES // tensor_SF[:1].nbytes)
-    return [slice(start, start + at_once) for start in range(0, num_rows, max(1, at_once))]
+def dropped(x_SH: Tensor, mask: Mask | None) -> Tensor:
+    """Return ``x * mask``; x itself without dropout."""
+    return x_SH if mask is None else x_SH * mask(x_SH)
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from nemotron.steps._tensor_parallel.collectives import (
     gather_rows,
     scatter_sum_rows,
 )
-from nemotron.steps._tensor_parallel.prologue import row_blocks
 
 # Logits that exist at one time, fp32 elements: 8 MiB, or 256 tokens of a large vocabulary.
 _LOGITS_AT_ONCE = 1 << 21
@@ -173,10 +172,8 @@ def _loss_of_chunk(
     mine_C = (local_C >= 0) & (local_C < logits_CV.shape[1])
     index_C = local_C.clamp(0, logits_CV.shape[1] - 1).unsqueeze(1)
     label_C = logits_CV.gather(1, index_C).squeeze(1) * mine_C
-    max_C, sum_C = label_C.new_empty(len(label_C)), label_C.new_empty(len(label_C))
-    for rows in row_blocks(logits_CV):
-        torch.amax(logits_CV[rows], dim=1, out=max_C[rows])
-        torch.sum(logits_CV[rows].sub_(max_C[rows, None]).exp_(), dim=1, out=sum_C[rows])
+    max_C = logits_CV.amax(dim=1)
+    sum_C = logits_CV.sub_(max_C.unsqueeze(1)).exp_().sum(dim=1)
     stats = all_gather(torch.stack([max_C, sum_C, label_C]), group)
     max_TC, sum_TC, label_TC = stats.unbind(dim=1)
     top_C = max_TC.amax(dim=0)

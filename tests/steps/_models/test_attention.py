@@ -50,8 +50,8 @@ def plainly(heads: Tensor, rotary: tuple[Tensor, Tensor], weight: Tensor | None)
     if weight is not None:
         heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + EPSILON) * weight
     a, b = heads.chunk(2, dim=-1)
-    cos, sin = (torch.cat([table.squeeze(1)] * 2, dim=-1) for table in rotary)
-    return heads * cos + torch.cat([-b, a], dim=-1) * sin
+    cos, sin = (table.squeeze(1) for table in rotary)
+    return heads * cos + torch.cat([-b * sin, a * sin], dim=-1)
 
 
 @pytest.mark.parametrize("is_normed", [False, True])

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron.steps._tensor_parallel import prologue as prologue_module
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_reduce_async
 from nemotron.steps._tensor_parallel.linear import (
     ColumnParallelLinear,
@@ -197,20 +196,14 @@ def test_a_prologue_and_its_gradient_are_those_of_the_formula(
     prologue: Prologue, plainly: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    output, kept = prologue.apply(x)
-    again, part = prologue.again(x, kept)
-    assert torch.equal(again, output)
-    dy = torch.randn_like(output)
+    output = torch.empty_like(plainly(x))
+    kept = prologue.apply(x, out=output)
+    dy, left = torch.randn_like(output), torch.randn(5, 2, dtype=torch.float64)
+    product, part = prologue.product(left, x, kept, None)
     wanted, (gradient,) = torch.autograd.functional.vjp(plainly, (x,), dy)
     # The same few float64 operations in another order.
     torch.testing.assert_close(output, wanted, rtol=1e-13, atol=1e-14)
-    got = prologue.gradient(dy.clone(), x, kept, part)
-    torch.testing.assert_close(got, gradient, rtol=1e-13, atol=1e-14)
-
-
-def test_rows_are_taken_in_blocks_that_miss_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(50, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    whole = SwiGLUPrologue().apply(x)[0]
-    monkeypatch.setattr(prologue_module, "_CACHED_BYTES", 7 * 6 * 8)
-    assert len(prologue_module.row_blocks(x[:, :6])) == 8
-    assert torch.equal(SwiGLUPrologue().apply(x)[0], whole)
+    torch.testing.assert_close(product, left.T @ wanted, rtol=1e-13, atol=1e-14)
+    for each in (part, None):
+        got = prologue.gradient(dy.clone(), x, kept, each)
+        torch.testing.assert_close(got, gradient, rtol=1e-13, atol=1e-14)
