@@ -7,8 +7,9 @@ sides, at tensor-parallel size 1 and 2 over gloo, one thread a rank, fp32:
 * packed chats: rows of real conversations, where documents end and only answers are trained.
 
 Both sides' first losses agree, or the figures mean nothing; later ones drift apart, because here
-the parts of a fused linear (q, k and v; gate and up) share one lora_a. Two floors of the same
-shapes say how far it could go: the base's GEMMs, and those with attention and the adapters' GEMMs.
+the parts of a fused linear (q, k and v; gate and up) share one lora_a. Floors of the same shapes
+say how far it could go: the base's GEMMs; those, attention and the adapters' GEMMs; and those and
+the collectives.
 
     python benchmarks/lora_tp.py [--chats FILE] [--rounds N] [--json FILE]
 """
@@ -82,15 +83,14 @@ def compare(
     """Run the sides in turns and return the best figures of each (the worst rank's)."""
     turns = defaultdict(list)
     for _ in range(rounds):
-        for name, python, script in (
-            ("floors", Path(sys.executable), "floors.py"),
-            ("ours", Path(sys.executable), "ours.py"),
-            ("peft", peers, "peft_transformers.py"),
+        for python, script in (
+            (Path(sys.executable), "floors.py"),
+            (Path(sys.executable), "ours.py"),
+            (peers, "peft_transformers.py"),
         ):
             options = {"--steps": steps, "--tensor-parallel": tensor_parallel}
-            ranks = 1 if name == "floors" else tensor_parallel
-            run_side(case, python, script, options, num_ranks=ranks, on_gpu=False)
-        for side in ("gemms", "work", "ours", "peft"):
+            run_side(case, python, script, options, num_ranks=tensor_parallel, on_gpu=False)
+        for side in ("gemms", "work", "sent", "ours", "peft"):
             of_ranks = [json.loads(path.read_text()) for path in case.glob(f"{side}.*.json")]
             turns[side].append({key: max(each[key] for each in of_ranks) for key in of_ranks[0]})
     return {
@@ -118,6 +118,7 @@ def show(figures: dict[str, Figures]) -> None:
     names = {
         "gemms": "floor: base GEMMs",
         "work": "floor: + attention, adapters",
+        "sent": "floor: + collectives",
         "ours": "nemotron",
         "peft": "PEFT + transformers",
     }

@@ -1,10 +1,12 @@
-"""Two floors under a case's optimizer step, from GEMMs and attention of the same shapes alone.
+"""Floors under a case's optimizer step, from GEMMs and attention of the same shapes alone.
 
 ``gemms``: the frozen base's forward and dgrad, and those of the output layer on supervised tokens.
-``work``: those, attention within each document, and the adapters' GEMMs. Nothing else is computed:
-no norm, activation, rotation, residual, softmax, collective or optimizer.
+``work``: those, attention within each document, and the adapters' GEMMs. ``sent``: those, and the
+all-reduces that tensor parallelism cannot do without. Nothing else is computed: no norm,
+activation, rotation, residual, softmax or optimizer.
 
-Run as ``floors.py CASE --steps N``; writes ``CASE/gemms.0.json`` and ``CASE/work.0.json``.
+Run by torchrun: ``floors.py CASE --steps N``; every rank computes its share at the same time as the
+others, and writes ``CASE/FLOOR.RANK.json``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from measure import measure_steps, write_result
 from torch import Tensor
@@ -39,9 +42,13 @@ def main() -> None:
     config, size = DecoderConfig.from_hf(values), arguments.tensor_parallel
     base = [_base(config, each, size) for each in case["micro_batches"]]
     rest = [_rest(config, each, case["dim"], size) for each in case["micro_batches"]]
-    for name, works in (("gemms", base), ("work", [*base, *rest])):
+    sent = [_sent(config, each, size) for each in case["micro_batches"]]
+    floors = {"gemms": base, "work": [*base, *rest], "sent": [*base, *rest, *sent]}
+    dist.init_process_group("gloo")
+    for name, works in floors.items():
         result = measure_steps(_step(works), num_steps=arguments.steps)
-        write_result(arguments.case, name, 0, result)
+        write_result(arguments.case, name, dist.get_rank(), result)
+    dist.destroy_process_group()
 
 
 def _step(works: list[list[Work]]) -> Callable[[], float]:
@@ -88,12 +95,20 @@ def _rest(config: DecoderConfig, micro: dict[str, Any], dim: int, size: int) -> 
                 lambda x=x, a=a: x @ a.T,
                 lambda h=h, b=b: h @ b.T,
                 lambda dy=dy, b=b: dy @ b,
-                lambda dy=dy, h=h: dy.T @ h,
+                lambda dy=dy, h=h: h.T @ dy,
                 lambda h=h, x=x: h.T @ x,
             ]
             if layer or target != "linear_qkv":
                 works.append(lambda h=h, a=a: h @ a)
     return works
+
+
+def _sent(config: DecoderConfig, micro: dict[str, Any], size: int) -> list[Work]:
+    """Four all-reduces of the residual's size a layer, two each way, three without dx; two ends."""
+    if size == 1:
+        return []
+    x = torch.zeros(len(micro["tokens"]), config.hidden_size)
+    return [lambda: dist.all_reduce(x)] * (4 * config.num_layers - 1 + 2)
 
 
 def _attention(config: DecoderConfig, cu_seqlens: list[int], size: int) -> list[Work]:
