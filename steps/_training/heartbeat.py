@@ -1,8 +1,9 @@
-"""A thread per rank that tells the others it lives, and ends this rank when another one does not.
+"""A thread per rank that tells the others it works, and ends this rank when another one does not.
 
 A collective that waits for a stopped process waits until its own timeout, which must be long enough
-for the slowest step, and then blames the rank that waited. The beat goes through the rendezvous
-store, so it works the same under gloo and NCCL, and does not need the main thread.
+for the slowest step, and then blames the rank that waited. A rank works while its main thread uses
+the CPU or waits for another rank; one that is stopped, or that hangs anywhere else, does neither.
+The beat goes through the rendezvous store, so it is the same under gloo and NCCL.
 """
 
 from __future__ import annotations
@@ -10,21 +11,29 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import sysconfig
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from types import TracebackType
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import NamedTuple, Self
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._entry import origin, report
+from nemotron.steps._tensor_parallel import collectives
 from nemotron.steps._training.distributed import Layout
 
 _LEFT = "left"
 _TORCH = f"{os.sep}torch{os.sep}"
+_PYTHON = sysconfig.get_path("stdlib")
+_WHERE_RANKS_WAIT = (collectives.__file__, str(Path(dist.__file__).parent))
+# Of the CPU between two beats: more than the interpreter's own housekeeping takes.
+_IDLE_SECONDS = 1e-3
 _LAST_WORDS_SECONDS = 2.0
 
 
@@ -40,7 +49,7 @@ class Heartbeat:
 
     Args:
         layout: This rank's groups.
-        timeout_seconds: A rank that has been silent for so long ends the job.
+        timeout_seconds: A rank that has done nothing for so long ends the job.
 
     Attributes:
         last_step: Returns this rank's last optimizer step.
@@ -87,12 +96,12 @@ class Heartbeat:
         # A connection of its own: that of the process group may be blocked in a rendezvous.
         store = _connect(os.environ, self._timeout_seconds)
         heard = {rank: ("", time.monotonic()) for rank in range(self._size) if rank != self._rank}
-        is_leaving, beat = False, 0
+        is_leaving, beat, main = False, 0, _MainThread()
         try:
             while not is_leaving:
                 is_leaving = self._leaving.wait(min(1.0, self._timeout_seconds / 4))
-                beat += 1
-                words = f"{beat} {self.last_step()} {_place_of_main_thread()}"
+                beat += main.works()
+                words = f"{beat} {self.last_step()} {main.place()}"
                 store.set(str(self._rank), _LEFT if is_leaving else words)
                 for rank, (last, since) in heard.items():
                     text = store.get(str(rank)).decode() if store.check([str(rank)]) else last
@@ -107,7 +116,7 @@ class Heartbeat:
     def _end(self, rank: int, text: str) -> None:
         words = _parse(text)
         self._end_with(
-            f"rank {rank} has been silent for {self._timeout_seconds} s; "
+            f"rank {rank} has done nothing for {self._timeout_seconds} s; "
             f"its last step was {words.step}",
             "look at the process and the host of that rank; dist.heartbeat_timeout_seconds is the "
             "limit",
@@ -153,10 +162,33 @@ def _parse(text: str) -> LastWords:
     return LastWords(step or "0", place)
 
 
-def _place_of_main_thread() -> str:
-    """Return file and line of what the main thread is doing, outside of torch."""
-    main = threading.main_thread().ident
-    frame = sys._current_frames().get(main) if main is not None else None
-    while frame is not None and _TORCH in frame.f_code.co_filename:
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+class _MainThread:
+    """What this process's main thread is doing, as seen from another thread."""
+
+    def __init__(self) -> None:
+        ident = threading.main_thread().ident
+        assert ident is not None  # the main thread has started
+        self._ident = ident
+        self._clock = time.pthread_getcpuclockid(ident)
+        self._used_seconds = 0.0
+
+    def works(self) -> bool:
+        """Whether it has used the CPU since the last call, or waits for another rank."""
+        before, self._used_seconds = self._used_seconds, time.clock_gettime(self._clock)
+        waits = any(f.f_code.co_filename.startswith(_WHERE_RANKS_WAIT) for f in self._frames())
+        return waits or self._used_seconds - before > _IDLE_SECONDS
+
+    def place(self) -> str:
+        """Return file and line of where it is, outside of torch and of Python's library."""
+        for frame in self._frames():
+            path = frame.f_code.co_filename
+            is_of_python = path.startswith(_PYTHON) and "site-packages" not in path
+            if not is_of_python and _TORCH not in path:
+                return f"{path}:{frame.f_lineno}"
+        return ""
+
+    def _frames(self) -> Iterator[FrameType]:
+        frame = sys._current_frames().get(self._ident)
+        while frame is not None:
+            yield frame
+            frame = frame.f_back

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nemotron.steps._models.gpt import GPTModel
-from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_reduce
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_reduce, wait_for
 from nemotron.steps._tensor_parallel.dropout import DropoutRows
 from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from nemotron.steps._training.batches import MicroBatch
@@ -124,7 +124,7 @@ class _Work:
             received_SH.requires_grad_()
         out = model(micro.tokens, micro.cu_seqlens, batch.dropout, received_SH)
         if model.is_last:
-            loss_K = model.loss(out[micro.supervised], micro.labels)
+            loss_K = model.loss(out.index_select(0, micro.supervised), micro.labels)
             self.loss_sum += loss_K.detach().double().sum()
             out = loss_K.sum().mul(batch.weight)
         if self._has_backward:
@@ -164,7 +164,7 @@ class _Exchange:
         if action not in self._inbox:
             return None
         tensor, works = self._inbox.pop(action)
-        _wait(works)
+        wait_for(works)
         return tensor
 
     def start(self, tick: Tick, result: Tensor | None) -> None:
@@ -192,7 +192,7 @@ class _Exchange:
     def _settle(self, num_left: int) -> None:
         while len(self._sends) > num_left:
             _, works = self._sends.popleft()
-            _wait(works)
+            wait_for(works)
 
     def _messages(self, tick: Tick) -> Iterator[tuple[int, _Message]]:
         """Yield (sender, message) of every result of a tick that another stage works on."""
@@ -213,9 +213,3 @@ class _Exchange:
         model, micro = self._chunks[action.chunk], self._batches[action.micro_batch].micro
         shape = (model.rows_per_rank(len(micro.tokens)), model.config.hidden_size)
         return torch.empty(shape, dtype=model.dtype, device=self._device)
-
-
-def _wait(works: list[dist.Work]) -> None:
-    """Wait for the transfers of a tick, once: gloo waits forever for one that was waited for."""
-    while works:
-        works.pop().wait()

@@ -361,5 +361,6 @@ class DistConfig(Schema):
         default=10, description="longest wait for another rank"
     )
     heartbeat_timeout_seconds: PositiveInt = Field(
-        default=60, description="a rank that has been silent for so long ends the job"
+        default=60,
+        description="a rank that for so long neither computes nor waits for another ends the job",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -60,6 +61,10 @@ def is_halted(trainer: Trainer) -> None:
     time.sleep(60)  # line: is_halted
 
 
+def hangs(trainer: Trainer) -> None:
+    threading.Event().wait()  # line: hangs
+
+
 def is_told(trainer: Trainer) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -71,7 +76,7 @@ def has_nan(trainer: Trainer) -> None:
 
 FAULTS: dict[str, Callable[[Trainer], None]] = {
     each.__name__: each
-    for each in (raises, exits, vanishes, is_killed, is_halted, is_told, has_nan)
+    for each in (raises, exits, vanishes, is_killed, is_halted, hangs, is_told, has_nan)
 }
 
 if __name__ == "__main__":

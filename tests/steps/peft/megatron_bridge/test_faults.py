@@ -76,7 +76,8 @@ def test_a_job_that_is_told_to_stop_saves_at_once_and_goes_on_as_if_it_had_not(
             "rank_died",
             "rank 1 was killed by SIGKILL; last heard of after step 2",
         ),
-        ("is_halted", "rank_silent", "rank 1 has been silent for 3 s; its last step was 2"),
+        ("is_halted", "rank_silent", "rank 1 has done nothing for 3 s; its last step was 2"),
+        ("hangs", "rank_silent", "rank 1 has done nothing for 3 s; its last step was 2"),
     ],
 )
 def test_a_lost_rank_ends_the_job_and_is_named_with_its_step_and_line(
