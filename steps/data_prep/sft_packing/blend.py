@@ -114,11 +114,6 @@ class Sources:
     datasets: tuple[Dataset, ...]
     weight_by: WeightBy = "rows"
 
-    @property
-    def are_per_split(self) -> bool:
-        """Whether the blend says which split takes what, instead of ratios."""
-        return any(dataset.into for dataset in self.datasets)
-
 
 def read_blend(
     blend_path: str, *, messages_field: str, tools_field: str, max_rows: int | None
