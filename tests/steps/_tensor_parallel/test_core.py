@@ -179,6 +179,20 @@ def test_a_linear_without_an_adapter_saves_no_activation() -> None:
     assert sum(saved) == 0
 
 
+def test_a_residual_is_added_and_gets_the_gradient_of_the_output() -> None:
+    spec = LoraSpec(dim=2, alpha=4.0)
+    linear = RowParallelLinear("row", 12, 8, lora=spec, group=ProcessGroup(), dtype=torch.float64)
+    linear.load_weight(torch.randn(8, 12))
+    linear.init_lora(seed=1)
+    x, dy = torch.randn(5, 12, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    residual = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    added = linear(x, residual_SF=residual)
+    torch.testing.assert_close(added, linear(x) + residual, rtol=0.0, atol=0.0)
+    added.backward(dy)
+    assert residual.grad is not None
+    assert torch.equal(residual.grad, dy)
+
+
 NORM_WEIGHT = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -201,6 +215,7 @@ def test_a_prologue_and_its_gradient_are_those_of_the_formula(
     dy, left = torch.randn_like(output), torch.randn(5, 2, dtype=torch.float64)
     product, part = prologue.product(left, x, kept, None)
     wanted, (gradient,) = torch.autograd.functional.vjp(plainly, (x,), dy)
+    assert isinstance(wanted, torch.Tensor)
     # The same few float64 operations in another order.
     torch.testing.assert_close(output, wanted, rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(product, left.T @ wanted, rtol=1e-13, atol=1e-14)
