@@ -30,7 +30,10 @@ container_image = ""
 gpus_per_node = 0
 partition = "main"
 time = "00:30:00"
-startup_commands = ["export PATH={Path(sys.executable).parent}:$PATH"]
+startup_commands = [
+    "export PATH={Path(sys.executable).parent}:$PATH",
+    "if [ -t 1 ]; then echo on a terminal; fi",
+]
 """
 
 

@@ -28,6 +28,7 @@ def test_an_attached_job_streams_its_log_and_leaves_a_private_record(
     assert done.code == 0, done.err
     assert "making\n" in done.out
     assert "scontrol show hostnames" not in done.out  # nemo-run's trace is not the job's log
+    assert "on a terminal" not in done.out  # progress bars are not for logs
     assert (slurm / "out" / "make" / "made.txt").is_file()
     (job,) = nemotron("jobs", "list", "--json").data
     assert (job["status"], job["exit_code"], job["executor"]) == ("succeeded", 0, "slurm")
