@@ -19,10 +19,13 @@ import pytest
 
 import nemotron as nemotron_package
 from nemotron.cli.app import main
+from nemotron.launch import cluster as slurm_commands
+from nemotron.launch import lepton_jobs
 
 RIG = Path(__file__).parent / "rig"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 # No container, no GPU, a partition; the interpreter that runs the tests.
+PYTHON = f"export PATH={Path(sys.executable).parent}:$PATH"
 PROFILE = f"""
 [rig]
 executor = "slurm"
@@ -30,11 +33,16 @@ container_image = ""
 gpus_per_node = 0
 partition = "main"
 time = "00:30:00"
-startup_commands = [
-    "export PATH={Path(sys.executable).parent}:$PATH",
-    "if [ -t 1 ]; then echo on a terminal; fi",
-]
+startup_commands = ["{PYTHON}"]
 """
+
+
+@pytest.fixture(autouse=True)
+def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask schedulers on this machine as often as they can bear it."""
+    monkeypatch.setattr(slurm_commands, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(slurm_commands, "POLL_SECONDS_OVER_SSH", 0.2)
+    monkeypatch.setattr(lepton_jobs, "POLL_SECONDS", 0.1)
 
 
 @dataclass(frozen=True)
