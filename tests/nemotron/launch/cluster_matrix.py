@@ -295,16 +295,17 @@ def fail(place: Place) -> str:
 
 
 @contextlib.contextmanager
-def training(place: Place, name: str, *words: str) -> Iterator[str]:
-    """Start a training; yield the job's id once it has done some steps."""
+def training(place: Place, name: str, *words: str) -> Iterator[tuple[str, str]]:
+    """Start a training; yield the job's id and Slurm's once it has done some steps."""
     job_id = place.start(PEFT, f"checkpoint.save={name}", *words)
-    until(lambda: len(place.losses(name)) >= 4)
-    yield job_id
+    number = place.number(job_id)  # over ssh this may take longer than a training
+    until(lambda: len(place.losses(name)) >= 12)
+    yield job_id, number
 
 
 def cancel(place: Place, slurm: Slurm) -> str:
-    with training(place, "cancelled", "train.train_iters=4000") as job_id:
-        slurm("scancel", place.number(job_id))
+    with training(place, "cancelled", "train.train_iters=4000") as (job_id, number):
+        slurm("scancel", number)
         place.wait(job_id, code=130)
     assert place.status(job_id)["status"] == "cancelled"
     return "exit code 130, cancelled"
@@ -313,9 +314,7 @@ def cancel(place: Place, slurm: Slurm) -> str:
 def requeue(place: Place, slurm: Slurm, local: Place) -> str:
     """Take a job's nodes away and give them back, as an administrator does."""
     words = ("train.train_iters=40", "checkpoint.save_interval=5")
-    with training(place, "requeued", *words) as job_id:
-        until(lambda: len(place.losses("requeued")) >= 12)
-        number = place.number(job_id)
+    with training(place, "requeued", *words) as (job_id, number):
         slurm("scontrol", "requeue", number)
         until(lambda: place.status(job_id)["status"] == "queued")
         num_done = len(place.losses("requeued"))
