@@ -2,9 +2,9 @@
 
     python cluster_sharing.py [--keep DIRECTORY]
 
-Fifty submissions at the same moment, eight runs into one output directory, and a packing of 40 files
-on both nodes, left alone and with a node that is killed on the way. Needs what cluster_matrix.py
-needs; takes about five minutes on two cores.
+Fifty submissions at the same moment, eight runs into one output directory, and a packing of 40
+files on both nodes, left alone and with a node that is killed on the way. Needs what
+cluster_matrix.py needs; takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import nemotron
 from nemotron.cli.app import main as nemotron_main
 
 PACK = "data_prep/sft_packing"
-WORDS = "the river runs to sea and back again under seven bridges while Anna counts boats".split()
+WORDS = ("the", "river", "runs", "to", "sea", "under", "seven", "bridges", "Anna", "counts")
 CHATS = ("blend_path=chats", "num_shards=4")
 
 
