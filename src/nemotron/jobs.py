@@ -7,13 +7,14 @@ A job is a directory ``.nemotron/jobs/<time>-<step>-<random>/`` that only its ow
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import secrets
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -136,6 +137,24 @@ class Job:
         status = status or statuses.get(exit_code, "failed")
         shown = redact_data(error, self._known_secrets)
         self.update(status=status, reason="", exit_code=exit_code, ended=now(), error=shown)
+
+    @contextlib.contextmanager
+    def ends_on_error(self, otherwise: ExitCode) -> Iterator[None]:
+        """Record the job's end if the block raises.
+
+        Args:
+            otherwise: Exit code where it raises what is no error of ours.
+        """
+        try:
+            yield
+        except NemotronError as error:
+            self.end(int(error.exit_code), error.to_dict())
+            raise
+        except BaseException as error:
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            problem = {"code": "unexpected", "problem": f"{type(error).__name__}: {error}"}
+            self.end(ExitCode.INTERRUPTED if is_interrupt else otherwise, problem)
+            raise
 
 
 def new_directory(step: str, root: Path | None = None) -> Path:

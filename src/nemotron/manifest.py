@@ -34,6 +34,7 @@ class StepInfo(_Frozen):
     image: str | None = None
     nodes: int = Field(default=1, ge=1)
     gpus_per_node: int = Field(default=0, ge=0)
+    shares_work: bool = False  # launch = "python": its nodes, if there are several, find each other
 
     @model_validator(mode="after")
     def _id_in_category(self) -> Self:

@@ -121,6 +121,13 @@ class JobPlan:
         """Processes on each node."""
         return -(-self.num_ranks // self.nodes)
 
+    @property
+    def layout(self) -> str:
+        """How many processes, where, in words."""
+        if self.step.manifest.step.launch == "python" and self.nodes > 1:
+            return f"one run shared by {self.nodes} nodes"
+        return f"{self.num_ranks} rank(s) on {self.nodes} node(s)"
+
     def command(self, directory: str = JOB_DIRECTORY) -> list[str]:
         """Return the exact command of the job whose directory is ``directory``."""
         command = [word.replace(JOB_DIRECTORY, directory) for word in self.arguments]
@@ -261,7 +268,9 @@ def _start(step: Step, executor: str, nodes: int, num_ranks: int) -> list[str]:
     python = sys.executable if executor == "local" else "python"
     if step.manifest.step.launch == "python":
         return [python, "-m", module, *config]
-    layout = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}"]
+    # One node needs no name that resolves; torchrun would look its own host name up for minutes.
+    alone = ["--standalone", "--local-addr=127.0.0.1"]
+    layout = alone if nodes == 1 else [f"--nnodes={nodes}"]
     layout += ["--nproc-per-node", str(-(-num_ranks // nodes))]
     return [python, "-m", "nemotron.steps._torchrun", *layout, "-m", module, *config]
 

@@ -75,7 +75,8 @@ def _check_layout(plan: JobPlan) -> list[Check]:
             found.append(_failed("layout_invalid", problem, "run.env.nodes", fix))
     else:
         found += _check_nodes(plan)
-    if wanted is not None and wanted * plan.nodes != plan.num_ranks:
+    is_shared = info.launch == "python" and plan.nodes > 1
+    if wanted is not None and not is_shared and wanted * plan.nodes != plan.num_ranks:
         problem = (
             f"run.env.{key} is {wanted} on {plan.nodes} node(s); "
             f"the config needs {plan.num_ranks} rank(s)"
@@ -83,8 +84,7 @@ def _check_layout(plan: JobPlan) -> list[Check]:
         fix = f"leave {key} out, or change the parallel sizes of the config"
         found.append(_failed("layout_invalid", problem, f"run.env.{key}", fix))
     if not any(result.error for result in found):
-        ranks = f"{plan.num_ranks} rank(s) on {plan.nodes} node(s)"
-        found.append(Check("ok", ranks))
+        found.append(Check("ok", plan.layout))
     return found
 
 
@@ -93,11 +93,13 @@ def _check_nodes(plan: JobPlan) -> list[Check]:
     info = plan.step.manifest.step
     gpus = plan.execution.gpus_per_node
     gpus = info.gpus_per_node if gpus is None else gpus
-    if info.launch == "python" and plan.nodes > 1:
-        problem = f"{plan.step.id} runs on one node; run.env.nodes is {plan.nodes}"
+    is_shared = info.shares_work and plan.executor == "slurm"
+    if info.launch == "python" and plan.nodes > 1 and not is_shared:
+        place = " of Lepton" if info.shares_work else ""
+        problem = f"{plan.step.id} runs on one node{place}; run.env.nodes is {plan.nodes}"
         fix = "pass run.env.nodes=1"
         found.append(_failed("layout_invalid", problem, "run.env.nodes", fix))
-    elif plan.num_ranks % plan.nodes:
+    elif info.launch == "torchrun" and plan.num_ranks % plan.nodes:
         problem = f"{plan.num_ranks} rank(s) do not spread evenly over {plan.nodes} node(s)"
         fix = "choose run.env.nodes to divide the product of the parallel sizes"
         found.append(_failed("layout_invalid", problem, "run.env.nodes", fix))

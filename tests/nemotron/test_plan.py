@@ -43,7 +43,8 @@ def test_a_local_torchrun_step_gets_as_many_ranks_as_its_config_needs(demo: Path
     assert job.num_ranks == 4
     assert job.command() == [
         sys.executable,
-        *["-m", "nemotron.steps._torchrun", "--standalone", "--nproc-per-node", "4"],
+        *["-m", "nemotron.steps._torchrun", "--standalone", "--local-addr=127.0.0.1"],
+        *["--nproc-per-node", "4"],
         *["-m", "nemotron.steps.demo.train.step", "--config", ".nemotron/jobs/<job>/train.yaml"],
     ]
     assert job.command("/jobs/7")[-1] == "/jobs/7/train.yaml"

@@ -172,7 +172,7 @@ def plan_text(plan: JobPlan, checks: Sequence[Check]) -> str:
         "notes": list(plan.notes),
         "checks": check_lines(checks),
     }
-    lines = [f"{label(plan)} on {where}{how}: {plan.num_ranks} rank(s) on {plan.nodes} node(s)"]
+    lines = [f"{label(plan)} on {where}{how}: {plan.layout}"]
     for title, content in sections.items():
         if content:
             lines += ["", title, *(f"  {line}" for line in content)]

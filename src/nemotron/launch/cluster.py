@@ -34,6 +34,8 @@ _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
     "DEADLINE": (ExitCode.SUBMISSION, "the job missed its deadline", "run it again"),
     "REVOKED": (ExitCode.SUBMISSION, "the job was revoked", "run it again"),
 }
+# How often the scheduler is asked.
+POLL_SECONDS, POLL_SECONDS_OVER_SSH = 0.5, 3.0
 
 
 @dataclass
@@ -49,7 +51,7 @@ class SlurmHandle:
     def __post_init__(self) -> None:
         place = self.placement
         self._host = Host(place.host, place.user, place.port, place.identity)
-        self.poll_seconds = 0.5 if self._host.is_local else 3.0
+        self.poll_seconds = POLL_SECONDS if self._host.is_local else POLL_SECONDS_OVER_SSH
 
     def state(self) -> State:
         """Return where the job stands.

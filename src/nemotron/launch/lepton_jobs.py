@@ -24,6 +24,7 @@ from nemotron.launch.remote import State, ended_silently
 from nemotron.launch.script import END_MARK, ERROR_MARK
 from nemotron.preflight import Check
 
+POLL_SECONDS = 1.0
 _TIMEOUT_SECONDS = 30
 _DRAIN_SECONDS = 10.0
 _QUEUED = ("Starting", "Queueing", "Awaiting", "PendingRetry", "Restarting")
@@ -36,12 +37,13 @@ class LeptonHandle:
     """One job of a workspace: its state, what it prints, its end."""
 
     placement: Placement
-    poll_seconds: float = 1.0
+    poll_seconds: float = field(init=False)
     _printed: queue.SimpleQueue[bytes] = field(init=False, default_factory=queue.SimpleQueue)
     _readers: dict[str, threading.Thread] = field(init=False, default_factory=dict)
     _has_ended: threading.Event = field(init=False, default_factory=threading.Event)
 
     def __post_init__(self) -> None:
+        self.poll_seconds = POLL_SECONDS
         self._client = open_client()
 
     def state(self) -> State:

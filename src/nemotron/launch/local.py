@@ -65,19 +65,11 @@ def _record(plan: JobPlan, console: Console) -> Job:
 
 def _run(plan: JobPlan, job: Job, console: Console) -> int:
     """Run the producers of missing inputs, then the plan itself; record the end in all cases."""
-    try:
+    with job.ends_on_error(ExitCode.FAILED):
         code, error = _produce_inputs(plan, console)
         if code == ExitCode.OK:
             code, error = _execute(plan, job, console)
         job.end(code, error)
-    except NemotronError as error:
-        job.end(int(error.exit_code), error.to_dict())
-        raise
-    except BaseException as error:
-        problem = {"code": "unexpected", "problem": f"{type(error).__name__}: {error}"}
-        is_interrupt = isinstance(error, KeyboardInterrupt)
-        job.end(ExitCode.INTERRUPTED if is_interrupt else ExitCode.FAILED, problem)
-        raise
     return code
 
 

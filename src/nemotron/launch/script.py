@@ -95,6 +95,8 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
     lines = [
         "{ set +vx; } 2>/dev/null",
         f"echo {shlex.quote(f'{BATCH_MARK} {job_id}')}",
+        # nemo-run sets it; tasks would have a terminal, and write progress for one into the log.
+        "unset SLURM_UNBUFFEREDIO",
         f"nemotron_dir={shlex.quote(str(directory))}",
         'nemotron_restart="${SLURM_RESTART_COUNT:-0}"',
         "nemotron_end() {",
@@ -149,6 +151,10 @@ def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -
 def _rendezvous(plan: JobPlan, address: str, port: str) -> list[str]:
     if plan.nodes == 1:
         return []
+    if plan.step.manifest.step.launch == "python":
+        return [
+            f'export NEMOTRON_NODES={plan.nodes} NEMOTRON_NODE="$node" NEMOTRON_START="$restart"'
+        ]
     return [
         f'export PET_RDZV_BACKEND=static PET_NODE_RANK="$node" PET_MASTER_ADDR="${address}"',
         f'export PET_MASTER_PORT="${port}" MASTER_ADDR="${address}" MASTER_PORT="${port}"',

@@ -64,16 +64,8 @@ def _place(
     console: Console,
 ) -> None:
     """Hand the job over; record where it is, or why it is nowhere."""
-    try:
+    with job.ends_on_error(ExitCode.SUBMISSION):
         placement = backend.submit(plan, shipped, job_id=job.record.id, console=console)
-    except NemotronError as error:
-        job.end(int(error.exit_code), error.to_dict())
-        raise
-    except BaseException as error:
-        problem = {"code": "unexpected", "problem": f"{type(error).__name__}: {error}"}
-        is_interrupt = isinstance(error, KeyboardInterrupt)
-        job.end(ExitCode.INTERRUPTED if is_interrupt else ExitCode.SUBMISSION, problem)
-        raise
     job.update(placement=placement, log=f"{placement.host or 'here'}:{placement.directory}")
     console.say(f"{job.record.id} is {plan.executor} job {placement.id}")
 

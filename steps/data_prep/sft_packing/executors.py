@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from nemotron.errors import ExitCode, NemotronError
@@ -22,10 +23,22 @@ from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 
 ExecutionMode = Literal["auto", "ray"]
+# About two seconds of work.
+_WORKER_BYTES = 4 << 20
 
 
 class Task(Protocol):
     """Something to do, once."""
+
+    @property
+    def key(self) -> str:
+        """Digest of everything that the result depends on."""
+        ...
+
+    @property
+    def directory(self) -> Path:
+        """Where the receipt is left."""
+        ...
 
     @property
     def size_bytes(self) -> int:
@@ -61,7 +74,7 @@ def available_cores() -> int:
 def run_tasks(
     tasks: Sequence[Task],
     *,
-    num_workers: int,
+    num_workers: int | None,
     mode: ExecutionMode,
     on_done: Callable[[Outcome], None],
 ) -> list[Receipt]:
@@ -69,7 +82,7 @@ def run_tasks(
 
     Args:
         tasks: What to do.
-        num_workers: How many at once; one is done in this process.
+        num_workers: How many at once; one is done in this process. None: as many as have work.
         mode: ``auto`` for processes of this host, ``ray`` for Ray.
         on_done: Told of every task when it is done.
 
@@ -77,18 +90,38 @@ def run_tasks(
         NemotronError: What a task raised; ``worker_died``.
         EngineMismatchError: See ``TokenizeTask``.
     """
-    largest_first = sorted(range(len(tasks)), key=lambda number: -tasks[number].size_bytes)
+    order = largest_first(tasks)
+    num_workers = num_workers or _worth_starting(tasks)
     if mode == "ray":
-        outcomes = _on_ray(tasks, largest_first, num_workers)
+        outcomes = _on_ray(tasks, order, num_workers)
     elif min(num_workers, len(tasks)) <= 1:
-        outcomes = (_here(number, tasks[number]) for number in largest_first)
+        outcomes = (_here(number, tasks[number]) for number in order)
     else:
-        outcomes = _in_pool(tasks, largest_first, min(num_workers, len(tasks)))
+        outcomes = _in_pool(tasks, order, min(num_workers, len(tasks)))
     receipts: list[Receipt] = [{}] * len(tasks)
     for outcome in outcomes:
         receipts[outcome.number] = outcome.receipt
         on_done(outcome)
     return receipts
+
+
+def largest_first(tasks: Sequence[Task]) -> list[int]:
+    """Return the numbers of tasks in the order in which they start, the same everywhere."""
+    return sorted(range(len(tasks)), key=lambda number: -tasks[number].size_bytes)
+
+
+def _worth_starting(tasks: Sequence[Task]) -> int:
+    """Return as many workers as have work for longer than it takes to start them."""
+    work = sum(task.size_bytes for task in tasks)
+    return min(available_cores(), 1 + work // _WORKER_BYTES)
+
+
+def error_from(told: dict[str, Any]) -> NemotronError:
+    """Return the error that another process has told as data."""
+    fields = {name: value for name, value in told.items() if name != "errors"}
+    code, problem = fields.pop("code"), fields.pop("problem")
+    exit_code = ExitCode(fields.pop("exit_code"))
+    return NemotronError(code, problem, exit_code=exit_code, **fields)
 
 
 def _here(number: int, task: Task) -> Outcome:
@@ -112,10 +145,7 @@ def _remote(number: int, task: Task) -> dict[str, Any]:
 
 def _received(answer: dict[str, Any]) -> Outcome:
     if "error" in answer:
-        fields = dict(answer["error"])
-        code, problem = fields.pop("code"), fields.pop("problem")
-        exit_code = ExitCode(fields.pop("exit_code"))
-        raise NemotronError(code, problem, exit_code=exit_code, **fields)
+        raise error_from(answer["error"])
     if "mismatch" in answer:
         raise EngineMismatchError(answer["mismatch"])
     return Outcome(*answer["outcome"])

@@ -6,7 +6,9 @@ a job array plan for themselves and agree.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,6 +50,13 @@ class Workspace:
         """Results of the second stage."""
         return self.root / "packs"
 
+    def clear(self) -> None:
+        """Remove all results; where nodes meet stays until they have parted."""
+        shutil.rmtree(self.tokens, ignore_errors=True)
+        shutil.rmtree(self.packs, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,6 +87,12 @@ class Job:
     workspace: Workspace
 
 
+def workspace_of(output: Path) -> Workspace:
+    """Return the work directory of an output."""
+    output = output.absolute()
+    return Workspace(output.with_name(f".{output.name}.work"))
+
+
 def plan_job(config: Config, blend: Sources, *, engine: str | None = None) -> Job:
     """Return what a config asks for, with every input read once for its digest.
 
@@ -93,8 +108,7 @@ def plan_job(config: Config, blend: Sources, *, engine: str | None = None) -> Jo
     template = template_text(config.chat_template, tokenizer)
     engine = engine or usable_engine(tokenizer, config.tokenization.engine)
     encoder = _encoder_settings(config, tokenizer, template, engine)
-    output = config.output_dir.absolute()
-    workspace = Workspace(output.with_name(f".{output.name}.work"))
+    workspace = workspace_of(config.output_dir)
     sources = plan_sources(
         blend.datasets,
         directory=workspace.tokens,

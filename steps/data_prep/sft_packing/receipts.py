@@ -36,11 +36,10 @@ def receipt_path(directory: Path, key: str) -> Path:
 
 def find_receipt(directory: Path, key: str) -> Receipt | None:
     """Return the receipt of a task if it is done and its files are what the receipt says."""
-    path = receipt_path(directory, key)
-    if not path.is_file():
+    if not receipt_path(directory, key).is_file():
         return None
     try:
-        receipt: Receipt = json.loads(path.read_bytes())
+        receipt = read_receipt(directory, key)
         is_whole = receipt["key"] == key and all(
             (directory / name).stat().st_size == entry["size_bytes"]
             and sha256_file(directory / name) == entry["sha256"]
@@ -49,6 +48,11 @@ def find_receipt(directory: Path, key: str) -> Receipt | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return receipt if is_whole else None
+
+
+def read_receipt(directory: Path, key: str) -> Receipt:
+    """Return the receipt of a task that this run has done, unchecked."""
+    return json.loads(receipt_path(directory, key).read_bytes())
 
 
 def write_receipt(directory: Path, key: str, content: Receipt, *, files: list[str]) -> Receipt:

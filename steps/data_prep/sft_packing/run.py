@@ -1,10 +1,15 @@
-"""A whole run: plan, tokenize, pack, publish; what an earlier run has done is not done again."""
+"""A whole run: plan, tokenize, pack, publish; what an earlier run has done is not done again.
+
+On several nodes the first one runs this; the others help it with both stages (see ``team.py``).
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +19,61 @@ from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.checks import datasets_of
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
-from nemotron.steps.data_prep.sft_packing.executors import (
-    Outcome,
-    Task,
-    available_cores,
-    run_tasks,
-)
-from nemotron.steps.data_prep.sft_packing.job import Job, Workspace, plan_job
+from nemotron.steps.data_prep.sft_packing.executors import Outcome, Task, run_tasks
+from nemotron.steps.data_prep.sft_packing.job import Job, Workspace, plan_job, workspace_of
 from nemotron.steps.data_prep.sft_packing.output import assemble
 from nemotron.steps.data_prep.sft_packing.progress import Progress
-from nemotron.steps.data_prep.sft_packing.receipts import Receipt
+from nemotron.steps.data_prep.sft_packing.receipts import Receipt, read_receipt
 from nemotron.steps.data_prep.sft_packing.schema import Config
 from nemotron.steps.data_prep.sft_packing.stages import Packing, plan_packing, tokenize_tasks
-
-# About two seconds of work.
-_WORKER_BYTES = 4 << 20
+from nemotron.steps.data_prep.sft_packing.team import Helper, Leader, Stage, role_of
 
 
-def pack_conversations(config: Config, producer: Producer) -> dict[str, Any]:
+def pack_conversations(config: Config, producer: Producer) -> dict[str, Any] | None:
     """Write the artifact that a config describes and return its properties.
+
+    Returns:
+        None on a node that helped another one, which writes and reports.
 
     Raises:
         NemotronError: Every error of the step's manifest.
     """
+    role = role_of(workspace_of(config.output_dir).root)
     with clear_write_errors(config.output_dir):
-        job = plan_job(config, datasets_of(config))
-        if config.force:
-            shutil.rmtree(job.workspace.root, ignore_errors=True)
-        elif (finished := _finished(config.output_dir, job.pack_key)) is not None:
-            print(f"{STEP}: {config.output_dir} is up to date, nothing to do", flush=True)
-            return finished
-        with publish(config.output_dir) as directory:
-            job, packing, receipts = _work(config, job)
-            properties = assemble(directory, job, packing, receipts, produced_by=producer)
-        _tidy(job, keep_tokens=config.keep_tokens)
+        if isinstance(role, Helper):
+            _help(config, role)
+            return None
+        with role.leading() if role is not None else nullcontext():
+            return _pack(config, producer, role)
+
+
+def _pack(config: Config, producer: Producer, leader: Leader | None) -> dict[str, Any]:
+    job = plan_job(config, datasets_of(config))
+    if config.force:
+        job.workspace.clear()
+    elif (finished := _finished(config.output_dir, job.pack_key)) is not None:
+        print(f"{STEP}: {config.output_dir} is up to date, nothing to do", flush=True)
+        return finished
+    with publish(config.output_dir) as directory:
+        job, packing, receipts = _work(config, job, leader)
+        properties = assemble(directory, job, packing, receipts, produced_by=producer)
+    _tidy(job, keep_tokens=config.keep_tokens)
     return properties
+
+
+def _help(config: Config, helper: Helper) -> None:
+    """Do this node's share of what the leader asks for."""
+    with helper.helping():
+        job = plan_job(config, datasets_of(config))
+        for order in helper.orders():
+            if job.encoder.engine != order.engine:
+                job = plan_job(config, job.blend, engine=order.engine)
+            tasks: Sequence[Task] = tokenize_tasks(job)
+            if order.stage == "pack":
+                receipts = [read_receipt(task.directory, task.key) for task in tasks]
+                job = replace(job, pack_key=order.pack_key)
+                tasks = packing_of(config, job, receipts).tasks
+            helper.do(order, tasks, partial(_run_here, config))
 
 
 def _finished(output: Path, pack_key: str) -> dict[str, Any] | None:
@@ -65,24 +90,35 @@ def _finished(output: Path, pack_key: str) -> dict[str, Any] | None:
     return artifact.properties
 
 
-def _work(config: Config, job: Job) -> tuple[Job, Packing, list[Receipt]]:
+def _work(config: Config, job: Job, leader: Leader | None) -> tuple[Job, Packing, list[Receipt]]:
     try:
-        receipts = run_stage(config, "tokenize", tokenize_tasks(job))
+        receipts = run_stage(config, "tokenize", tokenize_tasks(job), job, leader)
     except EngineMismatchError as error:
         print(f"{STEP}: kitoken and tokenizers differ, going on with tokenizers: {error}")
         job = plan_job(config, job.blend, engine="tokenizers")
-        receipts = run_stage(config, "tokenize", tokenize_tasks(job))
-    packing = plan_packing(
+        receipts = run_stage(config, "tokenize", tokenize_tasks(job), job, leader)
+    packing = packing_of(config, job, receipts)
+    return job, packing, run_stage(config, "pack", packing.tasks, job, leader)
+
+
+def packing_of(config: Config, job: Job, receipts: Sequence[Receipt]) -> Packing:
+    """Return the second stage of a run from the receipts of the first.
+
+    Raises:
+        NemotronError: As ``plan_packing``.
+    """
+    return plan_packing(
         job,
         receipts,
         max_bad_fraction=config.max_bad_fraction,
         sample=config.sample,
         sample_seed=config.sample_seed,
     )
-    return job, packing, run_stage(config, "pack", packing.tasks)
 
 
-def run_stage(config: Config, name: str, tasks: Sequence[Task]) -> list[Receipt]:
+def run_stage(
+    config: Config, name: Stage, tasks: Sequence[Task], job: Job, leader: Leader | None = None
+) -> list[Receipt]:
     """Run the tasks of a stage and say how far it is; return their receipts.
 
     Raises:
@@ -106,27 +142,35 @@ def run_stage(config: Config, name: str, tasks: Sequence[Task]) -> list[Receipt]
             tokens=counts["tokens"],
         )
 
-    receipts = run_tasks(
-        tasks,
-        num_workers=config.num_workers or _worth_starting(tasks),
-        mode=config.execution_mode,
-        on_done=on_done,
-    )
+    work = partial(_run_here, config)
+    if leader is None:
+        receipts = work(tasks, on_done)
+    else:
+        receipts = leader.share(
+            name,
+            tasks,
+            engine=job.encoder.engine,
+            pack_key=job.pack_key,
+            work=work,
+            on_done=on_done,
+        )
     progress.finish()
     return receipts
 
 
-def _worth_starting(tasks: Sequence[Task]) -> int:
-    """Return as many workers as have work for longer than it takes to start them."""
-    work = sum(task.size_bytes for task in tasks)
-    return min(available_cores(), 1 + work // _WORKER_BYTES)
+def _run_here(
+    config: Config, tasks: Sequence[Task], on_done: Callable[[Outcome], None]
+) -> list[Receipt]:
+    return run_tasks(
+        tasks, num_workers=config.num_workers, mode=config.execution_mode, on_done=on_done
+    )
 
 
 def _tidy(job: Job, *, keep_tokens: bool) -> None:
     """Remove what the next run cannot use: shards, and tokens of other inputs or templates."""
     workspace: Workspace = job.workspace
     if not keep_tokens:
-        shutil.rmtree(workspace.root, ignore_errors=True)
+        workspace.clear()
         return
     shutil.rmtree(workspace.packs, ignore_errors=True)
     keys = {task.key for task in tokenize_tasks(job)}

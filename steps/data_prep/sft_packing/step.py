@@ -14,7 +14,8 @@ def run(config: Config, producer: Producer) -> None:
     for error in check(config):
         raise error
     properties = pack_conversations(config, producer)
-    print(f"{STEP}: {config.output_dir}\n{format_report(properties)}", flush=True)
+    if properties is not None:
+        print(f"{STEP}: {config.output_dir}\n{format_report(properties)}", flush=True)
 
 
 def main() -> None:

@@ -21,12 +21,13 @@ from nemotron.steps.data_prep.sft_packing.checks import check, datasets_of
 from nemotron.steps.data_prep.sft_packing.executors import Task
 from nemotron.steps.data_prep.sft_packing.job import Job, plan_job
 from nemotron.steps.data_prep.sft_packing.receipts import find_receipt
-from nemotron.steps.data_prep.sft_packing.run import clear_write_errors, run_stage
+from nemotron.steps.data_prep.sft_packing.run import clear_write_errors, packing_of, run_stage
 from nemotron.steps.data_prep.sft_packing.schema import Config
-from nemotron.steps.data_prep.sft_packing.stages import plan_packing, tokenize_tasks
+from nemotron.steps.data_prep.sft_packing.stages import tokenize_tasks
+from nemotron.steps.data_prep.sft_packing.team import Stage
 
 
-def work(config: Config, *, stage: str, index: int, count: int) -> None:
+def work(config: Config, *, stage: Stage, index: int, count: int) -> None:
     """Run the tasks ``index``, ``index + count``, ... of a stage.
 
     Raises:
@@ -37,7 +38,7 @@ def work(config: Config, *, stage: str, index: int, count: int) -> None:
     with clear_write_errors(config.output_dir):
         job = plan_job(config, datasets_of(config))
         tasks = tokenize_tasks(job) if stage == "tokenize" else _pack_tasks(config, job)
-        run_stage(config, stage, tasks[index::count])
+        run_stage(config, stage, tasks[index::count], job)
 
 
 def _pack_tasks(config: Config, job: Job) -> Sequence[Task]:
@@ -47,13 +48,7 @@ def _pack_tasks(config: Config, job: Job) -> Sequence[Task]:
     if len(receipts) < len(tasks):
         problem = f"{len(tasks) - len(receipts)} of {len(tasks)} parts are not tokenized"
         raise step_error(STEP, "stage_unfinished", problem, where=str(job.workspace.tokens))
-    return plan_packing(
-        job,
-        receipts,
-        max_bad_fraction=config.max_bad_fraction,
-        sample=config.sample,
-        sample_seed=config.sample_seed,
-    ).tasks
+    return packing_of(config, job, receipts).tasks
 
 
 def main() -> None:

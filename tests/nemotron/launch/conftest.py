@@ -19,10 +19,13 @@ import pytest
 
 import nemotron as nemotron_package
 from nemotron.cli.app import main
+from nemotron.launch import cluster as slurm_commands
+from nemotron.launch import lepton_jobs
 
 RIG = Path(__file__).parent / "rig"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 # No container, no GPU, a partition; the interpreter that runs the tests.
+PYTHON = f"export PATH={Path(sys.executable).parent}:$PATH"
 PROFILE = f"""
 [rig]
 executor = "slurm"
@@ -30,8 +33,16 @@ container_image = ""
 gpus_per_node = 0
 partition = "main"
 time = "00:30:00"
-startup_commands = ["export PATH={Path(sys.executable).parent}:$PATH"]
+startup_commands = ["{PYTHON}"]
 """
+
+
+@pytest.fixture(autouse=True)
+def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask schedulers on this machine as often as they can bear it."""
+    monkeypatch.setattr(slurm_commands, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(slurm_commands, "POLL_SECONDS_OVER_SSH", 0.2)
+    monkeypatch.setattr(lepton_jobs, "POLL_SECONDS", 0.1)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,15 @@ def running(command: list[str]) -> Iterator[str]:
         process.wait(60)
 
 
+@contextmanager
+def open_cluster(root: Path, *options: str) -> Iterator[Path]:
+    """Run a cluster whose files are in ``root``; give that."""
+    command = [sys.executable, str(RIG / "slurm_rig.py"), str(root), *options]
+    with running(command) as first_line:
+        assert first_line == "up", "the cluster did not come up"
+        yield root
+
+
 @pytest.fixture(scope="session")
 def slurm_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Start the cluster; skip where it cannot be."""
@@ -122,10 +142,7 @@ def slurm_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip(f"a Slurm of our own needs {', '.join(missing)} (see .ci/run)")
     if subprocess.run(["unshare", "--net", "--mount", "true"], check=False).returncode:
         pytest.skip("a Slurm of our own needs namespaces, which root may not make here")
-    root = tmp_path_factory.mktemp("slurm")
-    command = [sys.executable, str(RIG / "slurm_rig.py"), str(root)]
-    with running(command) as first_line:
-        assert first_line == "up", "the cluster did not come up"
+    with open_cluster(tmp_path_factory.mktemp("slurm")) as root:
         yield root
 
 
@@ -138,14 +155,22 @@ class LoginNode:
     known_hosts: Path
     tools: Path
 
+    def profile(self, root: Path) -> str:
+        """Return the keys of a profile that reaches the cluster through it, with ``root`` there."""
+        return (
+            f'tunnel = "ssh"\nhost = "127.0.0.1"\nuser = "root"\nport = {self.port}\n'
+            f'identity = "{self.identity}"\nremote_job_dir = "{root}"\n'
+        )
 
-@pytest.fixture(scope="session")
-def login_node(slurm_rig: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoginNode]:
-    """Start a login node of the cluster."""
-    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
-    if sshd is None or shutil.which("rsync") is None or shutil.which("ssh") is None:
-        pytest.skip("a login node of our own needs sshd, ssh and rsync (see .ci/run)")
-    root = tmp_path_factory.mktemp("sshd")
+    def environment(self) -> dict[str, str]:
+        """Return the variables with which ``ssh`` finds it."""
+        path = f"{self.tools}:{os.environ['PATH']}"
+        return {"PATH": path, "RIG_KNOWN_HOSTS": str(self.known_hosts)}
+
+
+@contextmanager
+def open_login_node(root: Path, cluster: Path, sshd: str) -> Iterator[LoginNode]:
+    """Run a login node of a cluster, with its files in ``root``."""
     for name in ("host", "user"):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(root / name)]
         subprocess.run(command, check=True)
@@ -154,7 +179,7 @@ def login_node(slurm_rig: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         port = free.getsockname()[1]
     options = [f"HostKey {root}/host", f"AuthorizedKeysFile {root}/user.pub", f"Port {port}"]
     options += ["ListenAddress 127.0.0.1", f"PidFile {root}/pid", "StrictModes no", "UsePAM no"]
-    options += ["PasswordAuthentication no", f"SetEnv SLURM_CONF={slurm_rig}/slurm.conf"]
+    options += ["PasswordAuthentication no", f"SetEnv SLURM_CONF={cluster}/slurm.conf"]
     (root / "config").write_text("\n".join([*options, "Subsystem sftp internal-sftp\n"]))
     Path("/run/sshd").mkdir(exist_ok=True)
     (root / "known_hosts").write_text(f"[127.0.0.1]:{port} {(root / 'host.pub').read_text()}")
@@ -171,19 +196,27 @@ def login_node(slurm_rig: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         server.terminate()
 
 
+@pytest.fixture(scope="session")
+def login_node(slurm_rig: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoginNode]:
+    """Start a login node of the cluster."""
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if sshd is None or shutil.which("rsync") is None or shutil.which("ssh") is None:
+        pytest.skip("a login node of our own needs sshd, ssh and rsync (see .ci/run)")
+    with open_login_node(tmp_path_factory.mktemp("sshd"), slurm_rig, sshd) as node:
+        yield node
+
+
 @pytest.fixture
 def over_ssh(
     login_node: LoginNode, slurm: Path, demo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """Return a directory outside of the cluster; profile ``far`` reaches it over ssh."""
     monkeypatch.delenv("SLURM_CONF")
-    monkeypatch.setenv("PATH", f"{login_node.tools}:{os.environ['PATH']}")
-    monkeypatch.setenv("RIG_KNOWN_HOSTS", str(login_node.known_hosts))
+    for name, value in login_node.environment().items():
+        monkeypatch.setenv(name, value)
     with (slurm / "env.toml").open("a") as file:
         file.write(
-            f'[far]\nextends = "rig"\ntunnel = "ssh"\nhost = "127.0.0.1"\nuser = "root"\n'
-            f'port = {login_node.port}\nidentity = "{login_node.identity}"\n'
-            f'remote_job_dir = "{slurm}/far"\n'
+            f'[far]\nextends = "rig"\n{login_node.profile(slurm / "far")}'
             f'env_vars = {{ PYTHONPATH = "{os.environ["PYTHONPATH"]}", '
             f'DEMO_STEPS = "{demo_root}" }}\n'
         )

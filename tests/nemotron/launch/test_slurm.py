@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ def record(job_id: str) -> dict[str, Any]:
 def test_an_attached_job_streams_its_log_and_leaves_a_private_record(
     slurm: Path, nemotron: Nemotron
 ) -> None:
+    with (slurm / "env.toml").open("a") as file:
+        file.write("setup_lines = 'srun --ntasks=1 bash -c \"[ ! -t 1 ] || echo a terminal\"'\n")
     done = nemotron("steps", "run", "demo/make", "-r", "rig")
     assert done.code == 0, done.err
     assert "making\n" in done.out
     assert "scontrol show hostnames" not in done.out  # nemo-run's trace is not the job's log
+    assert "a terminal" not in done.out  # progress bars are not for logs
     assert (slurm / "out" / "make" / "made.txt").is_file()
     (job,) = nemotron("jobs", "list", "--json").data
     assert (job["status"], job["exit_code"], job["executor"]) == ("succeeded", 0, "slurm")
@@ -46,18 +50,22 @@ def test_a_failing_job_gives_its_own_exit_code_and_error(slurm: Path, nemotron: 
     assert (job["status"], job["exit_code"], job["error"]["code"]) == ("failed", 4, "too_odd")
 
 
-def test_a_job_that_dies_without_a_word_gives_the_code_that_slurm_has(
-    slurm: Path, nemotron: Nemotron
-) -> None:
-    assert nemotron("steps", "run", "demo/make", "-r", "rig", "behaviour=crash").code == 3
-
-
-def test_a_setup_that_fails_is_shown(slurm: Path, nemotron: Nemotron) -> None:
+def test_however_a_job_ends_its_code_is_that_of_the_job(slurm: Path, nemotron: Nemotron) -> None:
     with (slurm / "env.toml").open("a") as file:
+        file.write('[broken]\nextends = "rig"\n')
         file.write("setup_lines = \"echo 'no such module' >&2; exit 12\"\n")
-    done = nemotron("steps", "run", "demo/make", "-r", "rig")
-    assert done.code == 12
-    assert "no such module" in done.out
+    run = ("steps", "run", "demo/make", "-b")
+    ends = {
+        3: nemotron(*run, "rig", "behaviour=crash"),  # without a word
+        12: nemotron(*run, "broken"),  # before it came to the step
+        75: nemotron(*run, "rig", "behaviour=stop"),  # saved, to go on
+    }
+    for code, started in ends.items():
+        assert nemotron("jobs", "wait", started.out.strip()).code == code
+    found = {code: record(started.out.strip()) for code, started in ends.items()}
+    assert (found[75]["status"], found[75]["error"]) == ("preempted", None)
+    assert found[3]["error"]["code"] == found[12]["error"]["code"] == "job_failed"
+    assert "no such module" in nemotron("jobs", "logs", found[12]["id"]).out
 
 
 def test_a_detached_job_is_followed_and_waited_for_by_its_id(
@@ -116,19 +124,23 @@ def test_a_dry_run_prints_the_scripts_that_a_submission_executes(
 
 @pytest.mark.parametrize(("choice", "status"), [("leave", "running"), ("cancel", "cancelled")])
 def test_ctrl_c_cancels_or_leaves_the_job_as_asked(
-    slurm: Path, nemotron: Nemotron, launcher: Launcher, choice: str, status: str
+    slurm: Path, nemotron: Nemotron, until: Callable[..., Any], choice: str, status: str
 ) -> None:
+    def press_ctrl_c() -> None:
+        logs = ".nemotron/nemo-run/experiments/nemotron/*/*/log-*.out"
+        until(lambda: any("making" in path.read_text() for path in slurm.glob(logs)))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pressing = threading.Thread(target=press_ctrl_c)
+    pressing.start()
     words = ("steps", "run", "demo/make", "-r", "rig", "behaviour=sleep")
-    with launcher(*words, "--on-interrupt", choice) as process:
-        assert process.stdout is not None
-        assert "making" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    done = nemotron(*words, "--on-interrupt", choice)
+    pressing.join()
+    assert done.code == 130, done.err
     (job,) = nemotron("jobs", "list", "--json").data
-    assert job["status"] == status, err
+    assert job["status"] == status, done.err
     if choice == "leave":
-        assert f"nemotron jobs logs -f {job['id']}" in err
+        assert f"nemotron jobs logs -f {job['id']}" in done.err
         nemotron("jobs", "cancel", job["id"])
 
 
@@ -154,27 +166,6 @@ def test_a_job_that_slurm_has_forgotten_is_known_by_what_it_left(
     text["placement"]["id"] = "4000000"  # no such job, as after Slurm's MinJobAge
     path.write_text(json.dumps(text))
     assert nemotron("jobs", "wait", job_id).code == 4
-
-
-def test_two_nodes_share_one_job_and_rank_0_is_on_the_first(
-    slurm: Path, nemotron: Nemotron
-) -> None:
-    assert nemotron("steps", "run", "demo/make").code == 0
-    done = nemotron(
-        *("steps", "run", "demo/train", "-r", "rig", "run.env.nodes=2"),
-        *("run.env.gpus_per_node=1", "run.env.container_image=null"),
-    )
-    assert done.code == 0, done.out + done.err
-    assert (slurm / "out" / "train" / "rank0.txt").is_file()
-    assert (slurm / "out" / "train" / "rank1.txt").is_file()
-    assert "Traceback" not in done.out
-
-
-def test_a_job_that_stopped_to_go_on_ends_with_75(slurm: Path, nemotron: Nemotron) -> None:
-    done = nemotron("steps", "run", "demo/make", "-r", "rig", "behaviour=stop")
-    assert done.code == 75
-    (job,) = nemotron("jobs", "list", "--json").data
-    assert (job["status"], job["error"]) == ("preempted", None)
 
 
 def start_now(job_id: str, nemotron: Nemotron, until: Callable[..., Any]) -> None:

@@ -13,29 +13,29 @@ Nemotron = Callable[..., Any]
 RUN = ("steps", "run", "demo/make")
 
 
-def test_a_job_is_submitted_followed_and_cancelled_over_ssh(
-    over_ssh: Path, nemotron: Nemotron, until: Callable[..., Any]
-) -> None:
+def test_a_job_is_submitted_and_followed_over_ssh(over_ssh: Path, nemotron: Nemotron) -> None:
     done = nemotron(*RUN, "-r", "far", "behaviour=refuse")
     assert done.code == 4, done.err + done.out
     assert "making\n" in done.out
     assert (over_ssh / "far" / "workspace").is_dir()
     assert stat.S_IMODE((over_ssh / "far").stat().st_mode) == 0o700
-    job_id = nemotron(*RUN, "-b", "far", "behaviour=sleep").out.strip()
-    until(lambda: "making" in nemotron("jobs", "logs", job_id).out)
-    assert nemotron("jobs", "cancel", job_id).code == 0
-    assert nemotron("jobs", "wait", job_id).code == 130
-    assert "127.0.0.1" in nemotron("jobs", "status", job_id).out
 
 
-def test_a_secret_reaches_the_job_and_stays_in_no_file(
-    over_ssh: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+def test_a_secret_reaches_a_job_and_stays_in_no_file_also_when_it_is_cancelled(
+    over_ssh: Path,
+    nemotron: Nemotron,
+    until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hunter2 'hunter2'")
     python = (over_ssh / "env.toml").read_text().partition('["')[2].partition('"]')[0]
-    show = f"run.env.startup_commands=['{python}', 'echo ${{#HF_TOKEN}} characters']"
-    done = nemotron(*RUN, "-r", "far", "run.env.secrets=[HF_TOKEN]", show.replace("${", "\\${"))
-    assert "17 characters\n" in done.out, done.err + done.out
+    show = f"run.env.startup_commands=['{python}', 'echo \\${{#HF_TOKEN}} characters']"
+    words = ("run.env.secrets=[HF_TOKEN]", show, "behaviour=sleep")
+    job_id = nemotron(*RUN, "-b", "far", *words).out.strip()
+    until(lambda: "17 characters\nmaking" in nemotron("jobs", "logs", job_id).out)
+    assert nemotron("jobs", "cancel", job_id).code == 0
+    assert nemotron("jobs", "wait", job_id).code == 130
+    assert "127.0.0.1" in nemotron("jobs", "status", job_id).out
     files = [path for path in over_ssh.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if b"hunter2" in path.read_bytes()]

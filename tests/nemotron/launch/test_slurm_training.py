@@ -29,6 +29,7 @@ def test_a_run_stopped_on_two_nodes_and_queued_again_equals_one_on_this_machine(
     local = nemotron(*TRAIN, "checkpoint.save=local")  # makes the packs and the base first
     assert local.code == 0, local.err
     options = ("run.env.nodes=2", "run.env.requeue=true", "checkpoint.save=remote")
+    options += ("run.env.gpus_per_node=1",)  # asked of Slurm, not of torch
     job_id = nemotron(*TRAIN, "-b", "rig", *options).out.strip()
     until(lambda: losses(cluster / "remote"), 120)
     number = nemotron("jobs", "status", job_id, "--json").data["placement"]["id"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import nemotron as nemotron_package
+from nemotron import catalog
 from nemotron.launch import lepton, lepton_jobs
 
 Nemotron = Callable[..., Any]
@@ -116,21 +119,48 @@ def test_a_workspace_that_does_not_answer_is_left_soon(
     assert "error[workspace_silent]" in done.err
 
 
-def test_an_attached_run_outlives_a_moment_without_the_workspace(
+def test_who_follows_outlives_a_workspace_that_stumbles_but_not_one_that_refuses(
     workspace: Any, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lepton_jobs, "_TIMEOUT_SECONDS", 0.3)
     job_id = nemotron(*RUN, "-b", "lepton").out.strip()
-    ask, answers = workspace.answer, []
+    workspace.faults["GET /jobs/[^/]+"] = 401
+    refused = nemotron("jobs", "wait", job_id)
+    assert refused.code == 9
+    assert "error[workspace_refused]" in refused.err
+    assert record(job_id)["exit_code"] is None  # of the job nothing is known yet
+    workspace.faults.clear()
+    ask, answers = workspace.answer, [503, 429, 500, 0]
 
     def failing(method: str, path: str, body: Any) -> tuple[int, Any]:
-        answers.append(path)
-        return (503, {}) if len(answers) < 3 else ask(method, path, body)
+        if not answers:
+            return ask(method, path, body)
+        status = answers.pop()
+        time.sleep(0 if status else 0.5)  # no answer in time
+        return status or 200, {}
 
     monkeypatch.setattr(workspace, "answer", failing)
     followed = nemotron("jobs", "logs", "-f", job_id)
-    assert followed.code == 0
+    assert followed.code == 0, followed.err
+    assert not answers
     assert "trying again" in followed.err
     assert "making\n" in followed.out
+
+
+def test_the_tiny_example_does_not_fit_and_what_is_not_on_the_storage_is_named(
+    workspace: Any, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged = Path(nemotron_package.__file__).parent / "steps"
+    monkeypatch.setattr(catalog, "steps_root", lambda: packaged)
+    unfit = nemotron("steps", "run", "data_prep/sft_packing", "-c", "tiny", "-r", "lepton")
+    assert unfit.code == 3
+    assert "error[code_too_large]" in unfit.err
+    assert "point the config at files of that storage" in unfit.err
+    assert not workspace.jobs
+    done = nemotron("steps", "run", "convert/merge_lora", "-c", "tiny", "-r", "lepton")
+    assert done.code == 3, done.out + done.err
+    assert "[missing_adapter]" in done.err
+    assert "adapter files are at output/peft/megatron_bridge/tiny" in done.err
 
 
 def test_a_job_that_the_workspace_has_forgotten_is_lost(workspace: Any, nemotron: Nemotron) -> None:

@@ -17,6 +17,8 @@ for place in proc sys dev tmp run; do
     mkdir -p "root/$place"
     mount --rbind "/$place" "root/$place"
 done
+# As enroot does: a container knows the names of the cluster.
+mount --bind /etc/hosts root/etc/hosts
 IFS=,
 for pair in $RIG_MOUNTS; do
     source=${pair%%:*} target=${pair#*:}

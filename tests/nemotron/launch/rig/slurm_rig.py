@@ -1,12 +1,14 @@
 """A real Slurm cluster of two nodes on this machine, for as long as standard input stays open.
 
-    python slurm_rig.py DIRECTORY
+    python slurm_rig.py DIRECTORY [--accounting]
 
 Each node is a slurmd in network, host-name and mount namespaces of its own, so that what crosses
 nodes crosses a network. Prints one line once both nodes are idle; ``DIRECTORY/environment`` then
 has the variables that clients need. Ends with the process that started it, however that ends.
 Needs root and Debian's packages slurmctld, slurmd, slurm-client, munge, iproute2, util-linux; with
 gcc, libslurm-dev and squashfs-tools it also has ``srun --container-image`` (see pyxis.c).
+``--accounting`` adds slurmdbd over a MariaDB of its own (slurmdbd, slurm-wlm-mysql-plugin,
+mariadb-server), which is what ``sacct`` asks.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounting}
 ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -60,6 +62,24 @@ GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
+ACCOUNTING = """AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port}
+AccountingStoragePass={root}/munge.socket"""
+DATABASE_DAEMON = """AuthType=auth/munge
+AuthInfo=socket={root}/munge.socket
+DbdHost={head}
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm
+LogFile={root}/slurmdbd.log
+PidFile={root}/slurmdbd.pid
+"""
 NODE = (
     "NodeName={name} NodeHostname={name} NodeAddr={address} Port={port} CPUs={cpus} Boards=1 "
     "SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=16000 Gres=gpu:{gpus}"
@@ -69,8 +89,9 @@ NODE = (
 class Rig:
     """The daemons and the network; every part is undone by ``close``, the last one first."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, has_accounting: bool) -> None:
         self.root = root
+        self._has_accounting = has_accounting
         self._undo = contextlib.ExitStack()
         # One number keeps the names, addresses and ports of several rigs apart.
         self._number = os.getpid() % 10_000
@@ -83,6 +104,8 @@ class Rig:
         self._lay_network()
         self._configure()
         self._start_munge()
+        if self._has_accounting:
+            self._start_accounting()
         self._start("slurmctld", ["slurmctld", "-D", "-c"])
         for name in NODES:
             command = f"hostname {name}; mount --bind {self.root}/hosts /etc/hosts; "
@@ -139,6 +162,7 @@ class Rig:
             port=self._port,
             root=self.root,
             nodes="\n".join(nodes),
+            accounting=self._accounting(ACCOUNTING) if self._has_accounting else NO_ACCOUNTING,
         )
         (self.root / "slurm.conf").write_text(text)
         # slurmd looks for cgroups that nothing here uses; this plugin needs none to be mounted.
@@ -180,6 +204,34 @@ class Rig:
         self._start("munged", ["munged", "--foreground", "--force", *options])
         _until(socket.exists, "munged")
 
+    def _accounting(self, text: str) -> str:
+        head = os.uname().nodename.partition(".")[0]
+        return text.format(root=self.root, head=head, port=self._port + 2)
+
+    def _start_accounting(self) -> None:
+        """Start slurmdbd over a database of its own, which listens on a socket only."""
+        data, socket = self.root / "database", self.root / "database.socket"
+        own = ["--no-defaults", "--user=root", f"--datadir={data}"]
+        _do(
+            "mariadb-install-db", *own, "--skip-test-db", "--auth-root-authentication-method=socket"
+        )
+        options = [
+            f"--socket={socket}",
+            f"--pid-file={self.root}/database.pid",
+            "--skip-networking",
+        ]
+        options += ["--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M"]
+        options += ["--innodb-lock-wait-timeout=900", "--skip-log-bin"]
+        self._start("database", ["mariadbd", *own, *options])
+        ping = ("mariadb-admin", "--no-defaults", f"--socket={socket}", "ping")
+        _until(lambda: "alive" in _try(*ping), "the database")
+        configuration = self.root / "slurmdbd.conf"
+        configuration.write_text(self._accounting(DATABASE_DAEMON))
+        configuration.chmod(0o600)
+        os.environ["MYSQL_UNIX_PORT"] = str(socket)
+        self._start("slurmdbd", ["slurmdbd", "-D"])
+        _until(lambda: "rig" in _try("sacctmgr", "-i", "-n", "add", "cluster", "rig"), "slurmdbd")
+
     def _start(self, name: str, command: list[str]) -> None:
         with (self.root / f"{name}.out").open("wb") as out:
             process = subprocess.Popen(
@@ -202,7 +254,7 @@ class Rig:
 
 
 def _do(*command: str) -> None:
-    subprocess.run(command, check=True, timeout=30)
+    subprocess.run(command, check=True, timeout=30, stdout=subprocess.DEVNULL)
 
 
 def _try(*command: str) -> str:
@@ -229,7 +281,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    rig = Rig(Path(sys.argv[1]).absolute())
+    rig = Rig(Path(sys.argv[1]).absolute(), has_accounting="--accounting" in sys.argv[2:])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -18,6 +18,7 @@ from nemotron.errors import NemotronError
 from nemotron.steps.data_prep.sft_packing.executors import run_tasks
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 from nemotron.steps.data_prep.sft_packing.schema import Config
+from nemotron.steps.data_prep.sft_packing.team import Stage
 from nemotron.steps.data_prep.sft_packing.worker import work
 
 MakeRows = Callable[..., list[dict[str, Any]]]
@@ -64,7 +65,8 @@ def test_one_two_and_four_workers_and_a_job_array_write_the_same_bytes(
     config = config_of(corpus, tokenizer_dir, **settings)
     with pytest.raises(NemotronError, match="9 of 9 parts are not tokenized"):
         work(config, stage="pack", index=0, count=2)
-    for stage, count in (("tokenize", 4), ("pack", 2)):
+    stages: tuple[tuple[Stage, int], ...] = (("tokenize", 4), ("pack", 2))
+    for stage, count in stages:
         for index in reversed(range(count)):
             work(config, stage=stage, index=index, count=count)
     before = receipts_of(tmp_path / ".by-array.work")
@@ -226,6 +228,8 @@ class Dying:
     """A task that ends its process."""
 
     size_bytes = 1
+    key = ""
+    directory = Path()
 
     def run(self) -> tuple[Receipt, bool]:
         os._exit(9)

@@ -1,0 +1,266 @@
+"""One run on several nodes: the first node leads it, the others do their share of each stage.
+
+They meet in a directory of the work directory beside the output, the *board*, which has to be on a
+file system that all of them see; there is no other connection. The leader writes down what is to be
+done, the others what they have done of it. Each plans the tasks for itself, from the same config
+and files, and takes every N-th. A node that dies ends the job, by its scheduler; the receipts of
+what was done stay, and the same command goes on from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nemotron.artifacts import sha256_json
+from nemotron.errors import NemotronError
+from nemotron.steps._entry import step_error
+from nemotron.steps.data_prep.sft_packing.blend import STEP
+from nemotron.steps.data_prep.sft_packing.board import Note, NoteFile
+from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
+from nemotron.steps.data_prep.sft_packing.executors import Outcome, Task, error_from, largest_first
+from nemotron.steps.data_prep.sft_packing.receipts import Receipt, read_receipt
+
+Stage = Literal["tokenize", "pack"]
+OnDone = Callable[[Outcome], None]
+# Runs tasks on this node, and tells of each.
+Work = Callable[[Sequence[Task], OnDone], object]
+# How long nodes of one job may start apart: an image may be pulled on one and be there on another.
+_MEET_SECONDS = 600.0
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the leader asks for.
+
+    Attributes:
+        number: Of this stage in the run.
+        stage: Its name.
+        engine: What encodes.
+        pack_key: Digest of everything that the output depends on. It has paths in it, which may
+            differ from node to node, so there is one for all.
+        tasks: Digest of the keys of the tasks, which must be the same on all nodes.
+    """
+
+    number: int
+    stage: Stage
+    engine: str
+    pack_key: str
+    tasks: str
+
+
+class Leader:
+    """The first node, which plans, publishes and reports.
+
+    Args:
+        board: The directory where the nodes meet.
+        count: How many nodes there are.
+    """
+
+    def __init__(self, board: Path, count: int) -> None:
+        self._board = board
+        self._count = count
+        self._own = NoteFile(board / "node-0")
+        self._others = [NoteFile(board / f"node-{index}") for index in range(1, count)]
+        self._num_orders = 0
+        self._num_left = 0
+
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """Open the board; at the end send the others home and take it away."""
+        self._board.mkdir(parents=True, exist_ok=True)
+        try:
+            self._own.append(here=socket.gethostname())
+            yield
+            self._own.append(end=True)
+            _wait(self._have_left, _MEET_SECONDS)
+        finally:
+            # Renamed first: nobody can write into it while it is removed.
+            gone = self._board.with_name(f"{self._board.name}.gone")
+            with contextlib.suppress(OSError):
+                self._board.rename(gone)
+                shutil.rmtree(gone)
+                self._board.parent.rmdir()
+
+    def share(
+        self,
+        stage: Stage,
+        tasks: Sequence[Task],
+        *,
+        engine: str,
+        pack_key: str,
+        work: Work,
+        on_done: OnDone,
+    ) -> list[Receipt]:
+        """Do this node's share of a stage, wait for the others', return all receipts in order.
+
+        Args:
+            stage: Which.
+            tasks: All of its tasks.
+            engine: What encodes.
+            pack_key: Digest of everything that the output depends on.
+            work: How tasks are run here.
+            on_done: Told of every task of every node.
+
+        Raises:
+            NemotronError: What ``work`` raises, on any node; ``nodes_apart``.
+            EngineMismatchError: On any node.
+        """
+        order = Order(self._num_orders, stage, engine, pack_key, _digest(tasks))
+        self._num_orders += 1
+        self._own.append(order=vars(order))
+        receipts: list[Receipt] = [{}] * len(tasks)
+        missing = set(range(len(tasks)))
+
+        def done(outcome: Outcome) -> None:
+            missing.remove(outcome.number)
+            receipts[outcome.number] = outcome.receipt
+            on_done(outcome)
+
+        def collect() -> None:
+            for note in self._told(order):
+                task = tasks[note["task"]]
+                receipt = read_receipt(task.directory, task.key)
+                done(Outcome(note["task"], receipt, note["was_done"], note["peak_bytes"]))
+
+        mine = _share(tasks, 0, self._count)
+
+        def done_here(outcome: Outcome) -> None:
+            done(outcome._replace(number=mine[outcome.number]))
+            collect()
+
+        work([tasks[number] for number in mine], done_here)
+        end = time.monotonic() + _MEET_SECONDS
+        while missing:
+            collect()
+            if time.monotonic() > end and not all(other.exists() for other in self._others):
+                raise _apart("a node has not come to it", self._board)
+            time.sleep(_POLL_SECONDS)
+        return receipts
+
+    def _told(self, order: Order) -> list[Note]:
+        """Return what the others have done of a stage since the last time."""
+        notes = [note for other in self._others for note in other.read_new()]
+        for note in notes:
+            if "error" in note:
+                raise error_from(note["error"])
+        of_stage = [note for note in notes if note.get("stage") == order.number]
+        for note in of_stage:
+            if "mismatch" in note:
+                raise EngineMismatchError(note["mismatch"])
+        return of_stage
+
+    def _have_left(self) -> bool:
+        notes = [note for other in self._others for note in other.read_new()]
+        self._num_left += sum("left" in note for note in notes)
+        return self._num_left == len(self._others)
+
+
+class Helper:
+    """A node that does its share of what the leader asks for.
+
+    Args:
+        board: The directory where the nodes meet.
+        count: How many nodes there are.
+        index: The number of this one, from 1.
+    """
+
+    def __init__(self, board: Path, count: int, index: int) -> None:
+        self._board = board
+        self._count = count
+        self._index = index
+        self._own = NoteFile(board / f"node-{index}")
+        self._leader = NoteFile(board / "node-0")
+
+    @contextlib.contextmanager
+    def helping(self) -> Iterator[None]:
+        """Wait for the leader; tell it if the block fails.
+
+        Raises:
+            NemotronError: ``nodes_apart``.
+        """
+        if not _wait(self._leader.exists, _MEET_SECONDS):
+            raise _apart("the first node has not come to it", self._board)
+        self._own.append(here=socket.gethostname())
+        try:
+            yield
+        except NemotronError as error:
+            self._own.append(error=error.to_dict())
+            raise
+
+    def orders(self) -> Iterator[Order]:
+        """Yield what the leader asks for, until it sends its helpers home or fails."""
+        while self._board.is_dir():
+            for note in self._leader.read_new():
+                if "order" in note:
+                    yield Order(**note["order"])
+                elif "end" in note:
+                    self._own.append(left=True)
+                    return
+            time.sleep(_POLL_SECONDS)
+
+    def do(self, order: Order, tasks: Sequence[Task], work: Work) -> None:
+        """Do this node's share of a stage and tell the leader.
+
+        Raises:
+            NemotronError: What ``work`` raises; ``nodes_apart``: these are other tasks.
+        """
+        if _digest(tasks) != order.tasks:
+            problem = f"this node sees other inputs to {order.stage} than the first one"
+            raise step_error(STEP, "nodes_apart", problem, where=str(self._board))
+        mine = _share(tasks, self._index, self._count)
+
+        def done(outcome: Outcome) -> None:
+            told = {"was_done": outcome.was_done, "peak_bytes": outcome.peak_bytes}
+            self._own.append(stage=order.number, task=mine[outcome.number], **told)
+
+        try:
+            work([tasks[number] for number in mine], done)
+        except EngineMismatchError as error:
+            self._own.append(stage=order.number, mismatch=str(error))
+
+
+def role_of(work: Path, environment: Mapping[str, str] = os.environ) -> Leader | Helper | None:
+    """Return what this node is to a run of several; None where it is alone.
+
+    Args:
+        work: The work directory, in which the board is.
+        environment: ``NEMOTRON_NODES`` and ``NEMOTRON_NODE``, which the job's script sets, and
+            ``NEMOTRON_JOB`` and ``NEMOTRON_START``, which tell this run from others.
+    """
+    count = int(environment.get("NEMOTRON_NODES", "1"))
+    if count == 1:
+        return None
+    board = work / f"nodes-{environment['NEMOTRON_JOB']}-{environment['NEMOTRON_START']}"
+    index = int(environment["NEMOTRON_NODE"])
+    return Helper(board, count, index) if index else Leader(board, count)
+
+
+def _digest(tasks: Sequence[Task]) -> str:
+    return sha256_json([task.key for task in tasks])
+
+
+def _share(tasks: Sequence[Task], index: int, count: int) -> list[int]:
+    return largest_first(tasks)[index::count]
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _apart(problem: str, board: Path) -> NemotronError:
+    found = f"{problem} within {_MEET_SECONDS:.0f} s, or sees another directory there"
+    return step_error(STEP, "nodes_apart", found, where=str(board))
