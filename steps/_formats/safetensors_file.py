@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.hashed_file import HashedFile
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, damaged
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -102,8 +103,8 @@ def write_safetensors(
     dtype: Callable[[str], torch.dtype],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a safetensors file, reading and holding one tensor at a time.
+) -> str:
+    """Write a safetensors file, reading and holding one tensor at a time; return its sha256.
 
     Tensors of wider types come first, so that every tensor is aligned to its own width.
 
@@ -129,13 +130,15 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
+    with HashedFile(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
             tensor = read(name)
             if tuple(tensor.shape) != shape(name) or tensor.dtype != dtype(name):
                 raise ValueError(f"{name} is not of the shape and type announced")
             stream.write(raw_bytes(tensor))
+            del tensor  # before the next one is there
+    return stream.sha256
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

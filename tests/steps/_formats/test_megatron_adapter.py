@@ -19,7 +19,8 @@ from nemotron.steps._formats.lora import fused_factors
 from nemotron.steps._formats.megatron_adapter import open_megatron_adapter
 from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
 from nemotron.steps._formats.megatron_files import write_iteration_files
-from nemotron.steps._formats.torch_dist import TorchDistReader, TorchDistWriter
+from nemotron.steps._formats.torch_dist import TorchDistReader
+from nemotron.steps._formats.torch_dist_writer import torch_dist_writer
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import lora_shapes
 
@@ -64,7 +65,7 @@ def save(
     """Write a checkpoint as Megatron-Bridge does, whatever is in it."""
     directory = root / "iter_0000020"
     directory.mkdir(parents=True)
-    with TorchDistWriter(directory) as writer:
+    with torch_dist_writer(directory) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     peft = {"_target_": f"megatron.bridge.peft.{kind}", "dim": RANK, "alpha": ALPHA}
