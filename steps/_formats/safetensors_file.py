@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.hashed_file import HashedFile
+from nemotron.steps._formats.mapped_bytes import map_tensor
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, damaged
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -63,19 +64,17 @@ class SafetensorsFile:
             raise damaged(path, f"the file has {size_bytes} bytes; its header says {end}")
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, copied from the file.
+        """Return one tensor, which lies in the page cache until it is used; see ``map_tensor``.
 
         Raises:
             NemotronError: ``weights_dtype`` (as ``dtype``) or ``artifact_damaged``.
         """
         entry = self.entries[name]
         dtype = self.dtype(name)
-        content = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        with self.path.open("rb") as stream:
-            stream.seek(entry.start)
-            if stream.readinto(content.numpy().data) != content.numel():
-                raise damaged(self.path, f"{name} is cut short")
-        return content.view(dtype).reshape(entry.shape)
+        try:
+            return map_tensor(self.path, start=entry.start, shape=entry.shape, dtype=dtype)
+        except ValueError:
+            raise damaged(self.path, f"{name} is cut short") from None
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of one tensor.

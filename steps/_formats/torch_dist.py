@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.mapped_bytes import map_tensor
 from nemotron.steps._formats.weights import damaged
 
 METADATA_FILE = ".metadata"
@@ -146,9 +147,7 @@ class TorchDistReader:
     def _load(self, name: str, chunk: Chunk) -> Tensor:
         path = self.directory / chunk.file
         try:
-            with path.open("rb", buffering=0) as stream:
-                part = io.BufferedReader(_Part(stream, chunk.start, chunk.length_bytes))
-                tensor = torch.load(part, map_location="cpu", weights_only=True)
+            tensor = _load_part(path, chunk)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
             raise damaged(path, f"{name} at byte {chunk.start} does not load: {error}") from None
         is_tensor = isinstance(tensor, Tensor) and tensor.dtype == self.dtype(name)
@@ -171,6 +170,22 @@ class TorchDistReader:
             if size_bytes < end:
                 problem = f"the file has {size_bytes} bytes; .metadata needs {end}"
                 raise damaged(path, problem)
+
+
+def _load_part(path: Path, chunk: Chunk) -> Any:
+    """Return what ``torch.load`` makes of a byte range; a contiguous tensor is not copied."""
+    with path.open("rb", buffering=0) as stream:
+        part = io.BufferedReader(_Part(stream, chunk.start, chunk.length_bytes))
+        described = torch.load(part, map_location="meta", weights_only=True)
+        if isinstance(described, Tensor) and described.is_contiguous():
+            storage = described.untyped_storage()
+            start: int | None = getattr(storage, "_checkpoint_offset", None)
+            is_all = described.nbytes == storage.nbytes()
+            if start is not None and is_all and start + described.nbytes <= chunk.length_bytes:
+                shape, dtype = tuple(described.shape), described.dtype
+                return map_tensor(path, start=chunk.start + start, shape=shape, dtype=dtype)
+        part.seek(0)
+        return torch.load(part, map_location="cpu", weights_only=True)
 
 
 class _Part(io.RawIOBase):

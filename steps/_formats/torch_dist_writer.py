@@ -32,6 +32,8 @@ from nemotron.steps._formats.hashed_file import HashedFile
 from nemotron.steps._formats.torch_dist import METADATA_FILE
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES
 
+_ALIGNMENT_BYTES = 64  # torch.save keeps to it within what it writes
+
 
 @dataclass(frozen=True)
 class StoredItem:
@@ -126,6 +128,7 @@ class TorchDistFile:
         self.items.append(StoredItem(name, self._name, *self._append(name, value)))
 
     def _append(self, name: str, value: Any) -> tuple[int, int]:
+        self._stream.write(bytes(-self._stream.size_bytes % _ALIGNMENT_BYTES))
         start = self._stream.size_bytes
         torch.save(value, self._stream)  # type: ignore[arg-type] (it needs write() only)
         return start, self._stream.size_bytes - start

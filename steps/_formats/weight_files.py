@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def write_files(
 
     files = list(files)
     with ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:
+        # Settings of torch are the caller's, whichever way torch keeps them.
+        running = [threads.submit(copy_context().run, write_or_find, file) for file in files]
         try:
-            return dict(zip(files, threads.map(write_or_find, files), strict=True))
+            return {file: each.result() for file, each in zip(files, running, strict=True)}
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise

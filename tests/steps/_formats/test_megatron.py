@@ -48,7 +48,7 @@ def _rewrite(root: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]
     """Replace the tensors of an iteration by what ``change`` makes of them."""
     iteration_dir = root / "iter_0000000"
     reader = TorchDistReader(iteration_dir)
-    tensors = change({name: reader.read(name) for name in reader.names})
+    tensors = change({name: reader.read(name).clone() for name in reader.names})
     with torch_dist_writer(iteration_dir) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)

@@ -128,7 +128,7 @@ def poison(root: Path, where: str, payload: Payload) -> None:
         (directory / ".metadata").write_bytes(pickle.dumps(metadata))
     elif where in ("a tensor", "common_state"):
         reader = TorchDistReader(directory)
-        tensors = {name: reader.read(name) for name in reader.names}
+        tensors = {name: reader.read(name).clone() for name in reader.names}
         first = next(iter(tensors))
         with torch_dist_writer(directory) as writer:
             for name, tensor in tensors.items():

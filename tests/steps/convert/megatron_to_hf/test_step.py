@@ -44,7 +44,7 @@ def foreign(base: Path) -> Path:
     (base / "artifact.json").unlink()
     directory = base / "iter_0000000"
     reader = TorchDistReader(directory)
-    weights = {name: reader.read(name) for name in reader.names}
+    weights = {name: reader.read(name).clone() for name in reader.names}
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         weights[name] = torch.cat([weights[name], torch.ones(3, weights[name].shape[1])])
     with torch_dist_writer(directory) as writer:
