@@ -184,20 +184,29 @@ def publish(directory: Path, *, resume_key: str | None = None) -> Iterator[Path]
     directory.parent.mkdir(parents=True, exist_ok=True)
     with hold(directory):
         partial = directory.with_name(f".{directory.name}.partial")
-        _prepare(partial, resume_key)
+        notes = directory.with_name(f".{directory.name}{RESUME_DIR}")
+        _prepare(partial, notes, resume_key)
         try:
             yield partial
             _make_durable(partial)
-            shutil.rmtree(partial / RESUME_DIR, ignore_errors=True)
+            if resume_key is not None:
+                (partial / RESUME_DIR).rename(notes)
             _swap(partial, directory)
+            shutil.rmtree(notes, ignore_errors=True)
         except BaseException as error:
             if resume_key is None or isinstance(error, NemotronError):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
-def _prepare(partial: Path, resume_key: str | None) -> None:
-    """Make the directory, or keep it as it is where it was left by a run with the same key."""
+def _prepare(partial: Path, notes: Path, resume_key: str | None) -> None:
+    """Make the directory, or keep it as it is where it was left by a run with the same key.
+
+    Of a run that was killed when all was done but the name, the notes lie beside the directory.
+    """
+    if partial.is_dir() and notes.is_dir() and not (partial / RESUME_DIR).exists():
+        notes.rename(partial / RESUME_DIR)
+    shutil.rmtree(notes, ignore_errors=True)
     key_file = partial / RESUME_DIR / _KEY_FILE
     if resume_key is not None and key_file.is_file() and key_file.read_text() == resume_key:
         for name in (MANIFEST, f".{MANIFEST}.partial"):

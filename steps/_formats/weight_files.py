@@ -60,10 +60,10 @@ def write_files(
         found = _find_receipt(root, file)
         if found is not None:
             return found
-        receipt = write(file)
+        text = json.dumps(write(file))
         if (root / RESUME_DIR).is_dir():
-            write_text(_receipt_path(root, file), json.dumps(receipt))
-        return receipt
+            write_text(_receipt_path(root, file), text)
+        return json.loads(text)  # as it will be found: pickle tells equal strings from the same
 
     files = list(files)
     with ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:

@@ -96,6 +96,7 @@ def test_every_slice_is_that_of_the_whole_tensor(tmp_path: Path) -> None:
         [slice(first, last) for first, last in itertools.combinations(range(size + 1), 2)]
         for size in whole.shape
     ]
+    cuts[2] = cuts[2][::4]  # no chunk ends within these
     for index in itertools.product(*cuts):
         assert torch.equal(reader.read(STACKED, index), whole[index])
     assert torch.equal(reader.read(STACKED, [slice(1, 2)]), whole[1:2])
