@@ -114,6 +114,13 @@ class TorchDistReader:
         """Return the type of a tensor."""
         return self._tensors[name].properties.dtype
 
+    def starts(self, name: str, dim: int) -> tuple[int, ...]:
+        """Return where the chunks of a tensor begin along a dimension, from the first to the last.
+
+        That is how its writer had split it.
+        """
+        return tuple(sorted({chunk.offsets[dim] for chunk in self._chunks[name]}))
+
     def read(self, name: str, index: Sequence[slice] = ()) -> Tensor:
         """Return a tensor, or the box of it that ``index`` cuts out.
 
