@@ -82,11 +82,13 @@ def measure(root: Path, num_rounds: int) -> None:
     largest = VOCAB * HIDDEN * 2 / 1e6
     rounds = [run_sides(root) for _ in range(num_rounds)]
     best = {name: Cost.best([costs[name] for costs in rounds]) for name in rounds[0]}
+    ours, theirs = best.pop("import ours"), best.pop("import peft")
     copied = best["copy"].wall
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{size_gb:.2f} GB of weights, largest tensor {largest:.0f} MB, best of {num_rounds}")
     print(f"{'':24} {'wall s':>8} {'x copy':>7} {'cpu s':>7} {'peak MB':>8} {'- largest':>9}")
-    for name, cost in best.items():
+    for name, whole in best.items():
+        cost = whole - (theirs if "peft" in name else Cost() if name == "copy" else ours)
         row = f"{name:24} {cost.wall:8.1f} {cost.wall / copied:7.1f} {cost.cpu:7.1f}"
         has_peak = cost.peak_mb > 0
         print(row + (f" {cost.peak_mb:8.0f} {cost.peak_mb - largest:9.0f}" if has_peak else ""))
@@ -95,7 +97,6 @@ def measure(root: Path, num_rounds: int) -> None:
 def run_sides(root: Path) -> dict[str, Cost]:
     """Run every side once."""
     hf, adapter = root / "hf", root / "adapter"
-    ours, theirs = (run_in_child(["-c", text]) for text in (IMPORT_OURS, IMPORT_PEFT))
     to_megatron = {"hf_model_path": hf, "output_dir": root / "megatron"}
     to_hf = {"megatron_path": root / "megatron", "output_dir": root / "back"}
     merge = {
@@ -107,13 +108,14 @@ def run_sides(root: Path) -> dict[str, Cost]:
     }
     return {
         "copy": copy(hf, root / "copy"),
-        "hf -> megatron": run_step(root, "convert.hf_to_megatron", to_megatron) - ours,
-        "megatron -> hf": run_step(root, "convert.megatron_to_hf", to_hf) - ours,
-        "merge, verified": run_step(root, "convert.merge_lora", merge) - ours,
+        "import ours": run_in_child(["-c", IMPORT_OURS]),
+        "import peft": run_in_child(["-c", IMPORT_PEFT]),
+        "hf -> megatron": run_step(root, "convert.hf_to_megatron", to_megatron),
+        "megatron -> hf": run_step(root, "convert.megatron_to_hf", to_hf),
+        "merge, verified": run_step(root, "convert.merge_lora", merge),
         "peft merge_and_unload": run_in_child(
             ["-c", PEFT_MERGE, str(hf), str(adapter), str(root / "peft")]
-        )
-        - theirs,
+        ),
     }
 
 
@@ -121,8 +123,8 @@ def run_sides(root: Path) -> dict[str, Cost]:
 class Cost:
     """What a side takes: seconds of the wall and of the CPU, peak memory in MB."""
 
-    wall: float
-    cpu: float
+    wall: float = 0.0
+    cpu: float = 0.0
     peak_mb: float = 0.0
 
     @classmethod
