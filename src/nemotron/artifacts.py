@@ -17,6 +17,7 @@ import shutil
 import socket
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,9 @@ from nemotron.errors import ExitCode, NemotronError
 
 MANIFEST = "artifact.json"
 TYPES_FILE = Path(__file__).parent / "steps" / "types.toml"
+RESUME_DIR = ".resume"  # in a partial directory: what the next run needs to go on with it
+_KEY_FILE = "key"
+_NUM_THREADS = min(8, os.cpu_count() or 1)  # that hash; hashlib works outside of Python's lock
 
 
 class _Frozen(BaseModel):
@@ -151,16 +155,25 @@ def verify_files(directory: Path, artifact: Artifact, *, digests: bool = True) -
         if size_bytes != entry.size_bytes:
             got = f"{path} is {size_bytes} bytes; artifact.json says {entry.size_bytes}"
             raise _damaged(directory, got)
-        if digests and sha256_file(path) != entry.sha256:
+    if not digests:
+        return
+    found = _sha256_files([directory / entry.path for entry in artifact.files])
+    for entry, digest in zip(artifact.files, found, strict=True):
+        if digest != entry.sha256:
+            path = directory / entry.path
             raise _damaged(directory, f"{path} does not have the sha256 that artifact.json says")
 
 
 @contextlib.contextmanager
-def publish(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory beside ``directory``; give it that name when the block ended well.
+def publish(directory: Path, *, resume_key: str | None = None) -> Iterator[Path]:
+    """Yield a directory beside ``directory``; give it that name when the block ended well.
 
     An earlier artifact under that name stays readable until the swap and is then removed; when the
     block raises, or the process is killed, it is untouched.
+
+    The directory is empty, unless ``resume_key`` is given and an earlier run with that key was
+    killed: then it holds what that run left, and ``RESUME_DIR`` in it what the block noted there.
+    With a key, only a ``NemotronError`` takes the work away: going on would meet it again.
 
     Raises:
         NemotronError: ``output_not_ours`` (the directory holds something that no step wrote),
@@ -171,15 +184,39 @@ def publish(directory: Path) -> Iterator[Path]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with hold(directory):
         partial = directory.with_name(f".{directory.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        notes = directory.with_name(f".{directory.name}{RESUME_DIR}")
+        _prepare(partial, notes, resume_key)
         try:
             yield partial
             _make_durable(partial)
+            if resume_key is not None:
+                (partial / RESUME_DIR).rename(notes)
             _swap(partial, directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(notes, ignore_errors=True)
+        except BaseException as error:
+            if resume_key is None or isinstance(error, NemotronError):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _prepare(partial: Path, notes: Path, resume_key: str | None) -> None:
+    """Make the directory, or keep it as it is where it was left by a run with the same key.
+
+    Of a run that was killed when all was done but the name, the notes lie beside the directory.
+    """
+    if partial.is_dir() and notes.is_dir() and not (partial / RESUME_DIR).exists():
+        notes.rename(partial / RESUME_DIR)
+    shutil.rmtree(notes, ignore_errors=True)
+    key_file = partial / RESUME_DIR / _KEY_FILE
+    if resume_key is not None and key_file.is_file() and key_file.read_text() == resume_key:
+        for name in (MANIFEST, f".{MANIFEST}.partial"):
+            (partial / name).unlink(missing_ok=True)
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    if resume_key is not None:
+        key_file.parent.mkdir()
+        write_text(key_file, resume_key)
 
 
 @contextlib.contextmanager
@@ -217,8 +254,12 @@ def write_artifact(
     produced_by: Producer,
     inputs: Sequence[Input] = (),
     properties: Mapping[str, Any] | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> Artifact:
     """Write ``artifact.json`` over all files now in ``directory``; call it last, in ``publish``.
+
+    ``digests`` has the sha256 of those files, by relative path, whose writer took it from the bytes
+    that it wrote; they are not read again.
 
     Raises:
         ValueError: ``artifact_type`` is not in ``steps/types.toml``.
@@ -226,6 +267,11 @@ def write_artifact(
     if artifact_type not in load_types():
         raise ValueError(f"artifact type {artifact_type!r} is not in {TYPES_FILE}")
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = [path.relative_to(directory) for path in paths]
+    files = [name.as_posix() for name in names if name.parts[0] != RESUME_DIR]
+    known = dict(digests or {})
+    unknown = [file for file in files if file not in known]
+    known.update(zip(unknown, _sha256_files([directory / file for file in unknown]), strict=True))
     artifact = Artifact(
         type=artifact_type,
         produced_by=produced_by,
@@ -233,15 +279,20 @@ def write_artifact(
         properties=dict(properties or {}),
         files=tuple(
             FileEntry(
-                path=path.relative_to(directory).as_posix(),
-                size_bytes=path.stat().st_size,
-                sha256=sha256_file(path),
+                path=file,
+                size_bytes=(directory / file).stat().st_size,
+                sha256=known[file],
             )
-            for path in paths
+            for file in files
         ),
     )
     write_text(directory / MANIFEST, artifact.model_dump_json(indent=2) + "\n")
     return artifact
+
+
+def _sha256_files(paths: Sequence[Path]) -> list[str]:
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        return list(threads.map(sha256_file, paths))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,8 +19,6 @@ class AsMegatron:
         self.config = weights.config
         self._weights = weights
         self._rules = {rule.megatron: rule for rule in weight_rules(weights.config)}
-        # Both halves of linear_fc1 are asked for one after the other.
-        self._last: tuple[tuple[str, int | None], Tensor] | None = None
 
     def read(
         self,
@@ -31,14 +29,16 @@ class AsMegatron:
         columns: slice | None = None,
     ) -> Tensor:
         """Return one tensor, or the slice asked for, of one layer where it is layered."""
-        if self._last is not None and self._last[0] == (name, layer):
-            tensor = self._last[1]
+        rule = self._rules[name]
+        names = [part.format(layer=layer) for part in rule.hf]
+        num_rows = rule.shape[0]
+        first, last, _ = (rows or slice(None)).indices(num_rows)
+        half = num_rows // 2
+        if rule.layout == "gate_up" and first // half == (last - 1) // half:
+            part = first // half  # all in gate or all in up
+            tensor = self._weights.read(names[part])
+            first, last = first - part * half, last - part * half
         else:
-            self._last = None
-            rule = self._rules[name]
-            parts = [self._weights.read(part.format(layer=layer)) for part in rule.hf]
+            parts = [self._weights.read(name) for name in names]
             tensor = join_rows(parts, layout=rule.layout, config=self.config)
-            if len(parts) > 1:
-                self._last = (name, layer), tensor
-        tensor = tensor[rows] if rows else tensor
-        return tensor[:, columns] if columns else tensor
+        return tensor[first:last, columns] if columns else tensor[first:last]

@@ -10,25 +10,27 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from itertools import chain
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from nemotron.artifacts import sha256_json
-from nemotron.errors import NemotronError
 from nemotron.steps._formats.safetensors_file import raw_bytes
-from nemotron.steps._formats.weights import DTYPE_NAMES, Weights, damaged
+from nemotron.steps._formats.weights import DTYPE_NAMES, Weights
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _MAX_WAITING_BYTES = 32_000_000  # tensors that are held only because they are being hashed
 
 
+TensorEntry = tuple[str, list[int], str]  # name of the type, shape, sha256 of the bytes
+
+
 class Fingerprint:
-    """The fingerprint of weights that pass by one at a time, in any order.
+    """The fingerprint of weights that pass by one at a time, in any order, from any thread.
 
     Hashing goes on in threads, behind the caller's back: sha256 is slower than any disk that is
     worth having. At most one large tensor, or 32 MB of smaller ones, waits.
@@ -38,22 +40,36 @@ class Fingerprint:
         self._entries: dict[str, tuple[str, list[int], Future[str]]] = {}
         self._waiting: deque[tuple[int, Future[str]]] = deque()
         self._threads = ThreadPoolExecutor(_NUM_THREADS)
+        self._lock = Lock()
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in one tensor, whose values stay as they are."""
-        while self._waiting and sum(size for size, _ in self._waiting) > _MAX_WAITING_BYTES:
-            self._waiting.popleft()[1].result()
-        digest = self._threads.submit(_sha256, tensor)
-        self._waiting.append((tensor.nbytes, digest))
-        self._entries[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), digest
+        with self._lock:
+            while self._waiting and sum(size for size, _ in self._waiting) > _MAX_WAITING_BYTES:
+                self._waiting.popleft()[1].result()
+            digest = self._threads.submit(_sha256, tensor)
+            self._waiting.append((tensor.nbytes, digest))
+            self._entries[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), digest
+
+    def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
+        """Return what is known of those of ``names`` that were taken in, hashed to their ends."""
+        return {name: self._entry(name) for name in names if name in self._entries}
+
+    def restore(self, *taken: Mapping[str, TensorEntry]) -> None:
+        """Take in what ``entries`` said of tensors."""
+        for name, (kind, shape, digest) in chain.from_iterable(each.items() for each in taken):
+            self._entries[name] = kind, shape, _done(digest)
 
     def hexdigest(self) -> str:
         """Return the fingerprint of the tensors taken in so far."""
-        entries = sorted(self._entries.items())
-        return sha256_json([[name, *kind, digest.result()] for name, (*kind, digest) in entries])
+        return sha256_json([[name, *self._entry(name)] for name in sorted(self._entries)])
+
+    def _entry(self, name: str) -> TensorEntry:
+        kind, shape, digest = self._entries[name]
+        return kind, shape, digest.result()
 
 
 class FingerprintedWeights:
@@ -82,35 +98,15 @@ class FingerprintedWeights:
         return self._fingerprint.hexdigest()
 
 
-Compare = Callable[[Weights], Mapping[str, Any]]
-
-
-def read_back(
-    weights: Weights, fingerprint: str, *, where: Path, compare: Compare | None = None
-) -> dict[str, Any]:
-    """Read weights that were just written, once, and return what ``compare`` makes of them.
-
-    Raises:
-        NemotronError: ``artifact_damaged``: they are not those that were written; and what
-            ``compare`` raises.
-    """
-    reread = FingerprintedWeights(weights)
-    problem: NemotronError | None = None
-    properties: dict[str, Any] = {}
-    try:
-        properties |= compare(reread) if compare else {}
-    except NemotronError as error:
-        problem = error
-    if reread.fingerprint() != fingerprint:  # the cause, where both are wrong
-        raise damaged(where, "the weights read back are not those that were written")
-    if problem is not None:
-        raise problem
-    return properties
-
-
 def base_fingerprint(weights: Weights) -> str:
     """Return the fingerprint of a model's weights, reading one tensor at a time."""
     return FingerprintedWeights(weights).fingerprint()
+
+
+def _done(digest: str) -> Future[str]:
+    future: Future[str] = Future()
+    future.set_result(digest)
+    return future
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nemotron.artifacts import Artifact, Input, Producer, publish, write_artifact
-from nemotron.steps._formats.fingerprint import Compare, Fingerprint, read_back
+from nemotron.steps._formats.fingerprint import Fingerprint
 from nemotron.steps._formats.huggingface import (
     CHAT_TEMPLATE,
     INDEX_FILE,
@@ -20,6 +20,13 @@ from nemotron.steps._formats.huggingface import (
     model_properties,
 )
 from nemotron.steps._formats.safetensors_file import write_safetensors
+from nemotron.steps._formats.weight_files import (
+    Compare,
+    Receipt,
+    Written,
+    read_back,
+    write_files,
+)
 from nemotron.steps._formats.weights import ReportedWeights, Weights, size_bytes
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -37,6 +44,8 @@ def publish_huggingface(
     properties: Callable[[], Mapping[str, Any]] = dict,
     show_progress: bool = True,
     compare: Compare | None = None,
+    known_fingerprint: str | None = None,
+    resume_key: str | None = None,
 ) -> Artifact:
     """Write weights as a ``checkpoint_hf`` artifact, read it back and give it its name.
 
@@ -51,58 +60,78 @@ def publish_huggingface(
         properties: Called after the weights were written, for what else goes into it.
         show_progress: Print a line every few seconds.
         compare: Gets the weights as they are read back; what it returns goes into the properties.
+        known_fingerprint: The weights' base fingerprint where nobody needs to take it.
+        resume_key: What the bytes depend on; a run that was killed is gone on with, see
+            ``publish``. Without it the work starts anew.
 
     Raises:
         NemotronError: As ``publish`` and ``compare``; ``artifact_damaged`` where what was read back
             is not what was written.
     """
-    with publish(root) as directory:
+    with publish(root, resume_key=resume_key) as directory:
         copy_model_files(source, directory, has_tokenizer=has_tokenizer)
         if has_tokenizer and chat_template is not None:
             (directory / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         reported = ReportedWeights(weights, f"writing {root}") if show_progress else weights
-        fingerprint = write_weights(directory, reported)
-        written = HuggingFaceCheckpoint(directory)
-        compared = read_back(written, fingerprint, where=directory, compare=compare)
-        model = model_properties(source, weights.config, fingerprint)
+        written = write_weights(directory, reported, known_fingerprint=known_fingerprint)
+        reread = HuggingFaceCheckpoint(directory)
+        compared = read_back(reread, written, source=weights, where=directory, compare=compare)
+        model = model_properties(source, weights.config, written.fingerprint)
         return write_artifact(
             directory,
             artifact_type="checkpoint_hf",
             produced_by=produced_by,
             inputs=inputs,
             properties={**model, **properties(), **compared},
+            digests=written.digests,
         )
 
 
 def write_weights(
-    directory: Path, weights: Weights, *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> str:
-    """Write ``model.safetensors``, or shards with an index, and return the base fingerprint.
+    directory: Path,
+    weights: Weights,
+    *,
+    max_shard_bytes: int | None = None,
+    known_fingerprint: str | None = None,
+) -> Written:
+    """Write ``model.safetensors``, or shards with an index.
 
     Args:
         directory: Where to write; exists.
-        weights: What to write; one tensor is held at a time.
-        max_shard_bytes: Most bytes of tensors in one file; a larger tensor gets its own file.
+        weights: What to write; one tensor of a file is held at a time.
+        max_shard_bytes: Most bytes of tensors in one file, ``MAX_SHARD_BYTES`` by default; a
+            larger tensor gets its own file.
+        known_fingerprint: The weights' base fingerprint where nobody needs to take it.
     """
     fingerprint = Fingerprint()
+    shards = _plan_shards(weights, max_shard_bytes or MAX_SHARD_BYTES)
 
     def read(name: str) -> Tensor:
         tensor = weights.read(name)
-        fingerprint.add(name, tensor)
+        if known_fingerprint is None:
+            fingerprint.add(name, tensor)
         return tensor
 
-    shards = _plan_shards(weights, max_shard_bytes)
-    for file, names in shards.items():
-        write_safetensors(
+    def write(file: str) -> Receipt:
+        names = shards[file]
+        digest = write_safetensors(
             directory / file, names=names, shape=weights.shape, dtype=weights.dtype, read=read
         )
+        return {"sha256": digest, "tensors": fingerprint.entries(names)}
+
+    receipts = write_files(directory, shards, write)
+    fingerprint.restore(*(receipt["tensors"] for receipt in receipts.values()))
     if len(shards) > 1:
-        total = sum(size_bytes(weights, name) for name in weights.names)
-        places = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        text = json.dumps(index, indent=2) + "\n"
-        (directory / INDEX_FILE).write_text(text, encoding="utf-8")
-    return fingerprint.hexdigest()
+        _write_index(directory, shards, weights)
+    digests = {file: receipt["sha256"] for file, receipt in receipts.items()}
+    return Written(known_fingerprint or fingerprint.hexdigest(), digests)
+
+
+def _write_index(directory: Path, shards: Mapping[str, list[str]], weights: Weights) -> None:
+    total = sum(size_bytes(weights, name) for name in weights.names)
+    places = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _plan_shards(weights: Weights, max_shard_bytes: int) -> dict[str, list[str]]:

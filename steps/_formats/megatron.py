@@ -9,6 +9,7 @@ read through its ``run_config.yaml``.
 from __future__ import annotations
 
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ class MegatronWeights:
         self._checkpoint = checkpoint
         self._tensors = hf_tensors(checkpoint.config)
         # q, k and v (gate and up) lie in one tensor, and are asked for one after the other.
-        self._last: dict[tuple[str, int | None], tuple[Tensor, ...]] = {}
+        self._own = local()  # of each thread that reads
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -171,14 +172,16 @@ class MegatronWeights:
     def read(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         key = (tensor.rule.megatron, tensor.layer)
-        if key not in self._last:
-            self._last.clear()
-            fused = self._checkpoint.read(tensor.rule.megatron, layer=tensor.layer)
-            if tensor.rule.layout == "same":
-                return fused
-            parts = split_rows(fused, layout=tensor.rule.layout, config=self.config)
-            self._last[key] = parts
-        return self._last[key][tensor.part]
+        last: tuple[Any, tuple[Tensor, ...]] | None = getattr(self._own, "last", None)
+        if last is not None and last[0] == key:
+            return last[1][tensor.part]
+        last = self._own.last = None
+        fused = self._checkpoint.read(tensor.rule.megatron, layer=tensor.layer)
+        if tensor.rule.layout == "same":
+            return fused
+        parts = split_rows(fused, layout=tensor.rule.layout, config=self.config)
+        self._own.last = key, parts
+        return parts[tensor.part]
 
 
 def open_megatron(path: Path) -> MegatronCheckpoint:

@@ -137,7 +137,6 @@ def open_megatron_adapter(path: Path, *, config: DecoderConfig) -> MegatronAdapt
     is_canonical = str(peft["_target_"]).endswith(".CanonicalLoRA")
     sources = _find_sources(directory, reader, config)
     _check_targets(directory, sources, peft, config=config, is_canonical=is_canonical)
-    model = run_config.get("model") or {}
     checkpoint = run_config.get("checkpoint") or {}
     adapter = MegatronAdapter(
         directory=directory,
@@ -147,11 +146,12 @@ def open_megatron_adapter(path: Path, *, config: DecoderConfig) -> MegatronAdapt
         dropout=float(peft.get("dropout") or 0.0),
         base_model_name_or_path=checkpoint.get("pretrained_checkpoint"),
         is_canonical=is_canonical,
-        tp_size=int(model.get("tensor_model_parallel_size") or 1),
+        tp_size=_tp_size(run_config),
         reader=reader,
         sources=sources,
     )
     _check_tensors(adapter)
+    _check_split(adapter)
     return adapter
 
 
@@ -266,6 +266,30 @@ def _check_tensors(adapter: MegatronAdapter) -> None:
                 name = f"{source.key}.linear_{half}.weight"
                 problem = f"{name} holds values that are not finite"
                 raise adapter_error("not_finite", adapter.directory, problem)
+
+
+def _tp_size(run_config: Mapping[str, Any]) -> int:
+    """Return the tensor-parallel size of a save, which newer configs nest one level deeper."""
+    section = run_config.get("model") or {}
+    model = {**section, **(section.get("transformer") or {})}
+    return int(model.get("tensor_model_parallel_size") or 1)
+
+
+def _check_split(adapter: MegatronAdapter) -> None:
+    """Check that rows whose order depends on the tensor-parallel size were split by that size."""
+    for source in adapter.sources.values():
+        if not source.is_canonical or not source.linear.endswith("linear_fc1"):
+            continue
+        name = f"{source.key}.linear_out.weight"
+        num_parts = len(adapter.reader.starts(name, 0 if source.layer is None else 1))
+        # One part: written again as a whole, in the order that it had.
+        if num_parts not in (1, 2 * adapter.tp_size):
+            problem = (
+                f"{name} was saved in {num_parts} parts, that is at tensor-parallel size "
+                f"{num_parts // 2}; run_config.yaml says {adapter.tp_size}, and the order of its "
+                "rows depends on it"
+            )
+            raise adapter_error("config", adapter.directory, problem)
 
 
 def _check_shape(

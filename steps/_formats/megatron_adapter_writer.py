@@ -15,7 +15,7 @@ from torch import Tensor
 from nemotron.steps._formats.lora import LoraAdapter, adapter_error
 from nemotron.steps._formats.megatron_adapter import CANONICAL_PARTS, CANONICAL_TARGETS
 from nemotron.steps._formats.megatron_files import run_config_sections, write_iteration_files
-from nemotron.steps._formats.torch_dist import TorchDistWriter
+from nemotron.steps._formats.torch_dist_writer import TorchDistFile, torch_dist_writer
 from nemotron.steps._models.layouts import join_lora_rows, lora_hf_modules
 from nemotron.steps._models.targets import LINEARS
 
@@ -46,7 +46,7 @@ def write_megatron_adapter(
     is_canonical = not all(_is_fused(adapter, linear) for linear in linears)
     iteration_dir = root / f"iter_{iteration:07d}"
     iteration_dir.mkdir()
-    with TorchDistWriter(iteration_dir) as writer:
+    with torch_dist_writer(iteration_dir) as writer:
         for linear in linears:
             for part, layers in _parts(adapter, linear, is_canonical=is_canonical).items():
                 _write_stacked(writer, part, layers)
@@ -124,7 +124,7 @@ def _parts(adapter: LoraAdapter, linear: str, *, is_canonical: bool) -> dict[str
     }
 
 
-def _write_stacked(writer: TorchDistWriter, key: str, layers: Sequence[Pair]) -> None:
+def _write_stacked(writer: TorchDistFile, key: str, layers: Sequence[Pair]) -> None:
     for layer, pair in enumerate(layers):
         for half, factor in zip(("in", "out"), pair, strict=True):
             writer.write(

@@ -1,21 +1,22 @@
 """Writes Megatron checkpoints that Megatron-Bridge 0.3 and later read.
 
 Layers are stacked, one chunk per layer, so that the checkpoint can be written and read one tensor
-at a time.
+at a time; several files are written at once.
 
 Source: Megatron-Bridge, training/checkpointing.py; Megatron-LM, core/dist_checkpointing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from nemotron.artifacts import Artifact, Input, Producer, publish, write_artifact
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._formats.fingerprint import Compare, Fingerprint, read_back
+from nemotron.steps._formats.fingerprint import Fingerprint
 from nemotron.steps._formats.huggingface import (
     TOKENIZER_FILES,
     copy_files,
@@ -28,12 +29,32 @@ from nemotron.steps._formats.megatron import (
     open_megatron,
 )
 from nemotron.steps._formats.megatron_files import run_config_sections, write_iteration_files
-from nemotron.steps._formats.torch_dist import TorchDistWriter
-from nemotron.steps._formats.weights import ReportedWeights, Weights
+from nemotron.steps._formats.torch_dist_writer import (
+    StoredItem,
+    TorchDistFile,
+    without_crc32,
+    write_metadata,
+)
+from nemotron.steps._formats.weight_files import (
+    Compare,
+    Receipt,
+    Written,
+    read_back,
+    write_files,
+)
+from nemotron.steps._formats.weights import ReportedWeights, Weights, size_bytes
 from nemotron.steps._models.config import DecoderConfig
-from nemotron.steps._models.layouts import LORA_TARGETS, WeightRule, join_rows, weight_rules
+from nemotron.steps._models.layouts import (
+    LORA_TARGETS,
+    WeightRule,
+    hf_tensors,
+    join_rows,
+    weight_rules,
+)
 
+MAX_FILE_BYTES = 500_000_000  # of tensors; a larger one gets its own file
 _ITERATION = 0  # Megatron's number for an import
+Place = tuple[WeightRule, int | None]  # a Megatron tensor and its layer, None outside of layers
 
 
 def publish_megatron(
@@ -46,6 +67,8 @@ def publish_megatron(
     inputs: Sequence[Input],
     show_progress: bool = True,
     compare: Compare | None = None,
+    known_fingerprint: str | None = None,
+    resume_key: str | None = None,
 ) -> Artifact:
     """Write weights as a ``checkpoint_megatron`` artifact, read it back and give it its name.
 
@@ -58,44 +81,62 @@ def publish_megatron(
         inputs: Go into ``artifact.json``.
         show_progress: Print a line every few seconds.
         compare: Gets the weights as they are read back; what it returns goes into the properties.
+        known_fingerprint: The weights' base fingerprint where nobody needs to take it.
+        resume_key: What the bytes depend on; a run that was killed is gone on with, see
+            ``publish``. Without it the work starts anew.
 
     Raises:
         NemotronError: As ``write_megatron``, ``publish`` and ``compare``; ``artifact_damaged``
             where what was read back is not what was written.
     """
-    with publish(root) as directory:
+    with publish(root, resume_key=resume_key) as directory:
         reported = ReportedWeights(weights, f"writing {root}") if show_progress else weights
-        fingerprint = write_megatron(directory, reported, source=source, source_name=source_name)
-        written = MegatronWeights(open_megatron(directory))
-        compared = read_back(written, fingerprint, where=directory, compare=compare)
+        written = write_megatron(
+            directory,
+            reported,
+            source=source,
+            source_name=source_name,
+            known_fingerprint=known_fingerprint,
+        )
+        reread = MegatronWeights(open_megatron(directory))
+        compared = read_back(reread, written, source=weights, where=directory, compare=compare)
         return write_artifact(
             directory,
             artifact_type="checkpoint_megatron",
             produced_by=produced_by,
             inputs=inputs,
-            properties=model_properties(source, weights.config, fingerprint) | compared,
+            properties=model_properties(source, weights.config, written.fingerprint) | compared,
+            digests=written.digests,
         )
 
 
-def write_megatron(root: Path, weights: Weights, *, source: Path, source_name: str) -> str:
-    """Write weights as a Megatron checkpoint and return their base fingerprint.
+def write_megatron(
+    root: Path,
+    weights: Weights,
+    *,
+    source: Path,
+    source_name: str,
+    known_fingerprint: str | None = None,
+) -> Written:
+    """Write weights as a Megatron checkpoint.
 
-    Holds the parts of one Megatron tensor at a time. The files that mark a checkpoint as complete
-    come last.
+    Each file's writer holds the parts of one Megatron tensor at a time. The files that mark a
+    checkpoint as complete come last.
 
     Args:
-        root: Where to write; exists and is empty.
+        root: Where to write; exists and holds nothing else.
         weights: What to write.
         source: Hugging Face directory whose config, tokenizer and chat template go along.
         source_name: What the run config names as the source model.
+        known_fingerprint: The weights' base fingerprint where nobody needs to take it.
 
     Raises:
         NemotronError: ``weights_dtype``: tensors that share one Megatron tensor differ in type.
     """
     dtype = _check_dtypes(weights)
     iteration_dir = root / f"iter_{_ITERATION:07d}"
-    iteration_dir.mkdir()
-    fingerprint = _write_tensors(iteration_dir, weights)
+    iteration_dir.mkdir(exist_ok=True)
+    written = _write_tensors(root, iteration_dir, weights, known_fingerprint)
     copy_files(source, iteration_dir / "tokenizer", TOKENIZER_FILES)
     copy_model_files(source, root / HF_DIR)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -104,35 +145,84 @@ def write_megatron(root: Path, weights: Weights, *, source: Path, source_name: s
         "model": weights.config.to_run_config(dtype_name=dtype_name, source_name=source_name),
     }
     write_iteration_files(root, iteration_dir, run_config, iteration=_ITERATION)
-    return fingerprint
+    return written
 
 
-def _write_tensors(iteration_dir: Path, weights: Weights) -> str:
-    config, num_layers = weights.config, weights.config.num_layers
+def _write_tensors(
+    root: Path, iteration_dir: Path, weights: Weights, known_fingerprint: str | None
+) -> Written:
     fingerprint = Fingerprint()
-    with TorchDistWriter(iteration_dir) as writer:
-        for rule, layer in _places(config):
-            parts = [weights.read(name) for name in _hf_names(rule, layer)]
-            for name, part in zip(_hf_names(rule, layer), parts, strict=True):
-                fingerprint.add(name, part)
-            tensor = join_rows(parts, layout=rule.layout, config=config)
-            if layer is None:
-                writer.write(rule.megatron, tensor)
-                continue
-            offsets, shape = (layer, *[0] * tensor.dim()), (num_layers, *rule.shape)
-            writer.write(rule.megatron, tensor[None], offsets=offsets, global_shape=shape)
-            module = rule.megatron.removesuffix(".weight")
-            if module.rsplit(".", 1)[-1] in LORA_TARGETS:
-                # Megatron-Bridge up to 0.4 asks for the (empty) state of every linear layer.
-                writer.write_object(f"{module}._extra_state/shard_{layer}_{num_layers}", [None])
-    return fingerprint.hexdigest()
+    taking = fingerprint if known_fingerprint is None else None
+    files = _plan_files(weights)
+
+    def write(file: str) -> Receipt:
+        places = files[file]
+        with TorchDistFile(root / file) as stream:
+            for rule, layer in places:
+                _write_place(stream, weights, rule, layer, taking)
+        names = [name for rule, layer in places for name in _hf_names(rule, layer)]
+        return {
+            "sha256": stream.sha256,
+            "items": [asdict(item) for item in stream.items],
+            "tensors": fingerprint.entries(names),
+        }
+
+    with without_crc32():
+        receipts = write_files(root, files, write)
+    write_metadata(
+        iteration_dir,
+        (StoredItem(**item) for receipt in receipts.values() for item in receipt["items"]),
+    )
+    fingerprint.restore(*(receipt["tensors"] for receipt in receipts.values()))
+    digest = known_fingerprint or fingerprint.hexdigest()
+    return Written(digest, {file: receipt["sha256"] for file, receipt in receipts.items()})
 
 
-def _places(config: DecoderConfig) -> Iterator[tuple[WeightRule, int | None]]:
-    """Yield every Megatron tensor with its layer, or None outside of layers."""
-    for rule in weight_rules(config):
-        layers = range(config.num_layers) if rule.is_layered else (None,)
-        yield from ((rule, layer) for layer in layers)
+def _write_place(
+    stream: TorchDistFile,
+    weights: Weights,
+    rule: WeightRule,
+    layer: int | None,
+    fingerprint: Fingerprint | None,
+) -> None:
+    """Write one Megatron tensor, of one layer where it has layers."""
+    names = _hf_names(rule, layer)
+    parts = [weights.read(name) for name in names]
+    for name, part in zip(names, parts, strict=True):
+        if fingerprint:
+            fingerprint.add(name, part)
+    tensor = join_rows(parts, layout=rule.layout, config=weights.config)
+    if layer is None:
+        stream.write(rule.megatron, tensor)
+        return
+    num_layers = weights.config.num_layers
+    offsets, shape = (layer, *[0] * tensor.dim()), (num_layers, *rule.shape)
+    stream.write(rule.megatron, tensor[None], offsets=offsets, global_shape=shape)
+    module = rule.megatron.removesuffix(".weight")
+    if module.rsplit(".", 1)[-1] in LORA_TARGETS:
+        # Megatron-Bridge up to 0.4 asks for the (empty) state of every linear layer.
+        stream.write_object(f"{module}._extra_state/shard_{layer}_{num_layers}", [None])
+
+
+def _plan_files(weights: Weights) -> dict[str, list[Place]]:
+    """Return the tensors of each file, in the order of the model."""
+    files: list[list[Place]] = [[]]
+    filled = 0
+    for rule, layer in _places(weights.config):
+        size = sum(size_bytes(weights, name) for name in _hf_names(rule, layer))
+        if files[-1] and filled + size > MAX_FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append((rule, layer))
+        filled += size
+    return {f"iter_{_ITERATION:07d}/__0_{number}.distcp": held for number, held in enumerate(files)}
+
+
+def _places(config: DecoderConfig) -> list[Place]:
+    """Return every Megatron tensor with its layer, in the order of the model."""
+    rules = {rule.megatron: rule for rule in weight_rules(config)}
+    places = ((tensor.rule.megatron, tensor.layer) for tensor in hf_tensors(config).values())
+    return [(rules[name], layer) for name, layer in dict.fromkeys(places)]
 
 
 def _hf_names(rule: WeightRule, layer: int | None) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.hashed_file import HashedFile
+from nemotron.steps._formats.mapped_bytes import map_tensor
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, damaged
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -62,19 +64,17 @@ class SafetensorsFile:
             raise damaged(path, f"the file has {size_bytes} bytes; its header says {end}")
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, copied from the file.
+        """Return one tensor, which lies in the page cache until it is used; see ``map_tensor``.
 
         Raises:
             NemotronError: ``weights_dtype`` (as ``dtype``) or ``artifact_damaged``.
         """
         entry = self.entries[name]
         dtype = self.dtype(name)
-        content = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        with self.path.open("rb") as stream:
-            stream.seek(entry.start)
-            if stream.readinto(content.numpy().data) != content.numel():
-                raise damaged(self.path, f"{name} is cut short")
-        return content.view(dtype).reshape(entry.shape)
+        try:
+            return map_tensor(self.path, start=entry.start, shape=entry.shape, dtype=dtype)
+        except ValueError:
+            raise damaged(self.path, f"{name} is cut short") from None
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of one tensor.
@@ -102,8 +102,8 @@ def write_safetensors(
     dtype: Callable[[str], torch.dtype],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a safetensors file, reading and holding one tensor at a time.
+) -> str:
+    """Write a safetensors file, reading and holding one tensor at a time; return its sha256.
 
     Tensors of wider types come first, so that every tensor is aligned to its own width.
 
@@ -129,13 +129,15 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
+    with HashedFile(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
             tensor = read(name)
             if tuple(tensor.shape) != shape(name) or tensor.dtype != dtype(name):
                 raise ValueError(f"{name} is not of the shape and type announced")
             stream.write(raw_bytes(tensor))
+            del tensor  # before the next one is there
+    return stream.sha256
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -1,11 +1,11 @@
-"""Directories of torch.distributed.checkpoint (DCP), read and written without a process group.
+"""Directories of torch.distributed.checkpoint (DCP), read without a process group.
 
 ``.metadata`` is a pickle. It is read through an unpickler that knows the dozen classes such a file
 needs and refuses every other name, and each tensor by ``torch.load(weights_only=True)`` on its own
 byte range, so nothing in a checkpoint can run code. torch's own reader unpickles freely.
 
 A tensor is stored as chunks, each with its place in the global tensor; reading a slice opens only
-the chunks that intersect it. The writer puts one tensor after the other into a single file.
+the chunks that intersect it.
 """
 
 from __future__ import annotations
@@ -15,27 +15,22 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
 
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.mapped_bytes import map_tensor
 from nemotron.steps._formats.weights import damaged
 
 METADATA_FILE = ".metadata"
-DATA_FILE = "__0_0.distcp"
 _CHECKPOINT = "torch.distributed.checkpoint"
 _ALLOWED = {
     ("torch", "Size"),
@@ -119,6 +114,13 @@ class TorchDistReader:
         """Return the type of a tensor."""
         return self._tensors[name].properties.dtype
 
+    def starts(self, name: str, dim: int) -> tuple[int, ...]:
+        """Return where the chunks of a tensor begin along a dimension, from the first to the last.
+
+        That is how its writer had split it.
+        """
+        return tuple(sorted({chunk.offsets[dim] for chunk in self._chunks[name]}))
+
     def read(self, name: str, index: Sequence[slice] = ()) -> Tensor:
         """Return a tensor, or the box of it that ``index`` cuts out.
 
@@ -152,9 +154,7 @@ class TorchDistReader:
     def _load(self, name: str, chunk: Chunk) -> Tensor:
         path = self.directory / chunk.file
         try:
-            with path.open("rb", buffering=0) as stream:
-                part = io.BufferedReader(_Part(stream, chunk.start, chunk.length_bytes))
-                tensor = torch.load(part, map_location="cpu", weights_only=True)
+            tensor = _load_part(path, chunk)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
             raise damaged(path, f"{name} at byte {chunk.start} does not load: {error}") from None
         is_tensor = isinstance(tensor, Tensor) and tensor.dtype == self.dtype(name)
@@ -177,6 +177,22 @@ class TorchDistReader:
             if size_bytes < end:
                 problem = f"the file has {size_bytes} bytes; .metadata needs {end}"
                 raise damaged(path, problem)
+
+
+def _load_part(path: Path, chunk: Chunk) -> Any:
+    """Return what ``torch.load`` makes of a byte range; a contiguous tensor is not copied."""
+    with path.open("rb", buffering=0) as stream:
+        part = io.BufferedReader(_Part(stream, chunk.start, chunk.length_bytes))
+        described = torch.load(part, map_location="meta", weights_only=True)
+        if isinstance(described, Tensor) and described.is_contiguous():
+            storage = described.untyped_storage()
+            start: int | None = getattr(storage, "_checkpoint_offset", None)
+            is_all = described.nbytes == storage.nbytes()
+            if start is not None and is_all and start + described.nbytes <= chunk.length_bytes:
+                shape, dtype = tuple(described.shape), described.dtype
+                return map_tensor(path, start=chunk.start + start, shape=shape, dtype=dtype)
+        part.seek(0)
+        return torch.load(part, map_location="cpu", weights_only=True)
 
 
 class _Part(io.RawIOBase):
@@ -205,84 +221,6 @@ class _Part(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         left = max(self._length_bytes - self.tell(), 0)
         return self._stream.readinto(view[:left]) or 0
-
-
-class TorchDistWriter:
-    """Writes a DCP directory chunk by chunk; the ``with`` block's end writes ``.metadata``.
-
-    torch's ``dcp.load`` and Megatron-Bridge read the result.
-
-    Args:
-        directory: Where to write; exists and holds no checkpoint.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        self._storage: dict[MetadataIndex, _StorageInfo] = {}
-        self._stream = (directory / DATA_FILE).open("wb")
-
-    def __enter__(self) -> TorchDistWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stream.close()
-        if kind is None:
-            metadata = Metadata(
-                state_dict_metadata=dict(self._tensors),
-                storage_data=self._storage,
-                storage_meta=StorageMeta(),
-                version="1.0.0",
-            )
-            content = pickle.dumps(metadata)
-            (self._directory / METADATA_FILE).write_bytes(content)
-
-    def write(
-        self,
-        name: str,
-        tensor: Tensor,
-        *,
-        offsets: Sequence[int] | None = None,
-        global_shape: Sequence[int] | None = None,
-    ) -> None:
-        """Append a tensor, or one chunk of it.
-
-        Args:
-            name: Name of the whole tensor.
-            tensor: The chunk; every chunk of a tensor has the same type.
-            offsets: Place of the chunk in the whole tensor; zeros by default.
-            global_shape: Shape of the whole tensor; that of ``tensor`` by default.
-        """
-        place = torch.Size(offsets or [0] * tensor.dim())
-        entry = self._tensors.setdefault(
-            name,
-            TensorStorageMetadata(
-                TensorProperties(dtype=tensor.dtype), torch.Size(global_shape or tensor.shape), []
-            ),
-        )
-        if not isinstance(entry, TensorStorageMetadata) or entry.properties.dtype != tensor.dtype:
-            raise ValueError(f"{name}: the chunks of one tensor must have one type")
-        entry.chunks.append(ChunkStorageMetadata(place, tensor.shape))
-        tensor = tensor.contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-            tensor = tensor.clone()  # torch.save would write the whole storage behind a view
-        self._append(MetadataIndex(name, place), tensor)
-
-    def write_object(self, name: str, value: Any) -> None:
-        """Append an item that is not a tensor, such as Megatron's ``_extra_state``."""
-        self._tensors[name] = BytesStorageMetadata()
-        self._append(MetadataIndex(name), value)
-
-    def _append(self, index: MetadataIndex, value: Any) -> None:
-        start = self._stream.tell()
-        torch.save(value, self._stream)
-        length_bytes = self._stream.tell() - start
-        self._storage[index] = _StorageInfo(DATA_FILE, start, length_bytes)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -62,11 +62,16 @@ def load_base_model(
             recompute=recompute,
             layers=layers,
         )
+    load_weights(model, reader)
+    return model
+
+
+def load_weights(model: GPTModel, reader: WeightReader) -> None:
+    """Read this rank's shards of all of a model's frozen weights, in place of those it has."""
     _load_ends(model, reader)
     for index, layer in zip(model.layer_numbers, model.layers, strict=True):
         assert isinstance(layer, TransformerLayer)
         _load_layer(layer, index, reader)
-    return model
 
 
 def _load_ends(model: GPTModel, reader: WeightReader) -> None:
@@ -95,8 +100,11 @@ def _load_layer(layer: TransformerLayer, index: int, reader: WeightReader) -> No
         if isinstance(linear, ColumnParallelLinear):
             norm = reader.read(f"decoder.layers.{name}.layer_norm_weight", layer=index)
             linear.layer_norm_weight.copy_(norm)
-            parts = [reader.read(on_disk, layer=index, rows=rows) for rows in linear.local_rows()]
-            linear.load_weight(torch.cat(parts))
+            first = 0
+            for rows in linear.local_rows():
+                part = reader.read(on_disk, layer=index, rows=rows)
+                linear.weight[first : first + len(part)].copy_(part)
+                first += len(part)
         else:
             columns = linear.local_columns()
             linear.load_weight(reader.read(on_disk, layer=index, columns=columns))

@@ -22,7 +22,7 @@ from nemotron.steps._models.gpt import GPTModel, LoraTargets
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import LoraSpec
 from nemotron.steps._tensor_parallel.prologue import rms_norm
-from nemotron.steps._training.base_model import load_base_model
+from nemotron.steps._training.base_model import load_base_model, load_weights
 
 _LENGTHS = (1, 11, 20)  # of the documents, tokens
 _ROWS_AT_A_TIME = 8192  # of the output layer, in fp32
@@ -62,14 +62,13 @@ def compare_merged(base: Weights, adapter: LoraAdapter, merged: Weights) -> Logi
     readers = AsMegatron(base), AsMegatron(merged)
     before, of_merged = (_embed(weights, tokens_S, dtype) for weights in (base, merged))
     both = before
+    layers = _LayerByLayer(dtype)
     for layer in range(config.num_layers):
         factors = fused_factors(adapter, layer)
-        model = _load_layer(readers[0], layer, factors, dtype)
-        before = _apply(model, tokens_S, before)
-        _load_factors(model, layer, factors)
-        both = _apply(model, tokens_S, both)
-        del model
-        of_merged = _apply(_load_layer(readers[1], layer, {}, dtype), tokens_S, of_merged)
+        before = _apply(layers.load(readers[0], layer, factors), tokens_S, before)
+        both = _apply(layers.add(layer, factors), tokens_S, both)
+        of_merged = _apply(layers.load(readers[1], layer, factors), tokens_S, of_merged)
+    del layers
     without, wanted = _logits(base, before), _logits(base, both)
     got = _logits(merged, of_merged)
     eps = torch.finfo(base.dtype("model.layers.0.mlp.down_proj.weight")).eps
@@ -123,23 +122,45 @@ class _OneLayer:
         return self._reader.read(name, layer=self._layer, rows=rows, columns=columns)
 
 
-def _load_layer(reader: AsMegatron, layer: int, factors: Factors, dtype: torch.dtype) -> GPTModel:
-    ranks = {_inner(name, layer): len(lora_a) for name, (lora_a, _) in factors.items()}
-    lora = LoraTargets(list(ranks), LoraSpec(dim=1, alpha=1.0), ranks, dict(ranks))
-    return load_base_model(
-        _OneLayer(reader, layer),
-        lora=lora if factors else None,
-        group=ProcessGroup(),
-        dtype=dtype,
-        device=torch.device("cpu"),
-        layers=range(1, 2),
-    )
+class _LayerByLayer:
+    """One layer of any model at a time, all in the same memory while their adapters are alike."""
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._ranks: dict[str, int] = {}
+        self._model: GPTModel | None = None
 
-def _load_factors(model: GPTModel, layer: int, factors: Factors) -> None:
-    own = {_inner(name, layer): pair for name, pair in factors.items()}
-    for linear in model.adapted_linears():
-        linear.load_lora(*own[linear.name])
+    def load(self, reader: AsMegatron, layer: int, factors: Factors) -> GPTModel:
+        """Return a model that is one layer, with room for its factors, which add nothing yet."""
+        one = _OneLayer(reader, layer)
+        ranks = {_inner(name, layer): len(lora_a) for name, (lora_a, _) in factors.items()}
+        if self._model is not None and self._ranks == ranks:
+            load_weights(self._model, one)
+            for linear in self._model.adapted_linears():
+                linear.lora_b.detach().zero_()
+            return self._model
+        self._model = None  # before the next one takes its memory
+        lora = LoraTargets(list(ranks), LoraSpec(dim=1, alpha=1.0), ranks, dict(ranks))
+        self._ranks, self._model = (
+            ranks,
+            load_base_model(
+                one,
+                lora=lora if ranks else None,
+                group=ProcessGroup(),
+                dtype=self._dtype,
+                device=torch.device("cpu"),
+                layers=range(1, 2),
+            ),
+        )
+        return self._model
+
+    def add(self, layer: int, factors: Factors) -> GPTModel:
+        """Return the layer that was loaded last, with its adapter."""
+        assert self._model is not None
+        own = {_inner(name, layer): pair for name, pair in factors.items()}
+        for linear in self._model.adapted_linears():
+            linear.load_lora(*own[linear.name])
+        return self._model
 
 
 def _inner(name: str, layer: int) -> str:

@@ -8,6 +8,7 @@ from nemotron.artifacts import MANIFEST, Producer, describe_input, read_artifact
 from nemotron.steps._entry import run_step, step_error
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.megatron_writer import publish_megatron
+from nemotron.steps._formats.weight_files import work_key
 from nemotron.steps._models.run_config import megatron_would_misread
 from nemotron.steps.convert.hf_to_megatron.checks import ID, check
 from nemotron.steps.convert.hf_to_megatron.schema import Config
@@ -20,8 +21,11 @@ def run(config: Config, producer: Producer) -> None:
     source = config.hf_model_path
     if not source.is_dir():
         raise step_error(ID, "missing_hf_checkpoint", f"{source} does not exist")
+    known_fingerprint = None
     if (source / MANIFEST).is_file():
-        verify_files(source, read_artifact(source, "checkpoint_hf"))
+        described = read_artifact(source, "checkpoint_hf")
+        verify_files(source, described)
+        known_fingerprint = described.properties.get("base_fingerprint")
     weights = HuggingFaceCheckpoint(source)
     if megatron_would_misread(weights.config.rope_scaling):
         print(
@@ -36,6 +40,8 @@ def run(config: Config, producer: Producer) -> None:
         source_name=str(source.resolve()),
         produced_by=producer,
         inputs=[describe_input("checkpoint_hf", source)],
+        known_fingerprint=known_fingerprint,
+        resume_key=work_key(producer, [source]),
     )
     fingerprint = artifact.properties["base_fingerprint"]
     print(f"{len(weights.names)} tensors of {source} -> {config.output_dir}")

@@ -6,6 +6,7 @@ from nemotron.artifacts import Producer, describe_input, verify_files
 from nemotron.steps._entry import run_step, step_error
 from nemotron.steps._formats.huggingface_writer import publish_huggingface
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
+from nemotron.steps._formats.weight_files import work_key
 from nemotron.steps.convert.megatron_to_hf.checks import ID, check
 from nemotron.steps.convert.megatron_to_hf.model_files import model_files
 from nemotron.steps.convert.megatron_to_hf.schema import Config
@@ -19,8 +20,11 @@ def run(config: Config, producer: Producer) -> None:
         problem = f"{config.megatron_path} does not exist"
         raise step_error(ID, "missing_megatron_checkpoint", problem, where="megatron_path")
     checkpoint = open_megatron(config.megatron_path)
+    known_fingerprint = None
     if checkpoint.artifact is not None:
         verify_files(checkpoint.root, checkpoint.artifact)
+        known_fingerprint = checkpoint.artifact.properties.get("base_fingerprint")
+    sources = filter(None, [checkpoint.iteration_dir, checkpoint.hf_dir, config.hf_model_path])
     with model_files(checkpoint, config.hf_model_path) as source:
         artifact = publish_huggingface(
             config.output_dir,
@@ -29,6 +33,8 @@ def run(config: Config, producer: Producer) -> None:
             produced_by=producer,
             inputs=[describe_input("checkpoint_megatron", checkpoint.root)],
             show_progress=config.show_progress,
+            known_fingerprint=known_fingerprint,
+            resume_key=work_key(producer, sources),
         )
     print(f"{checkpoint.iteration_dir} -> {config.output_dir}")
     print(f"read back bit by bit; base fingerprint {artifact.properties['base_fingerprint']}")

@@ -24,7 +24,7 @@ from nemotron.steps._training.layerwise import compare_merged
 from nemotron.steps.convert.merge_lora.checks import ID
 from nemotron.steps.convert.merge_lora.inputs import MergeInputs
 
-_ROWS_AT_A_TIME = 256  # bounds the fp32 product to what a cache holds
+_ELEMENTS_AT_A_TIME = 1 << 18  # bounds the fp32 product to what a cache holds
 
 
 class MergedWeights:
@@ -70,13 +70,14 @@ def add_delta(
     """
     merged = torch.empty_like(weight)
     lora_a, lora_b = lora_a.float(), lora_b.float()
+    num_rows = max(1, _ELEMENTS_AT_A_TIME // weight.shape[1])
+    blocks = zip(*(each.split(num_rows) for each in (weight, lora_b, merged)), strict=True)
     largest = 0.0
-    for start in range(0, weight.shape[0], _ROWS_AT_A_TIME):
-        rows = slice(start, start + _ROWS_AT_A_TIME)
-        delta = (lora_b[rows] @ lora_a).mul_(scale)
+    for weight_rows, lora_b_rows, merged_rows in blocks:
+        delta = (lora_b_rows @ lora_a).mul_(scale)
         smallest, greatest = torch.aminmax(delta)
         largest = max(largest, -smallest.item(), greatest.item())
-        merged[rows] = delta.add_(weight[rows])
+        merged_rows.copy_(delta.add_(weight_rows.float()))
     return merged, largest
 
 

@@ -27,8 +27,8 @@ def test_transformers_loads_what_write_weights_wrote(
     model = save_llama(source, tie_word_embeddings=is_tied, dtype=torch.bfloat16)
     copy_model_files(source, target)
     weights = HuggingFaceCheckpoint(source)
-    fingerprint = write_weights(target, weights, max_shard_bytes=max_shard_bytes)
-    assert fingerprint == base_fingerprint(weights)
+    written = write_weights(target, weights, max_shard_bytes=max_shard_bytes)
+    assert written.fingerprint == base_fingerprint(weights)
     both: Any = LlamaForCausalLM.from_pretrained(
         target, dtype=torch.bfloat16, output_loading_info=True
     )

@@ -22,7 +22,8 @@ from nemotron.steps._formats.megatron import (
     read_run_config,
 )
 from nemotron.steps._formats.megatron_writer import write_megatron
-from nemotron.steps._formats.torch_dist import TorchDistReader, TorchDistWriter
+from nemotron.steps._formats.torch_dist import TorchDistReader
+from nemotron.steps._formats.torch_dist_writer import torch_dist_writer
 
 SaveLlama = Callable[..., LlamaForCausalLM]
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
@@ -47,8 +48,8 @@ def _rewrite(root: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]
     """Replace the tensors of an iteration by what ``change`` makes of them."""
     iteration_dir = root / "iter_0000000"
     reader = TorchDistReader(iteration_dir)
-    tensors = change({name: reader.read(name) for name in reader.names})
-    with TorchDistWriter(iteration_dir) as writer:
+    tensors = change({name: reader.read(name).clone() for name in reader.names})
+    with torch_dist_writer(iteration_dir) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 

@@ -19,7 +19,8 @@ from nemotron.steps._formats.lora import fused_factors
 from nemotron.steps._formats.megatron_adapter import open_megatron_adapter
 from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
 from nemotron.steps._formats.megatron_files import write_iteration_files
-from nemotron.steps._formats.torch_dist import TorchDistReader, TorchDistWriter
+from nemotron.steps._formats.torch_dist import TorchDistReader
+from nemotron.steps._formats.torch_dist_writer import torch_dist_writer
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import lora_shapes
 
@@ -59,18 +60,30 @@ def save(
     *,
     kind: str = "lora.LoRA",
     tp_size: int = 1,
+    is_nested: bool = False,
+    num_parts: int = 1,
     **changes: Any,
 ) -> Path:
-    """Write a checkpoint as Megatron-Bridge does, whatever is in it."""
+    """Write a checkpoint as Megatron-Bridge does, whatever is in it.
+
+    The size stands where builder configs have it, if nested; ``num_parts`` is into how many chunks
+    rows of linear_fc1 are cut.
+    """
     directory = root / "iter_0000020"
     directory.mkdir(parents=True)
-    with TorchDistWriter(directory) as writer:
+    with torch_dist_writer(directory) as writer:
         for name, tensor in tensors.items():
-            writer.write(name, tensor)
+            if num_parts == 1 or "linear_fc1" not in name or "linear_out" not in name:
+                writer.write(name, tensor)
+                continue
+            for number, part in enumerate(tensor.chunk(num_parts, dim=1)):
+                place = (0, number * part.shape[1], 0)
+                writer.write(name, part, offsets=place, global_shape=tensor.shape)
     peft = {"_target_": f"megatron.bridge.peft.{kind}", "dim": RANK, "alpha": ALPHA}
     model = config.to_run_config(dtype_name="float32", source_name="x")
+    size = {"tensor_model_parallel_size": tp_size}
     run_config = {
-        "model": {**model, "tensor_model_parallel_size": tp_size},
+        "model": {**model, **({"transformer": size} if is_nested else size)},
         "peft": {**peft, "target_modules": TARGETS, **changes},
         "checkpoint": {"pretrained_checkpoint": "bases/llama"},
     }
@@ -143,14 +156,26 @@ def canonical_tensors(config: DecoderConfig, *, tp_size: int) -> tuple[Tensors, 
     return tensors, factors
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("tp_size", "num_parts", "is_nested"),
+    [(1, 2, False), (2, 4, True), (4, 8, False), (4, 1, True)],
+)
 def test_canonical_lora_reads_by_part_in_the_order_of_the_module(
-    tmp_path: Path, config: DecoderConfig, tp_size: int
+    tmp_path: Path, config: DecoderConfig, tp_size: int, num_parts: int, is_nested: bool
 ) -> None:
     tensors, factors = canonical_tensors(config, tp_size=tp_size)
     targets = ["linear_q", "*.linear_v", "linear_fc1_up", "linear_fc2"]
     kind = "canonical_lora.CanonicalLoRA"
-    root = save(tmp_path / "x", tensors, config, kind=kind, tp_size=tp_size, target_modules=targets)
+    root = save(
+        tmp_path / "x",
+        tensors,
+        config,
+        kind=kind,
+        tp_size=tp_size,
+        is_nested=is_nested,
+        num_parts=num_parts,
+        target_modules=targets,
+    )
     adapter = open_megatron_adapter(root, config=config)
     assert adapter.target_modules == ("down_proj", "q_proj", "up_proj", "v_proj")
     for name in adapter.modules:
@@ -164,6 +189,18 @@ def test_canonical_lora_reads_by_part_in_the_order_of_the_module(
     query = 2.0 * factors["self_attn.q_proj.b"][1] @ factors["self_attn.q_proj.a"][1]
     torch.testing.assert_close(delta[:, :2].flatten(0, 2), query)
     assert not delta[:, 2].any()
+
+
+def test_canonical_lora_of_another_size_than_its_config_says_is_refused(
+    tmp_path: Path, config: DecoderConfig
+) -> None:
+    tensors, _ = canonical_tensors(config, tp_size=2)
+    targets = ["linear_q", "linear_v", "linear_fc1_up", "linear_fc2"]
+    kind = "canonical_lora.CanonicalLoRA"
+    root = save(tmp_path, tensors, config, kind=kind, num_parts=4, target_modules=targets)
+    error = refused(root, config)
+    assert error.code == "adapter_config"
+    assert "at tensor-parallel size 2; run_config.yaml says 1" in error.problem
 
 
 def test_write_megatron_adapter_writes_canonical_lora_where_parts_do_not_share(

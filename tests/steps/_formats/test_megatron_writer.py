@@ -22,7 +22,8 @@ from nemotron.steps._formats.fingerprint import base_fingerprint
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
 from nemotron.steps._formats.megatron_writer import publish_megatron, write_megatron
-from nemotron.steps._formats.torch_dist import TorchDistReader, TorchDistWriter
+from nemotron.steps._formats.torch_dist import TorchDistReader
+from nemotron.steps._formats.torch_dist_writer import TorchDistFile
 from nemotron.steps._models.config import DecoderConfig
 
 SaveLlama = Callable[..., LlamaForCausalLM]
@@ -56,8 +57,8 @@ def test_a_round_trip_is_bitwise(
     root = tmp_path / "megatron"
     root.mkdir()
     hf = HuggingFaceCheckpoint(tmp_path / "hf")
-    fingerprint = write_megatron(root, hf, source=hf.directory, source_name="test")
-    assert fingerprint == base_fingerprint(hf)
+    written = write_megatron(root, hf, source=hf.directory, source_name="test")
+    assert written.fingerprint == base_fingerprint(hf)
     weights = MegatronWeights(open_megatron(root))
     wanted = dict(model.named_parameters())
     assert set(weights.names) == wanted.keys()
@@ -202,13 +203,13 @@ def test_publish_megatron_refuses_what_reads_back_otherwise(
 ) -> None:
     save_llama(tmp_path / "hf")
     hf = HuggingFaceCheckpoint(tmp_path / "hf")
-    append = TorchDistWriter._append
+    append = TorchDistFile._append
 
-    def lose_a_bit(writer: TorchDistWriter, index: Any, value: Any) -> None:
-        append(writer, index, value * 1.0001 if "linear_proj.weight" in index.fqn else value)
+    def lose_a_bit(file: TorchDistFile, name: str, value: Any) -> tuple[int, int]:
+        return append(file, name, value * 1.0001 if "linear_proj.weight" in name else value)
 
-    monkeypatch.setattr(TorchDistWriter, "_append", lose_a_bit)
-    with pytest.raises(NemotronError, match="not those that were written") as caught:
+    monkeypatch.setattr(TorchDistFile, "_append", lose_a_bit)
+    with pytest.raises(NemotronError, match=r"o_proj\.weight does not read back as") as caught:
         publish_megatron(
             tmp_path / "out",
             hf,

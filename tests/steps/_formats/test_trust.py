@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
 from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
 from nemotron.steps._formats.megatron_writer import write_megatron
-from nemotron.steps._formats.torch_dist import TorchDistReader, TorchDistWriter
+from nemotron.steps._formats.torch_dist import TorchDistReader
+from nemotron.steps._formats.torch_dist_writer import torch_dist_writer
 from nemotron.steps._models.config import DecoderConfig
 
 SaveLlama = Callable[..., LlamaForCausalLM]
@@ -126,15 +128,16 @@ def poison(root: Path, where: str, payload: Payload) -> None:
         (directory / ".metadata").write_bytes(pickle.dumps(metadata))
     elif where in ("a tensor", "common_state"):
         reader = TorchDistReader(directory)
-        tensors = {name: reader.read(name) for name in reader.names}
+        tensors = {name: reader.read(name).clone() for name in reader.names}
         first = next(iter(tensors))
-        with TorchDistWriter(directory) as writer:
+        with torch_dist_writer(directory) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
             writer.write_object("common_state/shard_0_1", [payload])
             if where == "a tensor":
-                indices = {index.fqn: index for index in writer._storage}
-                writer._append(indices[first], payload)
+                start, length_bytes = writer._append(first, payload)
+                place = {"start": start, "length_bytes": length_bytes}
+                writer.items[:1] = [replace(writer.items[0], **place)]
     else:
         path = root / where if (root / where).exists() else directory / where
         torch.save({"step": payload}, path)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,21 +48,6 @@ def test_the_step_converts_a_checkpoint_bit_by_bit(
     assert read_chat_template(converted.hf_dir) == read_chat_template(base_hf)
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (converted.hf_dir / name).read_bytes() == (base_hf / name).read_bytes()
-
-
-def test_the_module_runs_under_python_m(tmp_path: Path, base_hf: Path) -> None:
-    config = tmp_path / "train.yaml"
-    values = {"hf_model_path": str(base_hf), "output_dir": str(tmp_path / "out")}
-    config.write_text(yaml.safe_dump(values), encoding="utf-8")
-    error_file = tmp_path / "error.json"
-    command = [sys.executable, "-m", "nemotron.steps.convert.hf_to_megatron.step"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NEMOTRON_ERROR_FILE": str(error_file)}
-    done = subprocess.run(
-        [*command, "--config", str(config)], env=environment, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert (tmp_path / "out" / "iter_0000000" / ".metadata").is_file()
-    assert not error_file.exists()
 
 
 def test_the_step_refuses_pickled_weights_and_writes_nothing(

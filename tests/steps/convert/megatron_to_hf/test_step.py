@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron.artifacts import Producer, read_artifact, verify_files
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._formats.torch_dist import TorchDistReader, TorchDistWriter
+from nemotron.steps._formats.torch_dist import TorchDistReader
+from nemotron.steps._formats.torch_dist_writer import torch_dist_writer
 from nemotron.steps.convert.megatron_to_hf.schema import Config
 from nemotron.steps.convert.megatron_to_hf.step import run
 
@@ -43,10 +44,10 @@ def foreign(base: Path) -> Path:
     (base / "artifact.json").unlink()
     directory = base / "iter_0000000"
     reader = TorchDistReader(directory)
-    weights = {name: reader.read(name) for name in reader.names}
+    weights = {name: reader.read(name).clone() for name in reader.names}
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         weights[name] = torch.cat([weights[name], torch.ones(3, weights[name].shape[1])])
-    with TorchDistWriter(directory) as writer:
+    with torch_dist_writer(directory) as writer:
         for name, tensor in weights.items():
             writer.write(name, tensor)
     return base

@@ -1,0 +1,33 @@
+"""Bytes of a file as a tensor that lies in the page cache: nothing is copied until it is used."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def map_tensor(path: Path, *, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the contiguous tensor whose bytes begin at ``start``.
+
+    It can be written to, which changes no file. The file must not be cut while it is used.
+
+    Raises:
+        ValueError: The file is shorter.
+    """
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    skipped = start % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as stream:
+        mapped = mmap.mmap(
+            stream.fileno(),
+            skipped + count * dtype.itemsize,
+            access=mmap.ACCESS_COPY,
+            offset=start - skipped,
+        )
+    content = torch.frombuffer(mapped, dtype=torch.uint8, offset=skipped)
+    tensor = content.view(dtype).reshape(shape)
+    return tensor if tensor.data_ptr() % dtype.itemsize == 0 else tensor.clone()

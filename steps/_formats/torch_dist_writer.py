@@ -1,0 +1,188 @@
+"""Writes directories of torch.distributed.checkpoint (DCP) without a process group.
+
+Each data file can be written on its own; what lies where goes into ``.metadata`` at the end.
+torch's ``dcp.load`` and Megatron-Bridge read the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from nemotron.steps._formats.hashed_file import HashedFile
+from nemotron.steps._formats.torch_dist import METADATA_FILE
+from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES
+
+_ALIGNMENT_BYTES = 64  # torch.save keeps to it within what it writes
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """One chunk of a tensor, or an object, and the byte range that holds it; plain JSON values.
+
+    Args:
+        name: Name of the whole tensor.
+        file: Name of the data file.
+        start: First byte.
+        length_bytes: Number of bytes.
+        dtype_name: safetensors' name of the type; None of an object that is no tensor.
+        global_shape: Shape of the whole tensor.
+        offsets: Place of the chunk in the whole tensor.
+        sizes: Shape of the chunk.
+    """
+
+    name: str
+    file: str
+    start: int
+    length_bytes: int
+    dtype_name: str | None = None
+    global_shape: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+
+class TorchDistFile:
+    """One data file, written chunk by chunk in a ``with`` block.
+
+    Args:
+        path: The file, such as ``__0_0.distcp``.
+
+    Attributes:
+        items: What was written so far.
+        sha256: Digest of the file; after the block.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.items: list[StoredItem] = []
+        self.sha256 = ""
+        self._name = path.name
+        self._stream = HashedFile(path)
+
+    def __enter__(self) -> TorchDistFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.__exit__(kind, error, trace)
+        self.sha256 = self._stream.sha256
+
+    def write(
+        self,
+        name: str,
+        tensor: Tensor,
+        *,
+        offsets: Sequence[int] | None = None,
+        global_shape: Sequence[int] | None = None,
+    ) -> None:
+        """Append a tensor, or one chunk of it.
+
+        Args:
+            name: Name of the whole tensor.
+            tensor: The chunk; every chunk of a tensor has the same type.
+            offsets: Place of the chunk in the whole tensor; zeros by default.
+            global_shape: Shape of the whole tensor; that of ``tensor`` by default.
+        """
+        sizes = tuple(tensor.shape)
+        tensor = tensor.contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()  # torch.save would write the whole storage behind a view
+        start, length_bytes = self._append(name, tensor)
+        self.items.append(
+            StoredItem(
+                name,
+                self._name,
+                start,
+                length_bytes,
+                DTYPE_NAMES[tensor.dtype],
+                tuple(global_shape or sizes),
+                tuple(offsets or [0] * len(sizes)),
+                sizes,
+            )
+        )
+
+    def write_object(self, name: str, value: Any) -> None:
+        """Append an item that is not a tensor, such as Megatron's ``_extra_state``."""
+        self.items.append(StoredItem(name, self._name, *self._append(name, value)))
+
+    def _append(self, name: str, value: Any) -> tuple[int, int]:
+        self._stream.write(bytes(-self._stream.size_bytes % _ALIGNMENT_BYTES))
+        start = self._stream.size_bytes
+        torch.save(value, self._stream)  # type: ignore[arg-type] (it needs write() only)
+        return start, self._stream.size_bytes - start
+
+
+@contextlib.contextmanager
+def torch_dist_writer(directory: Path) -> Iterator[TorchDistFile]:
+    """Yield the one data file of a directory; the block's end writes ``.metadata``.
+
+    Raises:
+        ValueError: As ``write_metadata``; there is no ``.metadata`` then.
+    """
+    with TorchDistFile(directory / "__0_0.distcp") as file:
+        yield file
+    write_metadata(directory, file.items)
+
+
+def write_metadata(directory: Path, items: Iterable[StoredItem]) -> None:
+    """Write what tells readers where everything lies; its bytes depend on the items' order.
+
+    Raises:
+        ValueError: The chunks of one tensor differ in type.
+    """
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for item in items:
+        place = _StorageInfo(item.file, item.start, item.length_bytes)
+        if item.dtype_name is None:
+            entries[item.name] = BytesStorageMetadata()
+            storage[MetadataIndex(item.name)] = place
+            continue
+        dtype = DTYPES[item.dtype_name]
+        whole = TensorStorageMetadata(
+            TensorProperties(dtype=dtype), torch.Size(item.global_shape), []
+        )
+        entry = entries.setdefault(item.name, whole)
+        if not isinstance(entry, TensorStorageMetadata) or entry.properties.dtype != dtype:
+            raise ValueError(f"{item.name}: the chunks of one tensor must have one type")
+        offsets = torch.Size(item.offsets)
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.sizes)))
+        storage[MetadataIndex(item.name, offsets)] = place
+    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")
+    (directory / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+
+
+@contextlib.contextmanager
+def without_crc32() -> Iterator[None]:
+    """Spare ``torch.save`` a sum over every byte that ``torch.load`` never looks at.
+
+    It is a setting of the process: one block around all threads that write.
+    """
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)

@@ -1,0 +1,164 @@
+"""Files of weights: written several at a time, noted when complete, read back and compared.
+
+Once a file is on the disk, it has a receipt in the ``RESUME_DIR`` of the unfinished checkpoint. A
+run that was killed and is started again takes a file as it is if its bytes are those of the
+receipt; anything that would make other bytes is part of the key under which ``publish`` keeps the
+work, so that a changed source starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron.artifacts import RESUME_DIR, Producer, sha256_file, sha256_json, write_text
+from nemotron.errors import NemotronError
+from nemotron.steps._formats.fingerprint import FingerprintedWeights
+from nemotron.steps._formats.weights import Weights, damaged
+
+# Each of them holds one tensor and what is made of it, and has a thread that hashes.
+_NUM_FILES_AT_A_TIME = min(2, os.cpu_count() or 1)
+Receipt = dict[str, Any]
+Compare = Callable[[Weights], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known of weights that were written.
+
+    Args:
+        fingerprint: Their base fingerprint.
+        digests: sha256 of each of their files, by path relative to the checkpoint.
+    """
+
+    fingerprint: str
+    digests: Mapping[str, str]
+
+
+def write_files(
+    root: Path, files: Iterable[str], write: Callable[[str], Receipt]
+) -> dict[str, Receipt]:
+    """Write files several at a time and return each one's receipt, in the order of ``files``.
+
+    Args:
+        root: The unfinished checkpoint; receipts are kept if it has a ``RESUME_DIR``.
+        files: Paths relative to ``root``.
+        write: Writes one of them, down to the disk, and returns plain JSON values, among them its
+            ``sha256``. Not called for a file that has a receipt.
+    """
+
+    def write_or_find(file: str) -> Receipt:
+        found = _find_receipt(root, file)
+        if found is not None:
+            return found
+        text = json.dumps(write(file))
+        if (root / RESUME_DIR).is_dir():
+            write_text(_receipt_path(root, file), text)
+        return json.loads(text)  # as it will be found: pickle tells equal strings from the same
+
+    files = list(files)
+    with ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:
+        # Settings of torch are the caller's, whichever way torch keeps them.
+        running = [threads.submit(copy_context().run, write_or_find, file) for file in files]
+        try:
+            return {file: each.result() for file, each in zip(files, running, strict=True)}
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def work_key(produced_by: Producer, sources: Iterable[Path]) -> str:
+    """Return the digest of all that the bytes of a conversion depend on.
+
+    That is the code, and every file below ``sources`` by name, size and time of its last change.
+    """
+    code = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    for path in sorted([*package.glob("_formats/*.py"), *package.glob("_models/*.py")]):
+        code.update(path.read_bytes())
+    states = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for source in sources
+        for path in sorted(source.rglob("*"))
+        if path.is_file()
+    ]
+    return sha256_json([produced_by.model_dump(), code.hexdigest(), torch.__version__, states])
+
+
+def read_back(
+    weights: Weights,
+    written: Written,
+    *,
+    source: Weights,
+    where: Path,
+    compare: Compare | None = None,
+) -> dict[str, Any]:
+    """Read weights that were just written, and return what ``compare`` makes of them.
+
+    Without ``compare`` they are compared with ``source``, which is read again, bit by bit; with it,
+    by the digest of every tensor as ``compare`` reads them, because making a merged tensor again
+    takes longer.
+
+    Raises:
+        NemotronError: ``artifact_damaged``: they are not those that were written; and what
+            ``compare`` raises.
+    """
+    if compare is None:
+        if (name := _first_difference(weights, source)) is not None:
+            raise damaged(where, f"{name} does not read back as it was written")
+        return {}
+    reread = FingerprintedWeights(weights)
+    problem: NemotronError | None = None
+    properties: dict[str, Any] = {}
+    try:
+        properties |= compare(reread)
+    except NemotronError as error:
+        problem = error
+    if reread.fingerprint() != written.fingerprint:  # the cause, where both are wrong
+        raise damaged(where, "the weights read back are not those that were written")
+    if problem is not None:
+        raise problem
+    return properties
+
+
+def _first_difference(got: Weights, wanted: Weights) -> str | None:
+    """Return the first tensor that is not the same, bit by bit; None if there is none."""
+    size = -(-len(wanted.names) // _NUM_FILES_AT_A_TIME)
+    parts = [wanted.names[start : start + size] for start in range(0, len(wanted.names), size)]
+
+    def search(names: Sequence[str]) -> str | None:
+        return next((name for name in names if not _is_same(got, wanted, name)), None)
+
+    with ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:
+        return next((name for name in threads.map(search, parts) if name is not None), None)
+
+
+def _is_same(got: Weights, wanted: Weights, name: str) -> bool:
+    one, other = got.read(name), wanted.read(name)
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    # As whole numbers: NaN is not equal to itself, and 0 is equal to -0. The wider, the faster.
+    bits = torch.int64 if one.nbytes % 8 == 0 else torch.uint8
+    return torch.equal(one.reshape(-1).view(bits), other.reshape(-1).view(bits))
+
+
+def _find_receipt(root: Path, file: str) -> Receipt | None:
+    """Return the receipt of a file whose content is what it says."""
+    try:
+        receipt: Receipt = json.loads(_receipt_path(root, file).read_bytes())
+        return receipt if sha256_file(root / file) == receipt["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _receipt_path(root: Path, file: str) -> Path:
+    return root / RESUME_DIR / f"{Path(file).name}.json"
