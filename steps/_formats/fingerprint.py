@@ -23,7 +23,7 @@ from nemotron.steps._formats.safetensors_file import raw_bytes
 from nemotron.steps._formats.weights import DTYPE_NAMES, Weights
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
-_MAX_WAITING_BYTES = 32_000_000  # tensors that are held only because they are being hashed
+_MAX_WAITING_BYTES = 16_000_000  # tensors that are held only because they are being hashed
 
 
 TensorEntry = tuple[str, list[int], str]  # name of the type, shape, sha256 of the bytes
@@ -33,7 +33,7 @@ class Fingerprint:
     """The fingerprint of weights that pass by one at a time, in any order, from any thread.
 
     Hashing goes on in threads, behind the caller's back: sha256 is slower than any disk that is
-    worth having. At most one large tensor, or 32 MB of smaller ones, waits.
+    worth having. At most one large tensor, or 16 MB of smaller ones, waits.
     """
 
     def __init__(self) -> None:

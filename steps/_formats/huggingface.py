@@ -261,6 +261,7 @@ def _wrong_shape(
         "weights_shape",
         f"{name} is {list(got)}; config.json asks for {list(wanted)}",
         where=str(path),
+        why="the weights are not those of the model that the config describes",
         fix="use a checkpoint whose config.json and weights belong together",
         exit_code=ExitCode.DATA,
     )

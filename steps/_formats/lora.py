@@ -18,17 +18,35 @@ from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import join_lora_rows, lora_hf_modules, lora_shapes
 from nemotron.steps._models.targets import linear_names
 
-_FIXES = {
-    "missing": "pass a directory with adapter_config.json and adapter_model.safetensors",
-    "config": "use a plain LoRA adapter on linear layers of the decoder",
-    "prefix": "rename the tensors to base_model.model.<module>.lora_A.weight, as PEFT saves them",
-    "half_missing": "use the adapter as its trainer saved it",
-    "keys_missing": "use the adapter as its trainer saved it",
-    "keys_unexpected": "use the adapter as its trainer saved it",
-    "rank": "use the config that the adapter was saved with",
-    "alpha": "use the config that the adapter was saved with",
-    "shape": "use the base that the adapter was trained on, and the config it was saved with",
-    "not_finite": "take an earlier save of the adapter; this training diverged",
+# Why an adapter is refused, and what to do about it.
+_SAVED = "use the adapter as its trainer saved it"
+_CONFIG = "use the config that the adapter was saved with"
+_REASONS = {
+    "missing": (
+        "an adapter is a config and its tensors",
+        "pass a directory with adapter_config.json and adapter_model.safetensors",
+    ),
+    "config": (
+        "what is not honoured would change what the adapter does, and nobody would see it",
+        "use a plain LoRA adapter on linear layers of the decoder",
+    ),
+    "prefix": (
+        "PEFT would load none of them and leave the base as it is",
+        "rename the tensors to base_model.model.<module>.lora_A.weight, as PEFT saves them",
+    ),
+    "half_missing": ("half of a product changes nothing", _SAVED),
+    "keys_missing": ("modules without tensors would stay as they are in the base", _SAVED),
+    "keys_unexpected": ("what belongs to no module of the base would be left out", _SAVED),
+    "rank": ("the product is scaled by alpha / rank: another rank is another model", _CONFIG),
+    "alpha": ("the product is scaled by alpha / rank: another alpha is another model", _CONFIG),
+    "shape": (
+        "the adapter was trained on a model of other sizes, or its file was changed",
+        "use the base that the adapter was trained on, and the config it was saved with",
+    ),
+    "not_finite": (
+        "one such value makes every logit not a number",
+        "take an earlier save of the adapter; this training diverged",
+    ),
 }
 
 
@@ -121,10 +139,12 @@ def _stacked(
 
 def adapter_error(kind: str, where: Path, problem: str) -> NemotronError:
     """Return the error ``adapter_<kind>`` of an adapter that cannot be used as it is."""
+    why, fix = _REASONS[kind]
     return NemotronError(
         f"adapter_{kind}",
         problem,
         where=str(where),
-        fix=_FIXES[kind],
+        why=why,
+        fix=fix,
         exit_code=ExitCode.DATA,
     )

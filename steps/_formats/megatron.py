@@ -142,6 +142,7 @@ class MegatronCheckpoint:
                 "weights_shape",
                 f"{name} is {list(got)}; the config asks for {list(wanted)}",
                 where=str(self.iteration_dir),
+                why="the weights are not those of the model that the config describes",
                 fix="use a checkpoint whose config and weights belong together",
                 exit_code=ExitCode.DATA,
             )

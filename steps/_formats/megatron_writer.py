@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nemotron.artifacts import Artifact, Input, Producer, publish, write_artifact
 from nemotron.errors import ExitCode, NemotronError
@@ -186,12 +187,7 @@ def _write_place(
     fingerprint: Fingerprint | None,
 ) -> None:
     """Write one Megatron tensor, of one layer where it has layers."""
-    names = _hf_names(rule, layer)
-    parts = [weights.read(name) for name in names]
-    for name, part in zip(names, parts, strict=True):
-        if fingerprint:
-            fingerprint.add(name, part)
-    tensor = join_rows(parts, layout=rule.layout, config=weights.config)
+    tensor = _read_place(weights, rule, layer, fingerprint)
     if layer is None:
         stream.write(rule.megatron, tensor)
         return
@@ -202,6 +198,18 @@ def _write_place(
     if module.rsplit(".", 1)[-1] in LORA_TARGETS:
         # Megatron-Bridge up to 0.4 asks for the (empty) state of every linear layer.
         stream.write_object(f"{module}._extra_state/shard_{layer}_{num_layers}", [None])
+
+
+def _read_place(
+    weights: Weights, rule: WeightRule, layer: int | None, fingerprint: Fingerprint | None
+) -> Tensor:
+    """Return one Megatron tensor; its parts are let go."""
+    names = _hf_names(rule, layer)
+    parts = [weights.read(name) for name in names]
+    for name, part in zip(names, parts, strict=True):
+        if fingerprint:
+            fingerprint.add(name, part)
+    return join_rows(parts, layout=rule.layout, config=weights.config)
 
 
 def _plan_files(weights: Weights) -> dict[str, list[Place]]:

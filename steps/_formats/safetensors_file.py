@@ -88,6 +88,7 @@ class SafetensorsFile:
                 "weights_dtype",
                 f"{name} is {kind}; wanted one of {', '.join(DTYPES)}",
                 where=str(self.path),
+                why="a quantized tensor is no weight without its scales",
                 fix="use the checkpoint that is not quantized",
                 exit_code=ExitCode.DATA,
             )
