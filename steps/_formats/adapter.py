@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's own layout: written from Megatron's factors, read with strict checks.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` with Hugging Face names, so that PEFT and
-vLLM load the directory as it is. A fused Megatron module becomes one module per part: ``lora_A`` is
+``adapter_config.json`` and ``adapter_model.safetensors`` with Hugging Face names, so that PEFT
+loads the directory as it is. A fused Megatron module becomes one module per part: ``lora_A`` is
 repeated, ``lora_B`` split. Reading refuses anything that would make the adapter do less, or other,
 than its config says.
 """
