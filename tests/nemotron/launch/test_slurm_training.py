@@ -10,7 +10,8 @@ from typing import Any
 
 # One thread everywhere: a rank that has a node to itself would use more, and add in another order.
 TRAIN = (
-    *("steps", "run", "peft/megatron_bridge", "-c", "tiny", "train.train_iters=12"),
+    *("steps", "run", "peft/megatron_bridge", "-c", "tiny"),
+    *("train.train_iters=12", "train.global_batch_size=4"),
     "run.env.env_vars.OMP_NUM_THREADS=1",
 )
 
@@ -31,8 +32,8 @@ def test_a_run_stopped_on_two_nodes_and_queued_again_equals_one_on_this_machine(
     options = ("run.env.nodes=2", "run.env.requeue=true", "checkpoint.save=remote")
     options += ("run.env.gpus_per_node=1",)  # asked of Slurm, not of torch
     job_id = nemotron(*TRAIN, "-b", "rig", *options).out.strip()
-    until(lambda: losses(cluster / "remote"), 120)
     number = nemotron("jobs", "status", job_id, "--json").data["placement"]["id"]
+    until(lambda: losses(cluster / "remote"), 120)
     # What Slurm sends ahead of a time limit or a preemption.
     subprocess.run(["scancel", "--signal=TERM", number], check=True)
     until(lambda: nemotron("jobs", "status", job_id, "--json").data["restarts"] == 1, 60)

@@ -152,15 +152,16 @@ def test_the_tiny_example_does_not_fit_and_what_is_not_on_the_storage_is_named(
 ) -> None:
     packaged = Path(nemotron_package.__file__).parent / "steps"
     monkeypatch.setattr(catalog, "steps_root", lambda: packaged)
-    unfit = nemotron("steps", "run", "data_prep/sft_packing", "-c", "tiny", "-r", "lepton")
+    pack = ("steps", "run", "data_prep/sft_packing", "-c", "tiny", "-r", "lepton")
+    unfit = nemotron(*pack)
     assert unfit.code == 3
     assert "error[code_too_large]" in unfit.err
     assert "point the config at files of that storage" in unfit.err
     assert not workspace.jobs
-    done = nemotron("steps", "run", "convert/merge_lora", "-c", "tiny", "-r", "lepton")
+    done = nemotron(*pack, "blend_path=chats.jsonl", "tokenizer.model=base")
     assert done.code == 3, done.out + done.err
-    assert "[missing_adapter]" in done.err
-    assert "adapter files are at output/peft/megatron_bridge/tiny" in done.err
+    assert "the job failed: [missing_" in done.err
+    assert "fix: " in done.err
 
 
 def test_a_job_that_the_workspace_has_forgotten_is_lost(workspace: Any, nemotron: Nemotron) -> None:
