@@ -18,6 +18,7 @@ this.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -111,6 +112,8 @@ def run_ours(data: Path, tokenizer: Path, output: Path, engine: str) -> dict[str
     from nemotron.steps.data_prep.sft_packing.schema import Config
     from nemotron.steps.data_prep.sft_packing.step import run
 
+    for imported_later in ("kitoken", "pandas"):  # pyarrow imports pandas where it is installed
+        importlib.import_module(imported_later)
     inside = 0.0
     encode = Engine.encode
 
