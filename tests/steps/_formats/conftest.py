@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from nemotron.steps._formats.adapter import write_adapter
+from nemotron.steps._models.config import DecoderConfig
 
 SaveLlama = Callable[..., LlamaForCausalLM]
 
@@ -41,3 +44,21 @@ def save_llama() -> SaveLlama:
         return model
 
     return save
+
+
+def save_peft_adapter(directory: Path, config: DecoderConfig, *, ranks: Mapping[int, int]) -> None:
+    """Write an adapter of ones in PEFT's layout on some layers' linear_fc2, by layer its rank."""
+    directory.mkdir()
+    factors = {
+        f"decoder.layers.{layer}.mlp.linear_fc2": (torch.ones(rank, 24), torch.ones(16, rank))
+        for layer, rank in ranks.items()
+    }
+    write_adapter(
+        directory,
+        factors,
+        config=config,
+        dim=3,
+        alpha=6,
+        dropout=0.0,
+        base_model_name_or_path="x",
+    )

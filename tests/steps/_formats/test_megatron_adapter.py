@@ -13,16 +13,17 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._formats.adapter import open_adapter, write_adapter
+from nemotron.steps._formats.adapter import open_adapter
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.lora import fused_factors
-from nemotron.steps._formats.megatron_adapter import open_megatron_adapter
+from nemotron.steps._formats.megatron_adapter import MegatronAdapter, open_megatron_adapter
 from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
 from nemotron.steps._formats.megatron_files import write_iteration_files
 from nemotron.steps._formats.torch_dist import TorchDistReader
 from nemotron.steps._formats.torch_dist_writer import torch_dist_writer
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import lora_shapes
+from tests.steps._formats.conftest import save_peft_adapter
 
 SaveLlama = Callable[..., LlamaForCausalLM]
 Tensors = dict[str, Tensor]
@@ -98,6 +99,13 @@ def refused(root: Path, config: DecoderConfig) -> NemotronError:
     return caught.value
 
 
+def assert_same_factors(one: MegatronAdapter, other: MegatronAdapter) -> None:
+    assert one.modules == other.modules
+    for module in one.modules:
+        for a, b in zip(one.read(module), other.read(module), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_stacked_layers_and_layers_of_their_own_read_the_same(
     tmp_path: Path, config: DecoderConfig
 ) -> None:
@@ -109,12 +117,10 @@ def test_stacked_layers_and_layers_of_their_own_read_the_same(
     }
     one = open_megatron_adapter(save(tmp_path / "one", stacked, config), config=config)
     other = open_megatron_adapter(save(tmp_path / "other", single, config), config=config)
-    assert one.modules == other.modules == tuple(lora_shapes(config))
+    assert one.modules == tuple(lora_shapes(config))
     assert (one.dim, one.alpha, one.scale(one.modules[0])) == (RANK, ALPHA, 2.0)
     assert one.base_model_name_or_path == "bases/llama"
-    for module in one.modules:
-        for a, b in zip(one.read(module), other.read(module), strict=True):
-            assert torch.equal(a, b)
+    assert_same_factors(one, other)
 
 
 def test_the_delta_of_a_fused_linear_is_the_product_of_its_tensors(
@@ -215,10 +221,7 @@ def test_write_megatron_adapter_writes_canonical_lora_where_parts_do_not_share(
     written = write_megatron_adapter(tmp_path / "again", adapter, pretrained_checkpoint="b")
     assert written == "CanonicalLoRA"
     again = open_megatron_adapter(tmp_path / "again", config=config)
-    assert again.modules == adapter.modules
-    for module in again.modules:
-        for a, b in zip(again.read(module), adapter.read(module), strict=True):
-            assert torch.equal(a, b)
+    assert_same_factors(again, adapter)
 
 
 def test_write_megatron_adapter_gives_back_the_tensors_and_says_what_loads_them(
@@ -247,22 +250,8 @@ def test_write_megatron_adapter_gives_back_the_tensors_and_says_what_loads_them(
 def test_write_megatron_adapter_refuses_what_its_format_does_not_express(
     tmp_path: Path, config: DecoderConfig, change: str
 ) -> None:
-    ranks = (2, 3) if change == "rank" else (3, 3)
-    factors = {
-        f"decoder.layers.{layer}.mlp.linear_fc2": (torch.ones(rank, 24), torch.ones(16, rank))
-        for layer, rank in enumerate(ranks)
-        if change == "rank" or layer == 0
-    }
-    (tmp_path / "peft").mkdir()
-    write_adapter(
-        tmp_path / "peft",
-        factors,
-        config=config,
-        dim=3,
-        alpha=6,
-        dropout=0.0,
-        base_model_name_or_path="x",
-    )
+    ranks = {0: 2, 1: 3} if change == "rank" else {0: 3}
+    save_peft_adapter(tmp_path / "peft", config, ranks=ranks)
     adapter = open_adapter(tmp_path / "peft", config=config)
     wanted = "differ in rank or scale" if change == "rank" else "in some layers only"
     with pytest.raises(NemotronError, match=wanted) as caught:

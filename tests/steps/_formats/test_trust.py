@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import LlamaForCausalLM
 
 from nemotron.errors import NemotronError
-from nemotron.steps._formats.adapter import open_adapter, write_adapter
+from nemotron.steps._formats.adapter import open_adapter
 from nemotron.steps._formats.any_adapter import find_any_adapter, open_any_adapter
 from nemotron.steps._formats.fingerprint import base_fingerprint
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
@@ -31,6 +31,7 @@ from nemotron.steps._formats.megatron_writer import write_megatron
 from nemotron.steps._formats.torch_dist import TorchDistReader
 from nemotron.steps._formats.torch_dist_writer import torch_dist_writer
 from nemotron.steps._models.config import DecoderConfig
+from tests.steps._formats.conftest import save_peft_adapter
 
 SaveLlama = Callable[..., LlamaForCausalLM]
 _STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn")
@@ -83,21 +84,8 @@ def checkpoint(tmp_path: Path, save_llama: SaveLlama) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path, checkpoint: Path) -> Path:
     config = open_megatron(checkpoint).config
-    factors = {
-        f"decoder.layers.{layer}.mlp.linear_fc2": (torch.ones(3, 24), torch.ones(16, 3))
-        for layer in range(2)
-    }
-    (tmp_path / "peft").mkdir()
+    save_peft_adapter(tmp_path / "peft", config, ranks={0: 3, 1: 3})
     (tmp_path / "adapter").mkdir()
-    write_adapter(
-        tmp_path / "peft",
-        factors,
-        config=config,
-        dim=3,
-        alpha=6,
-        dropout=0.0,
-        base_model_name_or_path="x",
-    )
     opened = open_adapter(tmp_path / "peft", config=config)
     write_megatron_adapter(tmp_path / "adapter", opened, pretrained_checkpoint="x")
     return tmp_path / "adapter"
