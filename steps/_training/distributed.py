@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nemotron.errors import NemotronError
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
+from nemotron.steps._training.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def open_layout(
 
 def _device() -> torch.device:
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
