@@ -116,7 +116,7 @@ def watched() -> Iterator[Counter[str]]:
     """Count calls by kind, their bytes on a ring, and every collective that torch itself saw."""
     seen: Counter[str] = Counter()
     size = dist.get_world_size()
-    names = ("all_reduce", "_all_gather_single", "_reduce_scatter_single")
+    names = ("all_reduce", "_all_gather_single", "_reduce_scatter")
     places = (collectives.dist, collectives, collectives)
     # Of the tensor given first a ring sends this share per rank: see the reference of each.
     shares = (2 * (size - 1) / size, (size - 1) / size, (size - 1))
