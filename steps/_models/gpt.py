@@ -314,12 +314,12 @@ class SelfAttention(nn.Module):
         dropout: DropoutRows | None,
     ) -> Tensor:
         heads_per_group = self.queries_per_group + 2
-        qkv_SF = self.linear_qkv(x_SH, dropout)
+        qkv_SF, residual_SH = self.linear_qkv(x_SH, dropout)
         if self.qkv_bias is not None:
             qkv_SF = qkv_SF + self.qkv_bias
         qkv = qkv_SF.unflatten(1, (-1, heads_per_group, self.head_dim))
         out_SND = self.attend(*rotated_heads(qkv, rotary, self._head_norms()), cu_seqlens)
-        return self.linear_proj(out_SND.flatten(1, 2), dropout, residual_SF=x_SH)
+        return self.linear_proj(out_SND.flatten(1, 2), dropout, residual_SF=residual_SH)
 
     def _head_norms(self) -> HeadNorms | None:
         if self.q_layernorm is None or self.k_layernorm is None:
@@ -361,4 +361,5 @@ class MLP(nn.Module):
         )
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None) -> Tensor:
-        return self.linear_fc2(self.linear_fc1(x_SH, dropout), dropout, residual_SF=x_SH)
+        fc1_SF, residual_SH = self.linear_fc1(x_SH, dropout)
+        return self.linear_fc2(fc1_SF, dropout, residual_SF=residual_SH)

@@ -18,6 +18,7 @@ section 4.2.2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,8 @@ class ColumnParallel(torch.autograd.Function):
         a        [R, H]            lora_a, replicated
         y        [S, F / T]        whole sequence, features sharded
 
-    Replicated:
+    x is handed on as a second output: the residual that goes around the block. So its gradient
+    comes back to the prologue's, which adds it in a pass that it makes anyway. Replicated:
 
         forward  y = [x | x A^T] [W | scale B]^T                                no collective
         dgrad    [dx | dh] = dy [W | scale B] ;  dx = all_reduce(dx + dh A)     the one collective
@@ -89,7 +91,7 @@ class ColumnParallel(torch.autograd.Function):
         prologue: Prologue | None,
         mask: Mask | None,
         groups: Groups,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         parts = [lora_a_RH.shape[1], len(lora_a_RH)]
         # Copied at every call, R / H of the matrix, so that an optimizer may change lora_b without
         # telling anyone; in RowParallel lora_a. The matrix is kept off autograd's saved tensors:
@@ -108,39 +110,42 @@ class ColumnParallel(torch.autograd.Function):
         _save(ctx, x_SH, kept, x_h[:, parts[0] :], lora_a_RH, prologue, mask)
         ctx.extended, ctx.scale, ctx.groups = extended, scale, groups
         ctx.master_dtype = lora_b_FR.dtype
-        return x_h @ extended.T
+        return x_h @ extended.T, x_SH
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
-        (dy_SF,) = grad_outputs
+        dy_SF, dresidual_SH = grad_outputs
         saved = ctx.saved_tensors  # once: recomputed activations can be had no second time
         in_features = saved[-1].shape[1]
         # Without dx only the R columns of dh are left to compute, and to send.
         columns = ctx.extended if ctx.needs_input_grad[0] else ctx.extended[:, in_features:]
         dx_dh = dy_SF @ columns
         backward = _column_of_rows if ctx.groups.sequence.size > 1 else _column_of_all
-        return *backward(ctx, saved, dy_SF, dx_dh), None, None, None, None, None
+        dx_SH, part, da_RH, db_FR = backward(ctx, saved, dy_SF, dx_dh)
+        dx_SH = _through_prologue(ctx, dx_SH, saved, part, dresidual_SH)
+        return dx_SH, da_RH, db_FR, None, None, None, None, None
 
 
 def _column_of_all(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor) -> Gradients:
-    """Return dx, dA and dB of activations that are replicated."""
+    """Return dx, the prologue's part of it, dA and dB of activations that are replicated."""
     x_SH, kept, h_SR, lora_a_RH = saved
     dx_SH = wait = None
     dh_SR = dx_dh[:, dx_dh.shape[1] - len(lora_a_RH) :]
     if ctx.needs_input_grad[0]:
         dx_SH = _add_lora(dx_dh[:, : lora_a_RH.shape[1]], dh_SR, lora_a_RH, ctx.mask)
         if ctx.groups.replicated.size > 1:
-            dx_SH = dx_SH.contiguous()
-        dx_SH, wait = all_reduce_async(dx_SH, ctx.groups.replicated)
+            # dx is sent with dh beside it, R / H more bytes, rather than copied out first.
+            dh_SR = dh_SR.clone()
+            _, wait = all_reduce_async(dx_dh, ctx.groups.replicated)
     db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
     da_RH, part = _lora_a_gradient(ctx, dh_SR, x_SH, kept)
     if wait is not None:
         wait()
-    return _through_prologue(ctx, dx_SH, x_SH, kept, part), da_RH, db_FR
+    return dx_SH, part, da_RH, db_FR
 
 
 def _column_of_rows(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor) -> Gradients:
-    """Return dx, dA and dB of activations that are split over the sequence."""
+    """Return the same of activations that are split over the sequence."""
     x_SH, kept, h_SR, lora_a_RH = saved
     dx_dh, wait = scatter_sum_rows_async(dx_dh, ctx.groups.sequence)
     db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
@@ -150,7 +155,7 @@ def _column_of_rows(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: T
     da_RH, part = _lora_a_gradient(ctx, dh_SR, x_SH, kept)
     if ctx.needs_input_grad[0]:
         dx_SH = _add_lora(dx_dh[:, : lora_a_RH.shape[1]], dh_SR, lora_a_RH, ctx.mask)
-    return _through_prologue(ctx, dx_SH, x_SH, kept, part), da_RH, db_FR
+    return dx_SH, part, da_RH, db_FR
 
 
 class RowParallel(torch.autograd.Function):
@@ -162,7 +167,7 @@ class RowParallel(torch.autograd.Function):
         y        [S, F]            replicated; or, over the sequence, this rank's rows, [S / T, F]
 
         forward  [y | h] = all_reduce(x [W ; A]^T) ;  y += scale h B^T + residual
-        dgrad    dh = scale dy B ;  dx = [dy | dh] [W ; A]                      no collective
+        dgrad    dh = scale dy B ;  dx = dy W + dh A                            no collective
         adapter  dA = dh^T x, complete for the shard ;  dB = scale dy^T h, complete
 
     h rides in the collective of the base output, for R / F more bytes, and is complete afterwards:
@@ -170,7 +175,7 @@ class RowParallel(torch.autograd.Function):
     sequence parallelism:
 
         forward  [y | h] = reduce_scatter(x [W ; A]^T) ;  y += scale h B^T + residual
-        dgrad    [dy | dh] = all_gather([dy | scale dy B]) ;  dx = [dy | dh] [W ; A]
+        dgrad    [dy | dh] = all_gather([dy | scale dy B]) ;  dx = dy W + dh A
         adapter  dA = dh^T x, complete for the shard ;  dB = scale dy^T h, partial: own rows only
 
     dB is computed while the all-gather is in flight. Saved: x (for dA) and h of this rank's rows
@@ -212,24 +217,31 @@ class RowParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dy_SF,) = grad_outputs
-        x_SH, kept, h_SR, lora_b_FR = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x_SH, kept, h_SR, lora_b_FR = saved
         dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
-        dy_dh = torch.cat([dy_SF, dh_SR], dim=1) if dh_SR.numel() else dy_SF
-        dy_dh, wait = gather_rows_async(dy_dh, ctx.groups.sequence)
+        dy_all_SF, dh_all_SR, wait = _gather_beside(dy_SF, dh_SR, ctx.groups.sequence)
         db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
         wait()
-        parts = [dy_SF.shape[1], dh_SR.shape[1]]
-        dy_all_SF, dh_all_SR = dy_dh.split(parts, dim=1)
         da_RH, part = _lora_a_gradient(ctx, dh_all_SR, x_SH, kept)
         dx_SH = None
-        if ctx.needs_input_grad[0] and ctx.mask is None:
-            dx_SH = dy_dh @ ctx.extended
-        elif ctx.needs_input_grad[0]:
-            weight_FH, lora_a_RH = ctx.extended.split(parts)
+        if ctx.needs_input_grad[0]:
+            weight_FH, lora_a_RH = ctx.extended.split([dy_SF.shape[1], dh_SR.shape[1]])
             dx_SH = _add_lora(dy_all_SF @ weight_FH, dh_all_SR, lora_a_RH, ctx.mask)
-        dx_SH = _through_prologue(ctx, dx_SH, x_SH, kept, part)
+        dx_SH = _through_prologue(ctx, dx_SH, saved, part)
         dresidual_SF = dy_SF if ctx.needs_input_grad[3] else None
         return dx_SH, da_RH, db_FR, dresidual_SF, None, None, None, None, None
+
+
+def _gather_beside(
+    dy_SF: Tensor, dh_SR: Tensor, group: ProcessGroup
+) -> tuple[Tensor, Tensor, Callable[[], None]]:
+    """Start gathering the rows of both in one collective; the third result waits for them."""
+    if group.size == 1:
+        return dy_SF, dh_SR, lambda: None
+    dy_dh, wait = gather_rows_async(torch.cat([dy_SF, dh_SR], dim=1), group)
+    dy_all_SF, dh_all_SR = dy_dh.split([dy_SF.shape[1], dh_SR.shape[1]], dim=1)
+    return dy_all_SF, dh_all_SR, wait
 
 
 def _save(
@@ -278,11 +290,19 @@ def _lora_a_gradient(
 
 
 def _through_prologue(
-    ctx: Any, dx_SH: Tensor | None, x_SH: Tensor, kept: Tensor, part: Tensor | None
+    ctx: Any,
+    dx_SH: Tensor | None,
+    saved: tuple[Tensor, ...],
+    part: Tensor | None,
+    dresidual_SH: Tensor | None = None,
 ) -> Tensor | None:
-    if dx_SH is None or ctx.prologue is None:
-        return dx_SH
-    return ctx.prologue.gradient(dx_SH, x_SH, kept, part)
+    """Return the gradient of the prologue's input, and of the residual that it is as well."""
+    if dx_SH is None:
+        return None
+    x_SH, kept = saved[:2]
+    if ctx.prologue is not None:
+        return ctx.prologue.gradient(dx_SH, x_SH, kept, part, dresidual_SH)
+    return dx_SH if dresidual_SH is None else dx_SH.add_(dresidual_SH)
 
 
 def _add_lora(dx_SH: Tensor, dh_SR: Tensor, lora_a_RH: Tensor, mask: Mask | None) -> Tensor:

@@ -131,7 +131,9 @@ class _ParallelLinear(nn.Module):
 class ColumnParallelLinear(_ParallelLinear):
     """A frozen linear with LoRA, split over its output features: [S, H] -> [S, F / T].
 
-    With ``sequence_parallel`` the input is this rank's rows of the sequence: [S / T, H].
+    With ``sequence_parallel`` the input is this rank's rows of the sequence: [S / T, H]. The input
+    is returned as well, for the residual around the block: taken from here, its gradient is added
+    in the norm's.
 
     Args:
         name: Global name, such as ``decoder.layers.0.self_attention.linear_qkv``.
@@ -178,7 +180,7 @@ class ColumnParallelLinear(_ParallelLinear):
         self.layer_norm_weight: Tensor
         self.register_buffer("layer_norm_weight", torch.ones(in_features, dtype=dtype))
 
-    def forward(self, x_SH: Tensor, dropout: DropoutRows | None = None) -> Tensor:
+    def forward(self, x_SH: Tensor, dropout: DropoutRows | None = None) -> tuple[Tensor, Tensor]:
         num_tokens, features = x_SH.shape
         epsilon, norm = self.norm_epsilon, None
         if epsilon is not None:

@@ -34,10 +34,18 @@ class Prologue(Protocol):
         """Return ``left^T (output * mask)``, [R, H], and what of it ``gradient`` can use."""
         ...
 
-    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor | None) -> Tensor:
+    def gradient(
+        self,
+        dy_SH: Tensor,
+        x_SH: Tensor,
+        kept: Tensor,
+        part: Tensor | None = None,
+        added_SH: Tensor | None = None,
+    ) -> Tensor:
         """Return the gradient of the input for ``dy_SH``, that of the output; destroys ``dy_SH``.
 
-        ``part`` is what ``product`` returned, or None where nobody called it.
+        ``part`` is what ``product`` returned, or None where nobody called it; ``added_SH`` is a
+        gradient of the input from elsewhere, to be added.
         """
         ...
 
@@ -67,13 +75,22 @@ class RMSNormPrologue:
         return _widened(scaled_SR.T @ dropped(x_SH, mask)) * self.weight, None
 
     def gradient(
-        self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor | None = None
+        self,
+        dy_SH: Tensor,
+        x_SH: Tensor,
+        kept: Tensor,
+        part: Tensor | None = None,
+        added_SH: Tensor | None = None,
     ) -> Tensor:
-        # With r = 1 / rms(x) and g = w dy: dx = r (g - x r^2 mean(g x)).
+        # With r = 1 / rms(x) and g = w dy: dx = r g - x r^3 mean(g x).
         g_SH = _widened(dy_SH).mul_(self.weight)
         mean_S1 = torch.linalg.vecdot(g_SH, _widened(x_SH)).div_(x_SH.shape[1]).unsqueeze(1)
-        g_SH.addcmul_(x_SH, mean_S1.mul_(kept.square()), value=-1.0)
-        return g_SH.mul_(kept).to(x_SH.dtype)
+        along_x_S1 = mean_S1.mul_(kept.pow(3))
+        if added_SH is None:
+            dx_SH = g_SH.mul_(kept).addcmul_(x_SH, along_x_S1, value=-1.0)
+        else:
+            dx_SH = torch.addcmul(added_SH, x_SH, along_x_S1, value=-1.0).addcmul_(g_SH, kept)
+        return dx_SH.to(x_SH.dtype)
 
 
 @dataclass(frozen=True)
@@ -95,13 +112,20 @@ class SwiGLUPrologue:
         silu_SF = F.silu(gate_SF)
         return left_SR.T @ dropped(silu_SF * up_SF, mask), silu_SF
 
-    def gradient(self, dy_SH: Tensor, x_SH: Tensor, kept: Tensor, part: Tensor | None) -> Tensor:
+    def gradient(
+        self,
+        dy_SH: Tensor,
+        x_SH: Tensor,
+        kept: Tensor,
+        part: Tensor | None = None,
+        added_SH: Tensor | None = None,
+    ) -> Tensor:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
         dx_SH = x_SH.new_empty(x_SH.shape)
         dgate_SF, dup_SF = dx_SH.chunk(2, dim=1)
         torch.mul(dy_SH, F.silu(gate_SF) if part is None else part, out=dup_SF)
         torch.ops.aten.silu_backward.grad_input(dy_SH.mul_(up_SF), gate_SF, grad_input=dgate_SF)
-        return dx_SH
+        return dx_SH if added_SH is None else dx_SH.add_(added_SH)
 
 
 def rms_norm(x_SH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:

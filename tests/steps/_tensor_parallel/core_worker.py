@@ -132,13 +132,14 @@ def check_column(group: ProcessGroup, dropout: float, sequence_parallel: bool) -
     sharded, whole = column(group, dropout, sequence_parallel), column(ONE, dropout)
     name, tokens = label("column", dropout, sequence_parallel), own_tokens(group, sequence_parallel)
     rows = torch.cat([torch.arange(FEATURES)[part] for part in sharded.local_rows()])
-    dy = random(TOKENS, FEATURES, seed=8)
+    dy, dresidual = random(TOKENS, FEATURES, seed=8), random(TOKENS, HIDDEN, seed=15)
     x_whole = random(TOKENS, HIDDEN, seed=7).requires_grad_()
     x = x_whole.detach()[tokens].clone().requires_grad_()
     y_whole = reference(x_whole, whole)
-    y_whole.backward(dy)
-    y = sharded(x, ROWS if dropout else None)
-    y.backward(dy[:, rows])
+    torch.autograd.backward([y_whole, x_whole], [dy, dresidual])
+    y, residual = sharded(x, ROWS if dropout else None)
+    torch.autograd.backward([y, residual], [dy[:, rows], dresidual[tokens]])
+    record(f"{name} residual", residual, x_whole[tokens])
     record(f"{name} y", y, y_whole[:, rows])
     record(f"{name} dx", gradient(x), gradient(x_whole)[tokens])
     record(f"{name} dA", summed(gradient(sharded.lora_a)), gradient(whole.lora_a))
@@ -219,8 +220,12 @@ def check_collectives(group: ProcessGroup, sequence_parallel: bool) -> None:
             leaf = x.clone().requires_grad_(needs_dx)
             y: list[Tensor] = []
             place = f"{linear.name} sp={sequence_parallel} dx={needs_dx}"
-            REPORT[f"forward {place}"] = count(lambda: y.append(linear(leaf)))  # noqa: B023
+            REPORT[f"forward {place}"] = count(lambda: y.append(output(linear, leaf)))  # noqa: B023
             REPORT[f"backward {place}"] = count(lambda: y[0].sum().backward())  # noqa: B023
+
+
+def output(linear: ColumnParallelLinear | RowParallelLinear, x: Tensor) -> Tensor:
+    return linear(x)[0] if isinstance(linear, ColumnParallelLinear) else linear(x)
 
 
 def count(run: Callable[[], None]) -> int:

@@ -158,7 +158,7 @@ def test_bf16_base_keeps_fp32_masters_and_gradients() -> None:
     )
     linear.load_weight(torch.randn(4, 8))
     linear.init_lora(seed=1)
-    y = linear(torch.randn(3, 8, dtype=torch.bfloat16))
+    y, _ = linear(torch.randn(3, 8, dtype=torch.bfloat16))
     y.float().sum().backward()
     assert (y.dtype, linear.lora_a.dtype) == (torch.bfloat16, torch.float32)
     assert linear.lora_b.grad is not None
@@ -222,3 +222,6 @@ def test_a_prologue_and_its_gradient_are_those_of_the_formula(
     for each in (part, None):
         got = prologue.gradient(dy.clone(), x, kept, each)
         torch.testing.assert_close(got, gradient, rtol=1e-13, atol=1e-14)
+    added = torch.randn_like(x)
+    got = prologue.gradient(dy.clone(), x, kept, part, added)
+    torch.testing.assert_close(got, gradient + added, rtol=1e-13, atol=1e-14)

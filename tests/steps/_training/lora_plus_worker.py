@@ -64,7 +64,7 @@ def difference(group: ProcessGroup, ratio: float) -> float:
     for step in range(NUM_STEPS):
         x = random((TOKENS, HIDDEN), 10 + step)
         adapter.zero_gradients()
-        row(column(x)).square().sum().backward()
+        row(column(x)[0]).square().sum().backward()
         adapter.reduce_gradients()
         optimizer.step()
         reference.zero_grad()
