@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -203,50 +203,40 @@ class _FlashOnCpu(torch.autograd.Function):
         log_sum_SN = query_SND.new_empty(
             query_SND.shape[:2], dtype=torch.promote_types(query_SND.dtype, torch.float32)
         )
-        for part in _documents(cu_seqlens):
-            heads = (_as_batch(each[part]) for each in (query_SND, key_SGD, value_SGD))
-            out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *heads, 0.0, True
-            )
-            out_SND[part] = out.squeeze(0).transpose(0, 1)
-            log_sum_SN[part] = log_sum.squeeze(0).T
+        documents = (_by_document(each, cu_seqlens) for each in (query_SND, key_SGD, value_SGD))
+        outs = _by_document(out_SND, cu_seqlens), _by_document(log_sum_SN, cu_seqlens)
+        for *heads, out, log_sum in zip(*documents, *outs, strict=True):
+            computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
+            out.copy_(computed[0])
+            log_sum.copy_(computed[1])
         ctx.save_for_backward(query_SND, key_SGD, value_SGD, out_SND, log_sum_SN)
         ctx.cu_seqlens = cu_seqlens
         return out_SND
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *heads, out_SND, log_sum_SN = ctx.saved_tensors
-        gradients = [torch.empty_like(each) for each in heads]
-        for part in _documents(ctx.cu_seqlens):
-            computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _as_batch(grad_outputs[0][part]),
-                *(_as_batch(each[part]) for each in heads),
-                _as_batch(out_SND[part]),
-                log_sum_SN[part].T.unsqueeze(0),
-                0.0,
-                True,
-            )
-            for gradient, of_part in zip(gradients, computed, strict=True):
-                gradient[part] = of_part.squeeze(0).transpose(0, 1)
+        saved = ctx.saved_tensors  # once: recomputed activations can be had no second time
+        gradients = [torch.empty_like(each) for each in saved[:3]]
+        tensors = (*grad_outputs, *saved, *gradients)
+        documents = (_by_document(each, ctx.cu_seqlens) for each in tensors)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        for dout, query, key, value, out, log_sum, *parts in zip(*documents, strict=True):
+            computed = backward(dout, query, key, value, out, log_sum, 0.0, True)
+            for part, gradient in zip(parts, computed, strict=True):
+                part.copy_(gradient)
         return *gradients, None
 
 
 def _attention_by_document(
     query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
 ) -> Tensor:
-    outs = []
-    for part in _documents(cu_seqlens):
-        query, key, value = (_as_batch(each[part]) for each in (query_SND, key_SGD, value_SGD))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        outs.append(out.squeeze(0).transpose(0, 1))
+    documents = (_by_document(each, cu_seqlens) for each in (query_SND, key_SGD, value_SGD))
+    attend = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    outs = [attend(*heads).squeeze(0).transpose(0, 1) for heads in zip(*documents, strict=True)]
     return torch.cat(outs)
 
 
-def _documents(cu_seqlens: Sequence[int]) -> list[slice]:
-    return [slice(start, stop) for start, stop in pairwise(cu_seqlens)]
-
-
-def _as_batch(heads_SND: Tensor) -> Tensor:
-    """Return [S, N, D] as a batch of one, [1, N, S, D]."""
-    return heads_SND.transpose(0, 1).unsqueeze(0)
+def _by_document(tokens: Tensor, cu_seqlens: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return each document's part of [S, N, ...] as a batch of one, [1, N, S, ...]."""
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+    return tokens.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)
