@@ -211,7 +211,8 @@ def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
 def _container_env(plan: JobPlan) -> list[str]:
     """Return the variables of the host that an image must not replace by its own."""
     execution = _execution(plan)
-    ours = ("NEMOTRON_MASTER_ADDR", "NEMOTRON_MASTER_PORT") if plan.nodes > 1 else ()
+    names = ("NEMOTRON_MASTER_ADDR", "NEMOTRON_MASTER_PORT", "NEMOTRON_KEY")
+    ours = names if plan.nodes > 1 else ()
     return list(dict.fromkeys((*execution.container_env, *execution.secrets, *ours)))
 
 
