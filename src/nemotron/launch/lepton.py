@@ -69,6 +69,10 @@ def files(plan: JobPlan, job_id: str) -> LeptonFiles:
     return LeptonFiles(launch=launch, config=config, chunks=chunks, archive=archive)
 
 
+def require_inputs(plan: JobPlan) -> None:
+    """Let the job look for its inputs: only jobs see the storage of a workspace."""
+
+
 def preview(plan: JobPlan) -> dict[str, str]:
     """Return the job's script, and what nemo-run's executor is told, without values of secrets."""
     shipped = files(plan, slurm.JOB)

@@ -289,9 +289,9 @@ def train_on_two_nodes(place: Place, local: Place) -> str:
 
 
 def fail(place: Place) -> str:
-    shown = place.run("data_prep/sft_packing", "blend_path=nowhere.jsonl", "output_dir=x", code=3)
-    assert "error[missing_training_data]" in shown, shown[-500:]
-    return "exit code 3, and the step's own error"
+    shown = place.run("data_prep/sft_packing", "num_shards=5000", "output_dir=x", code=4)
+    assert "error[too_many_tiny_shards]" in shown, shown[-500:]
+    return "exit code 4, and the step's own error"
 
 
 @contextlib.contextmanager
