@@ -89,23 +89,44 @@ def submit(plan: JobPlan, shipped: LeptonFiles, *, job_id: str, console: Console
         NemotronError: ``submission_failed``, ``workspace_refused``.
     """
     lepton_jobs.require_node_group(_execution(plan))
+    console.say("sending the job's files through a helper job of nemo-run")
     name = job_name(job_id)
     for attempt in range(_MOVER_TRIES):
         try:
             number = _submit_once(plan, shipped, job_id, name)
         except NemotronError as error:
             # nemo-run names its helper job by the second.
-            if "409" not in error.problem or "data-mover" not in error.problem:
-                raise
-            if attempt == _MOVER_TRIES - 1:
-                raise
+            is_named_alike = "409" in error.problem and "data-mover" in error.problem
+            if not is_named_alike or attempt == _MOVER_TRIES - 1:
+                number = _taken_after_all(name, error)
+                break
             time.sleep(1 + attempt)
         else:
-            directory = f"{_execution(plan).nemo_run_dir}/experiments/nemotron/nemotron_{job_id}"
-            return Placement(
-                executor="lepton", id=number.rpartition("___")[2], name=name, directory=directory
-            )
-    raise AssertionError("the last attempt raises")
+            break
+    directory = f"{_execution(plan).nemo_run_dir}/experiments/nemotron/nemotron_{job_id}"
+    return Placement(
+        executor="lepton", id=number.rpartition("___")[2], name=name, directory=directory
+    )
+
+
+def _taken_after_all(name: str, refused: NemotronError) -> str:
+    """Return the id of a job that the workspace has taken, and only its answer was lost.
+
+    Raises:
+        NemotronError: ``refused``; it says so where nobody knows whether there is a job.
+    """
+    try:
+        if lepton_jobs.has_job(name):
+            return name
+    except NemotronError as error:
+        problem = f"{refused.problem}; nor does it say whether there is a job {name}: "
+        raise NemotronError(
+            refused.code,
+            problem + error.problem,
+            fix=f"look for {name} in the workspace before you submit again",
+            exit_code=refused.exit_code,
+        ) from None
+    raise refused
 
 
 def job_name(job_id: str) -> str:
@@ -122,7 +143,9 @@ def _submit_once(plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str) ->
         (source / script.LAUNCH).write_text(shipped.launch, encoding="utf-8")
         (source / script.CONFIG).write_text(shipped.config, encoding="utf-8")
         nemo = slurm.load_nemo()
-        executor = nemo.lepton_executor(_options(plan, shipped), source=source)
+        executor = nemo.lepton_executor(
+            _options(plan, shipped), source=source, open_client=lepton_jobs.open_client
+        )
         return nemo.submit(executor, job_id=job_id, task=name, base=Path(base))
 
 
