@@ -91,22 +91,27 @@ def submit(plan: JobPlan, shipped: LeptonFiles, *, job_id: str, console: Console
     lepton_jobs.require_node_group(_execution(plan))
     console.say("sending the job's files through a helper job of nemo-run")
     name = job_name(job_id)
-    for attempt in range(_MOVER_TRIES):
-        try:
-            number = _submit_once(plan, shipped, job_id, name)
-        except NemotronError as error:
-            # nemo-run names its helper job by the second.
-            is_named_alike = "409" in error.problem and "data-mover" in error.problem
-            if not is_named_alike or attempt == _MOVER_TRIES - 1:
-                number = _taken_after_all(name, error)
-                break
-            time.sleep(1 + attempt)
-        else:
-            break
+    try:
+        number = _submit_in_turn(plan, shipped, job_id, name)
+    except NemotronError as error:
+        number = _taken_after_all(name, error)
     directory = f"{_execution(plan).nemo_run_dir}/experiments/nemotron/nemotron_{job_id}"
     return Placement(
         executor="lepton", id=number.rpartition("___")[2], name=name, directory=directory
     )
+
+
+def _submit_in_turn(plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str) -> str:
+    """Submit, again where another submission of this second has nemo-run's helper job."""
+    for attempt in range(1, _MOVER_TRIES):
+        try:
+            return _submit_once(plan, shipped, job_id, name)
+        except NemotronError as error:
+            # nemo-run names its helper job by the second.
+            if "409" not in error.problem or "data-mover" not in error.problem:
+                raise
+            time.sleep(attempt)
+    return _submit_once(plan, shipped, job_id, name)
 
 
 def _taken_after_all(name: str, refused: NemotronError) -> str:
