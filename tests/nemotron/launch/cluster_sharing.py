@@ -1,6 +1,6 @@
 """Many jobs at once, and many nodes at one packing, on a real Slurm; one line for each that holds.
 
-    python cluster_sharing.py [--only submit,eight,pack,kill,stop,ray] [--keep DIRECTORY]
+    python cluster_sharing.py [--only submit,eight,pack,kill,stop,ray-here,ray] [--keep DIRECTORY]
 
 Fifty submissions at the same moment, eight runs into one output directory, and a packing of 40
 files on both nodes: left alone, with a node that is killed on the way, told to stop and queued
@@ -180,6 +180,12 @@ def stop_and_go_on(place: Place) -> str:
     return f"queued again by itself: {done.partition('tokenize: ')[2]}; {equal}"
 
 
+def pack_on_ray_here(place: Place) -> str:
+    words = ("-c", "tiny", *CHATS, "execution_mode=ray", "output_dir=ray-here")
+    place.nemotron("steps", "run", PACK, *words)
+    return same_files(place.directory / "ray-here", place.directory / "wanted")
+
+
 def pack_on_ray(place: Place) -> str:
     words = (*CHATS, "run.env.nodes=2", "execution_mode=ray", "output_dir=ray")
     job_id = place.start(PACK, *words)
@@ -223,6 +229,7 @@ LINES = {
     "pack": ("packing on two nodes", pack_on_two),
     "kill": ("packing, a node killed", kill_a_node),
     "stop": ("packing, told to stop", stop_and_go_on),
+    "ray-here": ("packing on Ray, on this machine", pack_on_ray_here),
     "ray": ("packing on two nodes, on Ray", pack_on_ray),
 }
 
