@@ -9,7 +9,7 @@ import os
 import subprocess
 import tarfile
 import tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -103,10 +103,11 @@ def test_the_job_gets_words_environment_and_directory_as_they_are(
         assert not list(here.rglob("canary"))
 
 
+CODE = ("setup_lines", "startup_commands", "run_command")  # shell by design
 FIELDS = [
     name
     for name, field in SlurmExecution.model_fields.items()
-    if "str" in str(field.annotation) and name not in ("setup_lines", "run_command", "tunnel")
+    if "str" in str(field.annotation) and name not in (*CODE, "tunnel")
 ]
 
 
@@ -117,8 +118,9 @@ def test_a_slurm_field_is_refused_or_stays_on_its_line(demo: Path, field: str, v
     is_list = "tuple" in str(SlurmExecution.model_fields[field].annotation)
     is_table = "dict" in str(SlurmExecution.model_fields[field].annotation)
     written = [value] if is_list else {"extra_key": value} if is_table else value
+    given_fields = {field: written, "container_image": "x", "code_path": "/code"} | {field: written}
     try:
-        execution = SlurmExecution.model_validate({field: written, "container_image": "x"})
+        execution = SlurmExecution.model_validate(given_fields)
     except ValidationError:
         return
     plan = dataclasses.replace(plan, execution=execution)
@@ -127,8 +129,9 @@ def test_a_slurm_field_is_refused_or_stays_on_its_line(demo: Path, field: str, v
         if name != "setup_lines" and isinstance(option, str):
             assert "\n" not in option
             assert "'" not in option
-    prologue = script.batch_prologue(plan, job_id="job-1", directory=PurePosixPath("/jobs/1"))
-    assert subprocess.run(["bash", "-n", "-c", prologue], check=False).returncode == 0
+    for text in slurm.preview(plan).values():
+        assert subprocess.run(["bash", "-n"], input=text.encode(), check=False).returncode == 0
+        assert text.count("\n#SBATCH ") in (0, *range(6, 12))  # none is broken up or made up
 
 
 def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) -> None:
