@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,12 +194,15 @@ def place_elsewhere(plan: JobPlan, item: PlannedInput) -> Path | None:
     """Return where the login node of a Slurm job has an input that must be there on submission.
 
     None where nobody can say that: on Lepton, inside of an image, outside of the job's workspace,
-    which compute nodes alone may see, and where another job may make it before this one starts.
+    which compute nodes alone may see, where this host is no login node, and where another job may
+    make it before this one starts.
     """
     execution = plan.execution
     if not isinstance(execution, SlurmExecution) or execution.dependency:
         return None
     if item.path is None or item.path.startswith("${steps:") or "://" in item.path:
+        return None
+    if execution.tunnel == "local" and shutil.which("sbatch") is None:
         return None
     assert plan.workspace is not None  # noqa: S101 - a Slurm job has one
     place = Path(os.path.normpath(plan.workspace / item.path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,15 @@ def test_a_remote_step_needs_an_image(demo: Path) -> None:
     assert error.code == "image_missing"
 
 
+@pytest.fixture
+def login_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this host one from which jobs are submitted."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("login_node")
 def test_an_input_that_a_login_node_sees_must_be_there_on_submission(demo: Path) -> None:
     cluster(demo, '[c]\nexecutor = "slurm"\ncontainer_image = ""\n')
     found = checks("demo/train", profile="c", config="tiny")
@@ -185,6 +195,7 @@ def test_an_input_that_a_login_node_sees_must_be_there_on_submission(demo: Path)
     assert f"packed_parquet is at {demo}/out/make" in texts(found, "ok")
 
 
+@pytest.mark.usefixtures("login_node")
 @pytest.mark.parametrize(
     ("keys", "override"),
     [
@@ -205,6 +216,7 @@ def test_an_input_that_nobody_can_see_from_here_is_left_to_the_job(
     assert pending.endswith(": not checked from here")
 
 
+@pytest.mark.usefixtures("login_node")
 def test_an_input_is_looked_for_where_the_image_has_it_from(demo: Path) -> None:
     mounts = f'mounts = ["/nowhere:/", "{demo}/store:/data", "/nowhere:/dat"]'
     cluster(demo, f'[c]\nexecutor = "slurm"\nworkspace = "/data/mine"\n{mounts}\n')
