@@ -9,8 +9,9 @@ compared with what the same commands write on this machine, file by file. Then a
 nodes (TP 2 x DP 2), a job that fails, one that is cancelled behind our back, one that ``scontrol
 requeue`` takes away, and one that reaches its time limit.
 
-Needs root, pytest and the packages of .ci/cluster-packages; accounting needs slurmdbd, mariadb-server and
-slurm-wlm-mysql-plugin as well. Takes about 15 minutes on two cores; exits 1 if a line fails.
+Needs root, pytest and the packages of .ci/cluster-packages; accounting needs slurmdbd,
+mariadb-server and slurm-wlm-mysql-plugin as well. Takes about 15 minutes on two cores; exits 1 if
+a line fails.
 """
 
 from __future__ import annotations
