@@ -12,12 +12,15 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import nemotron
@@ -34,6 +37,10 @@ S = TypeVar("S", bound=Schema)
 
 class PreemptedError(Exception):
     """The step was asked to stop before its end; started again, it goes on where it stopped."""
+
+
+class StopRequestedError(BaseException):
+    """SIGTERM or SIGUSR1 came; raised where a step without ranks is, past every ``except``."""
 
 
 class _ReportedError(Exception):
@@ -62,7 +69,7 @@ def run_step(
     parser.add_argument("--config", type=Path, required=True, help="resolved config of the step")
     arguments, others = parser.parse_known_args(argv)
     try:
-        with reporting():
+        with _stopping_when_told(), reporting():
             _refuse_others(step, others)
             config = load_config(arguments.config, schema)
             digest = sha256_json(config.model_dump(mode="json"))
@@ -70,7 +77,7 @@ def run_step(
             run(config, Producer(step=step, config_sha256=digest, code_version=version))
     except _ReportedError as error:
         return error.exit_code
-    except PreemptedError as stopped:
+    except (PreemptedError, StopRequestedError) as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}; start it again to go on", flush=True)
         return int(ExitCode.PREEMPTED)
@@ -132,6 +139,30 @@ def origin(error: BaseException) -> str:
     """Return file and line of where an error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+@contextlib.contextmanager
+def _stopping_when_told() -> Iterator[None]:
+    """Raise ``StopRequestedError`` when a signal asks to stop; ranks agree on a place themselves.
+
+    What a step has done by then is complete on disk, as after a kill; it cleans up behind itself.
+    """
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in numbers:  # once: schedulers may say it again while the step cleans up
+            signal.signal(each, signal.SIG_IGN)
+        raise StopRequestedError(f"stopped by {signal.Signals(number).name}")
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _refuse_others(step: str, others: Sequence[str]) -> None:

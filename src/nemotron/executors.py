@@ -154,8 +154,8 @@ WITHOUT_EFFECT = {
     "build_image": "images are imported, not built",
     "build_cache_dir": "images are imported, not built",
     "launcher": "each step says how it starts",
-    "ray_version": "no step runs on Ray",
-    "existing_ray_cluster": "no step runs on Ray",
+    "ray_version": "no step runs on a Ray cluster of Lepton",
+    "existing_ray_cluster": "no step runs on a Ray cluster of Lepton",
     "repo_root": "the installed package is shipped",
     "custom_spec": "nemo-run does not hand it to Lepton",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Literal
 from nemotron.artifacts import refuse_overlap
 from nemotron.catalog import find_steps, producers_of, resolve
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.executors import SlurmExecution
 from nemotron.plan import JobPlan, PlannedInput, build
 
 
@@ -154,10 +156,12 @@ def _check_inputs(plan: JobPlan, dry_run: bool, ancestors: tuple[str, ...]) -> l
             continue
         if item.path is not None and item.path.startswith("${steps:"):
             found.append(Check("ok", f"{item.type} at {item.path} is shipped with the code"))
+        elif item.path is not None and "://" in item.path:
+            found.append(Check("pending", f"{item.type} at {item.path}: fetched by the job"))
+        elif plan.executor != "local":
+            found.append(_check_elsewhere(plan, item, dry_run))
         elif item.path is not None and _exists(item.path):
             found.append(Check("ok", f"{item.type} is at {item.path}"))
-        elif plan.executor != "local":
-            found.append(Check("pending", f"{item.type} at {item.path}: not checked from here"))
         elif item.path is not None and item.producer is not None:
             found += _check_producer(plan, item, dry_run, ancestors)
         elif dry_run:
@@ -166,6 +170,71 @@ def _check_inputs(plan: JobPlan, dry_run: bool, ancestors: tuple[str, ...]) -> l
         else:
             found.append(_refused(_missing(plan, item)))
     return found
+
+
+def missing_elsewhere(plan: JobPlan, item: PlannedInput) -> NemotronError:
+    """Return the error of an input that is not where a remote job would look for it."""
+    error = _missing(plan, item)
+    if item.producer is None or plan.profile is None:
+        return error
+    option = "-b" if plan.is_detached else "-r"
+    maker = f"{item.producer.step} -c {item.producer.config} {option} {plan.profile.name}"
+    problem = f"{error.problem}, in {plan.workspace}"
+    return NemotronError(
+        error.code,
+        problem,
+        where=error.where,
+        why="a remote run does not make the inputs that are missing first, as a local one does",
+        fix=f"make it first: nemotron steps run {maker}",
+        exit_code=error.exit_code,
+    )
+
+
+def place_elsewhere(plan: JobPlan, item: PlannedInput) -> Path | None:
+    """Return where the login node of a Slurm job has an input that must be there on submission.
+
+    None where nobody can say that: on Lepton, inside of an image, outside of the job's workspace,
+    which compute nodes alone may see, where this host is no login node, and where another job may
+    make it before this one starts.
+    """
+    execution = plan.execution
+    if not isinstance(execution, SlurmExecution) or execution.dependency:
+        return None
+    if item.path is None or item.path.startswith("${steps:") or "://" in item.path:
+        return None
+    if execution.tunnel == "local" and shutil.which("sbatch") is None:
+        return None
+    assert plan.workspace is not None  # noqa: S101 - a Slurm job has one
+    place = Path(os.path.normpath(plan.workspace / item.path))
+    if not place.is_relative_to(plan.workspace):
+        return None
+    if plan.image is None:
+        return place
+    mounts = (mount.split(":") for mount in plan.mounts)
+    pairs = ((Path(source), Path(*rest[:1] or [source])) for source, *rest in mounts)
+    fitting = [(to, source) for source, to in pairs if place.is_relative_to(to)]
+    target, source = max(fitting, key=lambda pair: len(pair[0].parts))
+    return source / place.relative_to(target)
+
+
+def _check_elsewhere(plan: JobPlan, item: PlannedInput, dry_run: bool) -> Check:
+    """Check an input of a remote job, as far as this machine can see it."""
+    if item.path is None:
+        error = _missing(plan, item)
+        return Check("pending", error.problem) if dry_run else _refused(error)
+    named = f"{item.type} at {item.path}"
+    place = place_elsewhere(plan, item)
+    if place is None:
+        return Check("pending", f"{named}: not checked from here")
+    if getattr(plan.execution, "tunnel", "local") == "ssh":
+        host = getattr(plan.execution, "host", "")
+        return Check("pending", f"{named}: looked for on {host} when the job is submitted")
+    if _exists(str(place)):
+        return Check("ok", f"{item.type} is at {place}")
+    error = missing_elsewhere(plan, item)
+    if dry_run:
+        return Check("pending", f"{named}: not there yet; {error.fix}")
+    return _refused(error)
 
 
 def _check_producer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -168,10 +169,71 @@ def test_a_remote_step_needs_an_image(demo: Path) -> None:
     assert error.code == "image_missing"
 
 
-def test_inputs_of_a_remote_run_are_not_decided_here(demo: Path) -> None:
-    cluster(demo, '[c]\nexecutor = "slurm"\n')
+@pytest.fixture
+def login_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this host one from which jobs are submitted."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("login_node")
+def test_an_input_that_a_login_node_sees_must_be_there_on_submission(demo: Path) -> None:
+    cluster(demo, '[c]\nexecutor = "slurm"\ncontainer_image = ""\n')
+    found = checks("demo/train", profile="c", config="tiny")
+    (pending,) = texts(found, "pending")
+    assert pending.startswith("packed_parquet at ./out/make: not there yet; make it first: ")
+    assert pending.endswith("nemotron steps run demo/make -c tiny -r c")
+    (error,) = failures(checks("demo/train", profile="c", config="tiny", dry_run=False))
+    assert (error.code, error.exit_code) == ("missing_packs", 3)
+    assert error.fix == "make it first: nemotron steps run demo/make -c tiny -r c"
+    (error,) = failures(checks("demo/train", profile="c", dry_run=False))
+    assert error.fix == "run demo/make"  # the config names no producer: the manifest's words
+    (demo / "out" / "make").mkdir(parents=True)
+    (demo / "out" / "make" / "made.txt").touch()
     found = checks("demo/train", profile="c", dry_run=False)
-    assert texts(found, "pending") == ["packed_parquet at ./out/make: not checked from here"]
+    assert f"packed_parquet is at {demo}/out/make" in texts(found, "ok")
+
+
+@pytest.mark.usefixtures("login_node")
+@pytest.mark.parametrize(
+    ("keys", "override"),
+    [
+        ('executor = "lepton"\ncontainer_image = "x"', ""),
+        ('executor = "slurm"\ndependency = "afterok:7"', ""),
+        ('executor = "slurm"', "data.packs=/scratch/of/the/node"),
+        ('executor = "slurm"\nworkspace = "/opt/inside"\nmounts = ["/nowhere:/opt"]', "../x"),
+    ],
+)
+def test_an_input_that_nobody_can_see_from_here_is_left_to_the_job(
+    demo: Path, keys: str, override: str
+) -> None:
+    cluster(demo, f"[c]\n{keys}\n")
+    overrides = [override] if "=" in override else [f"data.packs={override}"] if override else []
+    found = checks("demo/train", *overrides, profile="c", dry_run=False)
+    assert not failures(found)
+    (pending,) = texts(found, "pending")
+    assert pending.endswith(": not checked from here")
+
+
+@pytest.mark.usefixtures("login_node")
+def test_an_input_is_looked_for_where_the_image_has_it_from(demo: Path) -> None:
+    mounts = f'mounts = ["/nowhere:/", "{demo}/store:/data", "/nowhere:/dat"]'
+    cluster(demo, f'[c]\nexecutor = "slurm"\nworkspace = "/data/mine"\n{mounts}\n')
+    (error,) = failures(checks("demo/train", profile="c", dry_run=False))
+    assert error.code == "missing_packs"
+    made = demo / "store" / "mine" / "out" / "make"
+    made.mkdir(parents=True)
+    (made / "made.txt").touch()
+    assert f"packed_parquet is at {made}" in texts(checks("demo/train", profile="c"), "ok")
+
+
+@pytest.mark.parametrize("profile", ["", "c"])
+def test_what_a_job_fetches_is_not_looked_for(demo: Path, profile: str) -> None:
+    cluster(demo, '[c]\nexecutor = "slurm"\n')
+    found = checks("demo/make", "source=hf://a/b", profile=profile, dry_run=False)
+    assert not failures(found)
+    assert texts(found, "pending") == ["training_jsonl at hf://a/b: fetched by the job"]
 
 
 def test_a_secret_must_be_set_for_a_real_run(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

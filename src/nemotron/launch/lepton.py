@@ -69,6 +69,10 @@ def files(plan: JobPlan, job_id: str) -> LeptonFiles:
     return LeptonFiles(launch=launch, config=config, chunks=chunks, archive=archive)
 
 
+def require_inputs(plan: JobPlan) -> None:
+    """Let the job look for its inputs: only jobs see the storage of a workspace."""
+
+
 def preview(plan: JobPlan) -> dict[str, str]:
     """Return the job's script, and what nemo-run's executor is told, without values of secrets."""
     shipped = files(plan, slurm.JOB)
@@ -85,23 +89,49 @@ def submit(plan: JobPlan, shipped: LeptonFiles, *, job_id: str, console: Console
         NemotronError: ``submission_failed``, ``workspace_refused``.
     """
     lepton_jobs.require_node_group(_execution(plan))
+    console.say("sending the job's files through a helper job of nemo-run")
     name = job_name(job_id)
-    for attempt in range(_MOVER_TRIES):
+    try:
+        number = _submit_in_turn(plan, shipped, job_id, name)
+    except NemotronError as error:
+        number = _taken_after_all(name, error)
+    directory = f"{_execution(plan).nemo_run_dir}/experiments/nemotron/nemotron_{job_id}"
+    return Placement(
+        executor="lepton", id=number.rpartition("___")[2], name=name, directory=directory
+    )
+
+
+def _submit_in_turn(plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str) -> str:
+    """Submit, again where another submission of this second has nemo-run's helper job."""
+    for attempt in range(1, _MOVER_TRIES):
         try:
-            number = _submit_once(plan, shipped, job_id, name)
+            return _submit_once(plan, shipped, job_id, name)
         except NemotronError as error:
             # nemo-run names its helper job by the second.
             if "409" not in error.problem or "data-mover" not in error.problem:
                 raise
-            if attempt == _MOVER_TRIES - 1:
-                raise
-            time.sleep(1 + attempt)
-        else:
-            directory = f"{_execution(plan).nemo_run_dir}/experiments/nemotron/nemotron_{job_id}"
-            return Placement(
-                executor="lepton", id=number.rpartition("___")[2], name=name, directory=directory
-            )
-    raise AssertionError("the last attempt raises")
+            time.sleep(attempt)
+    return _submit_once(plan, shipped, job_id, name)
+
+
+def _taken_after_all(name: str, refused: NemotronError) -> str:
+    """Return the id of a job that the workspace has taken, and only its answer was lost.
+
+    Raises:
+        NemotronError: ``refused``; it says so where nobody knows whether there is a job.
+    """
+    try:
+        if lepton_jobs.has_job(name):
+            return name
+    except NemotronError as error:
+        problem = f"{refused.problem}; nor does it say whether there is a job {name}: "
+        raise NemotronError(
+            refused.code,
+            problem + error.problem,
+            fix=f"look for {name} in the workspace before you submit again",
+            exit_code=refused.exit_code,
+        ) from None
+    raise refused
 
 
 def job_name(job_id: str) -> str:
@@ -118,7 +148,9 @@ def _submit_once(plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str) ->
         (source / script.LAUNCH).write_text(shipped.launch, encoding="utf-8")
         (source / script.CONFIG).write_text(shipped.config, encoding="utf-8")
         nemo = slurm.load_nemo()
-        executor = nemo.lepton_executor(_options(plan, shipped), source=source)
+        executor = nemo.lepton_executor(
+            _options(plan, shipped), source=source, open_client=lepton_jobs.open_client
+        )
         return nemo.submit(executor, job_id=job_id, task=name, base=Path(base))
 
 

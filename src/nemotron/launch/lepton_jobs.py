@@ -159,6 +159,23 @@ def open_client() -> Any:
     return client
 
 
+def has_job(name: str) -> bool:
+    """Return whether the workspace has a job of this name.
+
+    Raises:
+        NemotronError: The workspace does not answer, or refuses.
+    """
+    client = open_client()
+    with _asking():
+        try:
+            client.job.get(name)
+        except RuntimeError as error:
+            if _http_status(error) != 404:
+                raise
+            return False
+    return True
+
+
 def require_node_group(execution: LeptonExecution) -> None:
     """Refuse a workspace that does not answer, or has no such node group.
 

@@ -15,13 +15,14 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
 from nemo_run.config import get_nemorun_home, set_nemorun_home
+from nemo_run.core.execution import lepton as lepton_execution
 from nemo_run.core.execution.base import Executor
 from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel, Tunnel
 from nemo_run.run.torchx_backend.schedulers import lepton, slurm
@@ -70,8 +71,17 @@ def slurm_executor(
     )
 
 
-def lepton_executor(options: dict[str, Any], *, source: Path) -> Executor:
-    """Return nemo-run's Lepton executor with these fields, for the files in ``source``."""
+def lepton_executor(
+    options: dict[str, Any], *, source: Path, open_client: Callable[[], Any]
+) -> Executor:
+    """Return nemo-run's Lepton executor with these fields, for the files in ``source``.
+
+    Args:
+        options: Its fields.
+        source: Directory of the files to ship.
+        open_client: Opens a client of the workspace; nemo-run's own waits two minutes for answers.
+    """
+    lepton_execution.APIClient = open_client
     return run.LeptonExecutor(packager=ShippedFiles(source=str(source)), launcher=None, **options)
 
 

@@ -9,6 +9,7 @@ Ranks meet without a service of their own: the first node of the job is rank 0 a
 from __future__ import annotations
 
 import shlex
+import signal
 from pathlib import PurePosixPath
 
 from nemotron.errors import ExitCode
@@ -31,6 +32,8 @@ _PLACES = {
     "lepton": ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LEPTON_RESTART_COUNT"),
 }
 
+# What asks a job to stop; a shell says 128 + N of a command that signal N killed.
+_STOP = (signal.SIGTERM, signal.SIGUSR1)
 _PYTHONPATH = 'export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"'
 _LAST_WORDS = (
     'if [ -s "$NEMOTRON_ERROR_FILE" ]; then',
@@ -66,12 +69,16 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         *_rendezvous(plan, address, port),
         *_enter(plan),
         *plan.execution.startup_commands,
+        *_threads(plan.nproc_per_node),
         "set +e",
         "# The ranks are told to stop as well; this shell waits for what they make of it.",
-        "trap : TERM USR1 INT",
+        "told=",
+        *(f"trap told={128 + number} {number.name[3:]}" for number in _STOP),
+        "trap : INT",
         _run_line(plan),
         "code=$?",
-        f'if [ "$code" -eq {int(ExitCode.PREEMPTED)} ]; then',
+        "# What a signal to stop killed could not listen yet.",
+        f'if [ "$code" -eq {int(ExitCode.PREEMPTED)} ] || [ "$code" = "$told" ]; then',
         "    # Not a failure that would end the other nodes before they have stopped as well.",
         f'    : > "$here/stopped.$restart"; code={_stopped_code(plan)}',
         "fi",
@@ -120,7 +127,9 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
         lines += [
             'NEMOTRON_MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
             "NEMOTRON_MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
-            "export NEMOTRON_MASTER_ADDR NEMOTRON_MASTER_PORT",
+            # What nodes of this job know one another by; it is in no file.
+            "NEMOTRON_KEY=\"$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')\"",
+            "export NEMOTRON_MASTER_ADDR NEMOTRON_MASTER_PORT NEMOTRON_KEY",
         ]
     return "\n".join([*lines, *([execution.setup_lines] if execution.setup_lines else [])])
 
@@ -168,6 +177,17 @@ def _enter(plan: JobPlan) -> list[str]:
         packages = shlex.join(plan.execution.pip_extras)
         lines.append(f"python -m pip install --quiet -- {packages}")
     return lines
+
+
+def _threads(num_ranks: int) -> list[str]:
+    """Return the lines that share the cores of the node among its ranks, as a local run does."""
+    return [
+        'if [ -z "${OMP_NUM_THREADS:-}" ]; then',
+        '    cores="$(nproc)"',
+        f"    OMP_NUM_THREADS=$((cores > {num_ranks} ? cores / {num_ranks} : 1))",
+        "fi",
+        "export OMP_NUM_THREADS",
+    ]
 
 
 def _run_line(plan: JobPlan) -> str:

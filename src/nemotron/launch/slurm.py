@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
-from nemotron import jobs
-from nemotron.errors import ExitCode, NemotronError
+from nemotron import jobs, preflight
+from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.executors import SlurmExecution
 from nemotron.jobs import Placement
 from nemotron.launch import script, squash
@@ -76,6 +76,31 @@ def files(plan: JobPlan, job_id: str) -> SlurmFiles:
         config=plan.config_text,
         prologue=script.batch_prologue(plan, job_id=job_id, directory=directory),
         archive=archive,
+    )
+
+
+def require_inputs(plan: JobPlan) -> None:
+    """Refuse a job over ssh whose inputs are not on the cluster; elsewhere preflight has looked.
+
+    Raises:
+        NemotronError: The error of each input that is not there; what reaching the cluster raises.
+    """
+    host = host_of(_execution(plan))
+    places = [(item, preflight.place_elsewhere(plan, item)) for item in plan.inputs]
+    wanted = [(item, place) for item, place in places if place]
+    if host.is_local or not wanted:
+        return
+    # A pattern is not split into words, and stays what it is where nothing fits it.
+    script = """IFS=; for p; do set -- $p; [ -e "$1" ] || { echo; continue; }
+if [ -d "$1" ] && [ -z "$(ls -A -- "$1")" ]; then echo; else echo there; fi; done"""
+    command = ["sh", "-c", script, "sh", *(str(place) for _, place in wanted)]
+    said = host.require(command).decode().splitlines()
+    raise_all(
+        [
+            preflight.missing_elsewhere(plan, item)
+            for (item, _), found in zip(wanted, said, strict=True)
+            if not found
+        ]
     )
 
 
@@ -211,7 +236,8 @@ def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
 def _container_env(plan: JobPlan) -> list[str]:
     """Return the variables of the host that an image must not replace by its own."""
     execution = _execution(plan)
-    ours = ("NEMOTRON_MASTER_ADDR", "NEMOTRON_MASTER_PORT") if plan.nodes > 1 else ()
+    names = ("NEMOTRON_MASTER_ADDR", "NEMOTRON_MASTER_PORT", "NEMOTRON_KEY")
+    ours = names if plan.nodes > 1 else ()
     return list(dict.fromkeys((*execution.container_env, *execution.secrets, *ours)))
 
 

@@ -35,6 +35,7 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
     raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
     _refuse_secrets(plan)
     backend = _backend(plan)
+    backend.require_inputs(plan)
     directory = jobs.new_directory(plan.step.id)
     shipped = backend.files(plan, directory.name)
     job = jobs.create(

@@ -5,19 +5,20 @@ Tasks are independent, idempotent and leave receipts, so an executor only decide
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._entry import step_error
+from nemotron.steps._entry import StopRequestedError, step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
@@ -25,6 +26,8 @@ from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 ExecutionMode = Literal["auto", "ray"]
 # About two seconds of work.
 _WORKER_BYTES = 4 << 20
+# How long tasks that are under way have to finish when the run is told to stop.
+_STOP_SECONDS = 10.0
 
 
 class Task(Protocol):
@@ -89,6 +92,7 @@ def run_tasks(
     Raises:
         NemotronError: What a task raised; ``worker_died``.
         EngineMismatchError: See ``TokenizeTask``.
+        StopRequestedError: A signal came. What is done has its receipt.
     """
     order = largest_first(tasks)
     num_workers = num_workers or _worth_starting(tasks)
@@ -99,9 +103,10 @@ def run_tasks(
     else:
         outcomes = _in_pool(tasks, order, min(num_workers, len(tasks)))
     receipts: list[Receipt] = [{}] * len(tasks)
-    for outcome in outcomes:
-        receipts[outcome.number] = outcome.receipt
-        on_done(outcome)
+    with contextlib.closing(outcomes):
+        for outcome in outcomes:
+            receipts[outcome.number] = outcome.receipt
+            on_done(outcome)
     return receipts
 
 
@@ -151,13 +156,13 @@ def _received(answer: dict[str, Any]) -> Outcome:
     return Outcome(*answer["outcome"])
 
 
-def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> Iterator[Outcome]:
+def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> Generator[Outcome]:
     pool = ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker
     )
+    running: set[Future[dict[str, Any]]] = set()
     try:
         queue = iter(order)
-        running: set[Future[dict[str, Any]]] = set()
         while True:
             # A few in hand for every worker; the rest is not pickled before its turn.
             while len(running) < 2 * num_workers and (number := next(queue, None)) is not None:
@@ -170,18 +175,21 @@ def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> I
     except BrokenProcessPool:
         problem = "a worker process died; the kernel kills what takes more memory than there is"
         raise step_error(STEP, "worker_died", problem, where=f"{num_workers} workers") from None
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, StopRequestedError):
+            wait({future for future in running if not future.cancel()}, timeout=_STOP_SECONDS)
         for process in multiprocessing.active_children():
-            process.terminate()
+            process.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """One core per worker; the run's Ctrl-C is the parent's business; no worker outlives it."""
+    """One core per worker; signals are the parent's business; no worker outlives it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -192,16 +200,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _on_ray(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> Iterator[Outcome]:
-    try:
-        import ray
-    except ImportError:
-        problem = "execution_mode is ray, but the package ray is not installed"
-        raise step_error(STEP, "ray_missing", problem) from None
-    options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False}
+def _on_ray(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> Generator[Outcome]:
+    options: dict[str, Any] = {"log_to_driver": False}
     if not os.environ.get("RAY_ADDRESS"):
-        options |= {"num_cpus": num_workers, "address": "local"}
-    with ray.init(**options):
+        options |= {"num_cpus": num_workers, "address": "local", "include_dashboard": False}
+    with connected_ray(**options) as ray:
         remote = ray.remote(num_cpus=1)(_remote)
         queue = iter(order)
         running: list[Any] = []
@@ -213,3 +216,27 @@ def _on_ray(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> It
                 return
             done, running = ray.wait(running)
             yield _received(ray.get(done[0]))
+
+
+@contextlib.contextmanager
+def connected_ray(**options: Any) -> Iterator[Any]:
+    """Give the module ``ray``, connected; what it does on SIGTERM stays ours.
+
+    Raises:
+        NemotronError: ``ray_missing``.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ray_missing() from None
+    on_stop = signal.getsignal(signal.SIGTERM)
+    with ray.init(**options):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_stop)
+        yield ray
+
+
+def ray_missing() -> NemotronError:
+    """Return the error of a run on Ray without Ray."""
+    problem = "execution_mode is ray, but the package ray is not installed"
+    return step_error(STEP, "ray_missing", problem)

@@ -19,10 +19,16 @@ from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.checks import datasets_of
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
-from nemotron.steps.data_prep.sft_packing.executors import Outcome, Task, run_tasks
+from nemotron.steps.data_prep.sft_packing.executors import (
+    Outcome,
+    Task,
+    available_cores,
+    run_tasks,
+)
 from nemotron.steps.data_prep.sft_packing.job import Job, Workspace, plan_job, workspace_of
 from nemotron.steps.data_prep.sft_packing.output import assemble
 from nemotron.steps.data_prep.sft_packing.progress import Progress
+from nemotron.steps.data_prep.sft_packing.ray_nodes import leading_ray, lend_to_ray
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt, read_receipt
 from nemotron.steps.data_prep.sft_packing.schema import Config
 from nemotron.steps.data_prep.sft_packing.stages import Packing, plan_packing, tokenize_tasks
@@ -40,6 +46,8 @@ def pack_conversations(config: Config, producer: Producer) -> dict[str, Any] | N
     """
     role = role_of(workspace_of(config.output_dir).root)
     with clear_write_errors(config.output_dir):
+        if role is not None and config.execution_mode == "ray":
+            return _pack_on_ray(config, producer, role)
         if isinstance(role, Helper):
             _help(config, role)
             return None
@@ -59,6 +67,17 @@ def _pack(config: Config, producer: Producer, leader: Leader | None) -> dict[str
         properties = assemble(directory, job, packing, receipts, produced_by=producer)
     _tidy(job, keep_tokens=config.keep_tokens)
     return properties
+
+
+def _pack_on_ray(
+    config: Config, producer: Producer, role: Leader | Helper
+) -> dict[str, Any] | None:
+    num_cores = config.num_workers or available_cores()
+    if isinstance(role, Helper):
+        lend_to_ray(role, num_cores)
+        return None
+    with leading_ray(role, num_cores):
+        return _pack(config, producer, None)
 
 
 def _help(config: Config, helper: Helper) -> None:

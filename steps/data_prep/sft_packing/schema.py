@@ -169,7 +169,8 @@ class Config(Schema):
         default=None, ge=1, description="processes; null: one for each core that is available"
     )
     execution_mode: Literal["auto", "ray"] = Field(
-        default="auto", description="processes of this host, or Ray (RAY_ADDRESS or a local one)"
+        default="auto",
+        description="processes of each node, or Ray (the job's nodes, RAY_ADDRESS, or a local one)",
     )
     plan: PlanConfig = PlanConfig()
     download: DownloadConfig = DownloadConfig()

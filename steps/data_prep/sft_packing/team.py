@@ -21,7 +21,7 @@ from typing import Literal
 
 from nemotron.artifacts import sha256_json
 from nemotron.errors import NemotronError
-from nemotron.steps._entry import step_error
+from nemotron.steps._entry import StopRequestedError, step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.board import Note, NoteFile
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
@@ -66,8 +66,8 @@ class Leader:
     """
 
     def __init__(self, board: Path, count: int) -> None:
+        self.count = count
         self._board = board
-        self._count = count
         self._own = NoteFile(board / "node-0")
         self._others = [NoteFile(board / f"node-{index}") for index in range(1, count)]
         self._num_orders = 0
@@ -131,7 +131,7 @@ class Leader:
                 receipt = read_receipt(task.directory, task.key)
                 done(Outcome(note["task"], receipt, note["was_done"], note["peak_bytes"]))
 
-        mine = _share(tasks, 0, self._count)
+        mine = _share(tasks, 0, self.count)
 
         def done_here(outcome: Outcome) -> None:
             done(outcome._replace(number=mine[outcome.number]))
@@ -146,13 +146,33 @@ class Leader:
             time.sleep(_POLL_SECONDS)
         return receipts
 
-    def _told(self, order: Order) -> list[Note]:
-        """Return what the others have done of a stage since the last time."""
+    def meet(self, is_complete: Callable[[], bool]) -> None:
+        """Wait until the nodes have come together.
+
+        Raises:
+            NemotronError: What another node tells; ``nodes_apart``.
+        """
+
+        def have_met() -> bool:
+            self._notes()
+            return is_complete()
+
+        if not _wait(have_met, _MEET_SECONDS):
+            raise _apart("a node has not come to it", self._board)
+
+    def _notes(self) -> list[Note]:
+        """Return what the others have told since the last time; raise what ended one of them."""
         notes = [note for other in self._others for note in other.read_new()]
         for note in notes:
             if "error" in note:
                 raise error_from(note["error"])
-        of_stage = [note for note in notes if note.get("stage") == order.number]
+            if "stopped" in note:
+                raise StopRequestedError("stopped with another node")
+        return notes
+
+    def _told(self, order: Order) -> list[Note]:
+        """Return what the others have done of a stage since the last time."""
+        of_stage = [note for note in self._notes() if note.get("stage") == order.number]
         for note in of_stage:
             if "mismatch" in note:
                 raise EngineMismatchError(note["mismatch"])
@@ -195,6 +215,9 @@ class Helper:
         except NemotronError as error:
             self._own.append(error=error.to_dict())
             raise
+        except StopRequestedError:
+            self._own.append(stopped=True)
+            raise
 
     def orders(self) -> Iterator[Order]:
         """Yield what the leader asks for, until it sends its helpers home or fails."""
@@ -206,6 +229,17 @@ class Helper:
                     self._own.append(left=True)
                     return
             time.sleep(_POLL_SECONDS)
+
+    def stay(self, is_well: Callable[[], bool]) -> bool:
+        """Wait until the leader sends its helpers home; return whether all was well until then."""
+        while self._board.is_dir():
+            if any("end" in note for note in self._leader.read_new()):
+                self._own.append(left=True)
+                return True
+            if not is_well():
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def do(self, order: Order, tasks: Sequence[Task], work: Work) -> None:
         """Do this node's share of a stage and tell the leader.

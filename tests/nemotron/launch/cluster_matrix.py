@@ -9,8 +9,9 @@ compared with what the same commands write on this machine, file by file. Then a
 nodes (TP 2 x DP 2), a job that fails, one that is cancelled behind our back, one that ``scontrol
 requeue`` takes away, and one that reaches its time limit.
 
-Needs root and the packages of .ci/cluster-packages; accounting needs slurmdbd, mariadb-server and
-slurm-wlm-mysql-plugin as well. Takes about 15 minutes on two cores; exits 1 if a line fails.
+Needs root, pytest and the packages of .ci/cluster-packages; accounting needs slurmdbd,
+mariadb-server and slurm-wlm-mysql-plugin as well. Takes about 15 minutes on two cores; exits 1 if
+a line fails.
 """
 
 from __future__ import annotations
@@ -289,9 +290,9 @@ def train_on_two_nodes(place: Place, local: Place) -> str:
 
 
 def fail(place: Place) -> str:
-    shown = place.run("data_prep/sft_packing", "blend_path=nowhere.jsonl", "output_dir=x", code=3)
-    assert "error[missing_training_data]" in shown, shown[-500:]
-    return "exit code 3, and the step's own error"
+    shown = place.run("data_prep/sft_packing", "num_shards=5000", "output_dir=x", code=4)
+    assert "error[too_many_tiny_shards]" in shown, shown[-500:]
+    return "exit code 4, and the step's own error"
 
 
 @contextlib.contextmanager

@@ -1,15 +1,16 @@
 """Many jobs at once, and many nodes at one packing, on a real Slurm; one line for each that holds.
 
-    python cluster_sharing.py [--keep DIRECTORY]
+    python cluster_sharing.py [--only submit,eight,pack,kill,stop,ray-here,ray] [--keep DIRECTORY]
 
 Fifty submissions at the same moment, eight runs into one output directory, and a packing of 40
-files on both nodes, left alone and with a node that is killed on the way. Needs what
-cluster_matrix.py needs; takes about five minutes on two cores.
+files on both nodes: left alone, with a node that is killed on the way, told to stop and queued
+again, and on Ray. Needs what cluster_matrix.py needs; takes about six minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -19,9 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from cluster_matrix import Place, Report, place_on, same_files, until
+from cluster_matrix import Place, Report, Slurm, place_on, same_files, start_now, until
 from conftest import open_cluster
 
 import nemotron
@@ -34,8 +36,10 @@ CHATS = ("blend_path=chats", "num_shards=4")
 
 def main() -> int:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default=",".join(LINES), help="which lines, with commas")
     parser.add_argument("--keep", type=Path, help="where to leave all files")
     arguments = parser.parse_args()
+    chosen = [LINES[name] for name in arguments.only.split(",")]
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="sharing-"))
     os.environ["PYTHONPATH"] = str(Path(nemotron.__file__).parents[1])
     os.environ["PATH"] += ":/usr/sbin:/sbin"
@@ -44,11 +48,9 @@ def main() -> int:
         with open_cluster(root / "slurm") as cluster:
             place = place_on(root / "here", cluster)
             write_chats(place.directory / "chats")
-            report.line("plain", "fifty submissions", lambda: submit_fifty(place))
-            report.line("plain", "eight into one directory", lambda: run_eight(place))
             report.line("local", "packing", lambda: pack_here(place))
-            report.line("plain", "packing on two nodes", lambda: pack_on_two(place))
-            report.line("plain", "packing, a node killed", lambda: kill_a_node(place))
+            for name, prove in chosen:
+                report.line("plain", name, partial(prove, place))
     finally:
         if arguments.keep is None:
             shutil.rmtree(root, ignore_errors=True)
@@ -157,6 +159,57 @@ def kill_a_node(place: Place) -> str:
     return f"exit code 8; again: {done.partition('tokenize: ')[2]}; {equal}"
 
 
+def stop_and_go_on(place: Place) -> str:
+    """Tell both nodes to stop, as Slurm does ahead of a time limit; it queues itself again."""
+    tokens = place.directory / ".stopped.work" / "tokens"
+    words = (*CHATS, "run.env.nodes=2", "run.env.requeue=true", "output_dir=stopped")
+    job_id = place.start(PACK, *words)
+    until(lambda: len(list(tokens.glob("[!.]*.json"))) >= 6)
+    slurm = Slurm(place.environment)
+    slurm("scancel", "--signal=TERM", place.number(job_id))
+    until(lambda: place.status(job_id)["restarts"] == 1)
+    assert not (place.directory / "stopped").exists()
+    start_now(slurm, place.number(job_id))
+    place.wait(job_id)
+    log = place.nemotron("jobs", "logs", job_id).stdout
+    assert "stopped by SIGTERM" in log
+    (done,) = [line for line in log.splitlines() if "were done by an earlier run" in line]
+    equal = same_files(place.directory / "stopped", place.directory / "wanted")
+    left = [path.name for path in tokens.parent.iterdir() if path.name != "tokens"]
+    assert not left, left
+    return f"queued again by itself: {done.partition('tokenize: ')[2]}; {equal}"
+
+
+def pack_on_ray_here(place: Place) -> str:
+    words = ("-c", "tiny", *CHATS, "execution_mode=ray", "output_dir=ray-here")
+    place.nemotron("steps", "run", PACK, *words)
+    return same_files(place.directory / "ray-here", place.directory / "wanted")
+
+
+def pack_on_ray(place: Place) -> str:
+    words = (*CHATS, "run.env.nodes=2", "execution_mode=ray", "output_dir=ray")
+    job_id = place.start(PACK, *words)
+    until(lambda: {b"0", b"1"} <= nodes_of(job_id, b"ray::_remote"))
+    place.wait(job_id)
+    log = place.nemotron("jobs", "logs", job_id).stdout
+    (line,) = [line for line in log.splitlines() if "Ray has" in line]
+    assert not nodes_of(job_id, b""), "something of the job still runs"
+    equal = same_files(place.directory / "ray", place.directory / "wanted")
+    return f"{line.partition(': ')[2]}, tasks on both; {equal}"
+
+
+def nodes_of(job_id: str, word: bytes) -> set[bytes]:
+    """Return the numbers of the nodes on which a job runs a command with this word."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            pairs = (path / "environ").read_bytes().split(b"\0")
+            is_of_job = f"NEMOTRON_JOB={job_id}".encode() in pairs
+            if is_of_job and word in (path / "cmdline").read_bytes():
+                found |= {pair[-1:] for pair in pairs if pair.startswith(b"NEMOTRON_NODE=")}
+    return found
+
+
 def process_on_second_node(job_id: str) -> int:
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -168,6 +221,17 @@ def process_on_second_node(job_id: str) -> int:
         if wanted <= set(environment) and b"sft_packing.step" in command:
             return int(path.name)
     raise AssertionError("the second node runs nothing")
+
+
+LINES = {
+    "submit": ("fifty submissions", submit_fifty),
+    "eight": ("eight into one directory", run_eight),
+    "pack": ("packing on two nodes", pack_on_two),
+    "kill": ("packing, a node killed", kill_a_node),
+    "stop": ("packing, told to stop", stop_and_go_on),
+    "ray-here": ("packing on Ray, on this machine", pack_on_ray_here),
+    "ray": ("packing on two nodes, on Ray", pack_on_ray),
+}
 
 
 if __name__ == "__main__":

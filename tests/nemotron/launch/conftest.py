@@ -20,7 +20,7 @@ import pytest
 import nemotron as nemotron_package
 from nemotron.cli.app import main
 from nemotron.launch import cluster as slurm_commands
-from nemotron.launch import lepton_jobs
+from nemotron.launch import lepton_jobs, remote
 
 RIG = Path(__file__).parent / "rig"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
@@ -43,6 +43,7 @@ def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_commands, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(slurm_commands, "POLL_SECONDS_OVER_SSH", 0.2)
     monkeypatch.setattr(lepton_jobs, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(remote, "_SETTLE_SECONDS", 0.05)
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,17 @@ def test_a_stray_process_that_holds_the_pipes_does_not_hold_the_launcher(demo: P
     assert time.monotonic() - started < 30  # the stray one sleeps for 60
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_an_interrupt_reaches_the_job_and_is_recorded(demo: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "status"),
+    [
+        (signal.SIGINT, ExitCode.INTERRUPTED, "interrupted"),
+        (signal.SIGTERM, ExitCode.PREEMPTED, "preempted"),
+        (signal.SIGUSR1, ExitCode.PREEMPTED, "preempted"),
+    ],
+)
+def test_an_interrupt_reaches_the_job_and_is_recorded(
+    demo: Path, number: int, code: int, status: str
+) -> None:
     def interrupt() -> None:
         root = demo / ".nemotron" / "jobs"
         wait_for(lambda: any(b"making" in path.read_bytes() for path in root.glob("*/log.txt")))
@@ -134,9 +143,8 @@ def test_an_interrupt_reaches_the_job_and_is_recorded(demo: Path, number: int) -
     previous = signal.getsignal(number)
     threading.Thread(target=interrupt, daemon=True).start()
     submission, record, terminal = run(plan("demo/make", "behaviour=sleep"))
-    assert submission.exit_code == ExitCode.INTERRUPTED
-    assert record.status == "interrupted"
-    assert terminal.said[-1] == "interrupted"
+    assert (submission.exit_code, record.status) == (code, status)
+    assert (terminal.said[-1] == "interrupted") == (number == signal.SIGINT)
     assert signal.getsignal(number) is previous
 
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import tarfile
 import tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -103,10 +103,11 @@ def test_the_job_gets_words_environment_and_directory_as_they_are(
         assert not list(here.rglob("canary"))
 
 
+CODE = ("setup_lines", "startup_commands", "run_command")  # shell by design
 FIELDS = [
     name
     for name, field in SlurmExecution.model_fields.items()
-    if "str" in str(field.annotation) and name not in ("setup_lines", "run_command", "tunnel")
+    if "str" in str(field.annotation) and name not in (*CODE, "tunnel")
 ]
 
 
@@ -117,8 +118,9 @@ def test_a_slurm_field_is_refused_or_stays_on_its_line(demo: Path, field: str, v
     is_list = "tuple" in str(SlurmExecution.model_fields[field].annotation)
     is_table = "dict" in str(SlurmExecution.model_fields[field].annotation)
     written = [value] if is_list else {"extra_key": value} if is_table else value
+    given_fields = {field: written, "container_image": "x", "code_path": "/code"} | {field: written}
     try:
-        execution = SlurmExecution.model_validate({field: written, "container_image": "x"})
+        execution = SlurmExecution.model_validate(given_fields)
     except ValidationError:
         return
     plan = dataclasses.replace(plan, execution=execution)
@@ -127,8 +129,9 @@ def test_a_slurm_field_is_refused_or_stays_on_its_line(demo: Path, field: str, v
         if name != "setup_lines" and isinstance(option, str):
             assert "\n" not in option
             assert "'" not in option
-    prologue = script.batch_prologue(plan, job_id="job-1", directory=PurePosixPath("/jobs/1"))
-    assert subprocess.run(["bash", "-n", "-c", prologue], check=False).returncode == 0
+    for text in slurm.preview(plan).values():
+        assert subprocess.run(["bash", "-n"], input=text.encode(), check=False).returncode == 0
+        assert text.count("\n#SBATCH ") in (0, *range(6, 12))  # none is broken up or made up
 
 
 def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) -> None:
@@ -166,12 +169,60 @@ def test_a_run_command_wraps_the_command_or_names_script_and_config(demo: Path) 
         plan = plan_of("slurm", demo)
         plan = dataclasses.replace(plan, execution=plan.execution.model_copy(update=commands))
         lines = script.launch_script(plan, job_id="job-1", archive=None).splitlines()
-        return lines[lines.index("trap : TERM USR1 INT") + 1]
+        return lines[lines.index("trap : INT") + 1]
 
     start = 'python -m nemotron.steps.demo.make.step --config "$here"/train.yaml'
     assert line("nsys profile {command}") == f"nsys profile {start}"
     step = '"$package"/nemotron/steps/demo/make/step.py'
     assert line("python {script} --config {config}") == f'python {step} --config "$here"/train.yaml'
+
+
+@pytest.mark.parametrize(
+    ("python", "code", "is_stopped"),
+    [
+        ('kill -TERM "$PPID" $$', 0, True),  # told, and killed before it could listen
+        ('kill -USR1 "$PPID"; exit 75', 0, True),
+        ("kill -TERM $$", 143, False),
+        ('kill -TERM "$PPID"; kill -KILL $$', 137, False),
+        ('kill -TERM "$PPID"; exit 4', 4, False),
+    ],
+)
+def test_a_job_that_was_told_to_stop_can_go_on(
+    demo: Path, tmp_path: Path, python: str, code: int, is_stopped: bool
+) -> None:
+    done = run_launch(demo, tmp_path, python)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "stopped.0").exists() == is_stopped
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_a_rank_has_its_share_of_the_cores_unless_somebody_says_otherwise(
+    demo: Path, tmp_path: Path, given: str | None
+) -> None:
+    environment = {} if given is None else {"OMP_NUM_THREADS": given}
+    done = run_launch(demo, tmp_path, 'echo "$OMP_NUM_THREADS"', **environment)
+    cores = str(len(os.sched_getaffinity(0)))
+    assert done.stdout == f"{given or cores}\n"
+
+
+def run_launch(
+    demo: Path, directory: Path, python: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the script of a Slurm job whose python is these lines of shell."""
+    plan = plan_of("slurm", demo)
+    execution = plan.execution.model_copy(update={"code_path": "/nowhere"})
+    plan = dataclasses.replace(plan, execution=execution, workspace=directory)
+    text = script.launch_script(plan, job_id="job-1", archive=None)
+    (directory / "launch.sh").write_text(text)
+    (directory / "python").write_text(f"#!/bin/sh\n{python}\n")
+    (directory / "python").chmod(0o755)
+    return subprocess.run(
+        ["bash", str(directory / "launch.sh")],
+        env={"PATH": f"{directory}:/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_archive_is_the_same_bytes_every_time_and_has_the_steps(tmp_path: Path) -> None:

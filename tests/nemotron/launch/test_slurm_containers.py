@@ -48,9 +48,11 @@ def test_an_image_is_imported_once_and_again_with_force_squash(
     assert "docker://registry.example#team/demo:1 " in forced.out
     assert [path.suffix for path in sorted(box.glob("registry*"))] == [".sqsh", ".lock"]
     # A file of one's own is used as it is.
-    own = nemotron(*words, f"run.env.container_image={plan['squash']}", "--force-squash")
-    assert own.code == 0
-    assert "--force-squash has no effect" in own.err
+    own = (f"run.env.container_image={plan['squash']}", "--force-squash", "--dry-run", "--json")
+    of_own = nemotron(*words, *own).data
+    assert of_own["squash"] is None
+    assert f"--container-image {plan['squash']}" in of_own["scripts"]["sbatch"]
+    assert any("--force-squash has no effect" in note for note in of_own["notes"])
 
 
 def test_an_image_that_cannot_be_imported_ends_the_run_with_the_reason(

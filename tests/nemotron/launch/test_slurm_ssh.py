@@ -21,6 +21,27 @@ def test_a_job_is_submitted_and_followed_over_ssh(over_ssh: Path, nemotron: Nemo
     assert stat.S_IMODE((over_ssh / "far").stat().st_mode) == 0o700
 
 
+def test_an_input_that_is_not_on_the_cluster_is_refused_before_anything_is_submitted(
+    over_ssh: Path, nemotron: Nemotron
+) -> None:
+    train = ("steps", "run", "demo/train", "-c", "tiny", "-b", "far")
+    plan = nemotron(*train, "--dry-run")
+    assert "packed_parquet at ./out/make: looked for on 127.0.0.1 when" in plan.out
+    there = over_ssh / "far" / "workspace" / "out" / "make"
+    there.mkdir(parents=True)  # empty
+    refused = nemotron(*train)
+    assert refused.code == 3, refused.err
+    assert "error[missing_packs]: no packed_parquet at ./out/make" in refused.err
+    assert "fix: make it first: nemotron steps run demo/make -c tiny -b far" in refused.err
+    assert not (over_ssh / ".nemotron").exists()
+    (there / "made 1.txt").touch()
+    assert nemotron(*train, "data.packs=./out/nothing").code == 3
+    # Found by the pattern, and then refused by Slurm, which spares the test a job.
+    words = ("data.packs=null", "data.glob=./out/make/made*.txt", "run.env.partition=nowhere")
+    found = nemotron(*train, *words)
+    assert found.code == 9, found.err
+
+
 def test_a_secret_reaches_a_job_and_stays_in_no_file_also_when_it_is_cancelled(
     over_ssh: Path,
     nemotron: Nemotron,

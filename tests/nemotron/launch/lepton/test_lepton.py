@@ -109,21 +109,72 @@ def test_what_the_workspace_refuses_is_an_error_with_its_words(
     assert (job["status"], job["exit_code"]) == ("failed", 9)
 
 
+@pytest.mark.parametrize(
+    ("stalled", "code", "unknown"),
+    [
+        (".*", "workspace_silent", False),
+        ("GET /dedicated-node-groups/.*", "submission_failed", False),
+        ("GET /jobs/data-mover.*", "submission_failed", False),
+        ("DELETE /jobs/data-mover.*", "submission_failed", False),
+        ("POST /jobs|GET /jobs/n-.*", "submission_failed", True),
+    ],
+)
 def test_a_workspace_that_does_not_answer_is_left_soon(
+    workspace: Any,
+    nemotron: Nemotron,
+    monkeypatch: pytest.MonkeyPatch,
+    stalled: str,
+    code: str,
+    unknown: bool,
+) -> None:
+    monkeypatch.setattr(lepton_jobs, "_TIMEOUT_SECONDS", 0.3)
+    workspace.stalls[stalled] = 60
+    started = time.monotonic()
+    done = nemotron(*RUN, "-r", "lepton")
+    assert time.monotonic() - started < 50  # no answer was waited for
+    assert done.code == 9
+    assert f"error[{code}]" in done.err
+    assert "timed out" in done.err
+    assert ("in the workspace before you submit again" in done.err) == unknown
+    (job,) = nemotron("jobs", "list", "--json").data
+    assert (job["status"], job["exit_code"]) == ("failed", 9)
+
+
+def test_a_job_that_was_taken_without_an_answer_is_followed_and_a_lost_cancel_is_said(
     workspace: Any, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lepton_jobs, "_TIMEOUT_SECONDS", 1)
-    workspace.stalls[".*"] = 3
-    done = nemotron(*RUN, "-r", "lepton")
-    assert done.code == 9
-    assert "error[workspace_silent]" in done.err
+    answer = workspace.answer
+
+    def late(method: str, path: str, body: Any) -> tuple[int, Any]:
+        said = answer(method, path, body)
+        is_job = method == "POST" and body["metadata"]["id"].startswith("n-")
+        # The helper job takes its time; what comes after it has a second.
+        seconds = {"DELETE": 1, "POST": 30}.get(method)
+        if seconds and (is_job or method == "DELETE"):
+            monkeypatch.setattr(lepton_jobs, "_TIMEOUT_SECONDS", seconds)
+            time.sleep(2 * is_job)
+        return said
+
+    monkeypatch.setattr(workspace, "answer", late)
+    started = nemotron(*RUN, "-b", "lepton", "behaviour=sleep")
+    assert started.code == 0, started.err
+    job_id = started.out.strip()
+    assert len([name for name in workspace.jobs if name.startswith("n-")]) == 1
+    monkeypatch.setattr(lepton_jobs, "_TIMEOUT_SECONDS", 0.3)
+    workspace.stalls["PATCH .*"] = 60
+    cancelled = nemotron("jobs", "cancel", job_id)
+    assert (cancelled.code, "error[workspace_silent]" in cancelled.err) == (9, True)
+    workspace.stalls.clear()
+    monkeypatch.setattr(lepton_jobs, "_TIMEOUT_SECONDS", 30)
+    assert nemotron("jobs", "cancel", job_id).code == 0
+    assert nemotron("jobs", "wait", job_id).code == 130
 
 
 def test_who_follows_outlives_a_workspace_that_stumbles_but_not_one_that_refuses(
     workspace: Any, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lepton_jobs, "_TIMEOUT_SECONDS", 0.3)
     job_id = nemotron(*RUN, "-b", "lepton").out.strip()
+    monkeypatch.setattr(lepton_jobs, "_TIMEOUT_SECONDS", 0.3)
     workspace.faults["GET /jobs/[^/]+"] = 401
     refused = nemotron("jobs", "wait", job_id)
     assert refused.code == 9

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +21,12 @@ import yaml
 
 from nemotron.artifacts import read_artifact
 from nemotron.errors import NemotronError
+from nemotron.steps._entry import StopRequestedError, run_step
 from nemotron.steps.data_prep.sft_packing.executors import run_tasks
+from nemotron.steps.data_prep.sft_packing.progress import Progress
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 from nemotron.steps.data_prep.sft_packing.schema import Config
+from nemotron.steps.data_prep.sft_packing.step import run
 from nemotron.steps.data_prep.sft_packing.team import Stage
 from nemotron.steps.data_prep.sft_packing.worker import work
 
@@ -89,28 +98,41 @@ def config_of(corpus: Path, tokenizer_dir: Path, **overrides: Any) -> Config:
     return Config.model_validate(settings | overrides)
 
 
-def test_ray_writes_the_same_bytes(
+def test_ray_over_two_nodes_writes_the_same_bytes(
     corpus: Path, run_packing: RunPacking, tmp_path: Path, tokenizer_dir: Path
 ) -> None:
     wanted = {name: held for name, held in content(run_packing(corpus)).items() if "splits" in name}
     config = config_of(
         *(corpus, tokenizer_dir),
-        **{"output_dir": tmp_path / "by-ray", "execution_mode": "ray", "num_workers": 2},
+        **{"output_dir": tmp_path / "by-ray", "execution_mode": "ray", "num_workers": 1},
     )
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    module = "nemotron.steps.data_prep.sft_packing.step"
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--config", str(path)],
-        env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-m", "nemotron.steps.data_prep.sft_packing.step"]
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
+    environment |= {"NEMOTRON_NODES": "2", "NEMOTRON_JOB": "job", "NEMOTRON_START": "0"}
+    environment |= {"NEMOTRON_MASTER_ADDR": "127.0.0.1", "NEMOTRON_MASTER_PORT": free_port()}
+    nodes = [
+        subprocess.Popen(
+            [*command, "--config", str(path)],
+            env={**environment, "NEMOTRON_NODE": str(node), "NEMOTRON_KEY": "0123" * 8},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "Ray has 2 cores on 2 nodes" in said[0]
     found = content(tmp_path / "by-ray")
     assert {name: held for name, held in found.items() if "splits" in name} == wanted
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def test_twenty_kills_at_random_moments_leave_the_same_bytes(
@@ -222,6 +244,77 @@ def test_a_worker_that_dies_is_an_error() -> None:
     with pytest.raises(NemotronError) as caught:
         run_tasks([Dying(), Dying()], num_workers=2, mode="auto", on_done=lambda _: None)
     assert (caught.value.code, caught.value.exit_code) == ("worker_died", 8)
+
+
+def test_a_run_told_to_stop_ends_with_75_and_the_same_command_goes_on(
+    corpus: Path,
+    run_packing: RunPacking,
+    tmp_path: Path,
+    tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "config.yaml"
+    config = config_of(corpus, tokenizer_dir, output_dir=tmp_path / "stopped")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    words = ("data_prep/sft_packing", Config, run, ["--config", str(path)])
+    advance = Progress.advance
+
+    def stop_at_the_third(self: Progress, *arguments: Any, **counts: Any) -> None:
+        advance(self, *arguments, **counts)
+        if len(receipts_of(tmp_path / ".stopped.work")) == 3:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "advance", stop_at_the_third)
+        assert run_step(*words) == 75
+    assert "stopped by SIGUSR1; start it again to go on" in capsys.readouterr().out
+    assert not (tmp_path / "stopped").exists()
+    assert run_step(*words) == 0
+    assert "3 of 9 tasks were done by an earlier run" in capsys.readouterr().out
+    found, wanted = content(tmp_path / "stopped"), content(run_packing(corpus))
+    assert {**found, "artifact.json": b""} == {**wanted, "artifact.json": b""}
+
+
+def test_workers_told_to_stop_finish_what_they_are_at_and_begin_nothing(tmp_path: Path) -> None:
+    tasks = [Slow(str(number), tmp_path) for number in range(12)]
+
+    def stop() -> None:
+        while not list(tmp_path.glob("*.begun")):
+            time.sleep(0.01)
+        for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+            os.kill(process.pid or 0, signal.SIGTERM)
+
+    def told(*_: object) -> None:
+        raise StopRequestedError
+
+    before = signal.signal(signal.SIGTERM, told)
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    try:
+        with pytest.raises(StopRequestedError):
+            run_tasks(tasks, num_workers=2, mode="auto", on_done=lambda _: None)
+    finally:
+        stopping.join()
+        signal.signal(signal.SIGTERM, before)
+    begun, done = ({path.stem for path in tmp_path.glob(f"*.{end}")} for end in ("begun", "done"))
+    assert begun == done != set()
+    assert len(done) < 6
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A task that takes its time."""
+
+    key: str
+    directory: Path
+    size_bytes: int = 1
+
+    def run(self) -> tuple[Receipt, bool]:
+        (self.directory / f"{self.key}.begun").touch()
+        time.sleep(0.3)
+        (self.directory / f"{self.key}.done").touch()
+        return {}, False
 
 
 class Dying:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nemotron.errors import NemotronError
+from nemotron.steps._entry import StopRequestedError
 from nemotron.steps.data_prep.sft_packing import executors, team
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
@@ -111,6 +112,19 @@ def test_an_engine_that_fails_on_one_node_is_left_by_all(
     assert content(runs[0].result()) == wanted
     assert runs[1].exception() is None
     assert failed.is_set()
+
+
+def test_a_node_that_is_told_to_stop_stops_the_others(
+    corpus: Path, run_on_nodes: Callable[..., list[Future[Path]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_tasks(*words: Any, **settings: Any) -> list[Receipt]:
+        if NODE.environment["NEMOTRON_NODE"] == "1":
+            raise StopRequestedError
+        return executors.run_tasks(*words, **settings)
+
+    monkeypatch.setattr(f"{RUN}.run_tasks", run_tasks)
+    for run in run_on_nodes([0, 1], 2, corpus):
+        assert isinstance(run.exception(), StopRequestedError)
 
 
 @pytest.mark.parametrize("node", [0, 1])
