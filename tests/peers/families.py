@@ -59,9 +59,7 @@ def make_model(family: str, *, tied: bool = False, **changes: Any) -> PreTrained
     torch.manual_seed(0)
     model_class, config_class, own = MODELS[family]
     values = {**SIZES, **own, "tie_word_embeddings": tied, **changes}
-    if transformers.__version__.startswith("4."):
-        values = spelt_as_by_transformers_4(values)
-    config = config_class(**values)
+    config = config_class(**spelt_as_installed(values))
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -78,6 +76,12 @@ def spell_as_transformers_4(directory: Path) -> None:
         config["torch_dtype"] = config.pop("dtype")
     config["transformers_version"] = "4.57.6"
     path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def spelt_as_installed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a config of transformers 5 for the transformers that is here."""
+    is_old = transformers.__version__.startswith("4.")
+    return spelt_as_by_transformers_4(values) if is_old else values
 
 
 def spelt_as_by_transformers_4(values: dict[str, Any]) -> dict[str, Any]:

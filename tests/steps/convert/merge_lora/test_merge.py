@@ -21,10 +21,15 @@ from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats import safetensors_file
 from nemotron.steps._formats.adapter import open_adapter
 from nemotron.steps._formats.fingerprint import base_fingerprint
-from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint, read_chat_template
+from nemotron.steps._formats.huggingface import (
+    HuggingFaceCheckpoint,
+    read_chat_template,
+    read_config,
+)
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
 from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
 from nemotron.steps._formats.megatron_writer import publish_megatron
+from nemotron.steps._models.families import in_both_spellings
 from nemotron.steps.convert.merge_lora import merge
 from nemotron.steps.convert.merge_lora.merge import add_delta
 from nemotron.steps.convert.merge_lora.schema import Config
@@ -123,7 +128,8 @@ def test_the_output_is_complete_and_its_artifact_tells_where_it_comes_from(
 ) -> None:
     output = tmp_path / "out"
     _merge(adapter, base_megatron, output)
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    assert read_config(output) == in_both_spellings(read_config(base_hf))
+    for name in ("generation_config.json", "tokenizer.json"):
         assert (output / name).read_bytes() == (base_hf / name).read_bytes()
     chat = [{"role": "user", "content": "a b"}]
     tokenizer = AutoTokenizer.from_pretrained(output)
