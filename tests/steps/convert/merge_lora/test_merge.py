@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from nemotron.artifacts import Producer, read_artifact, verify_files
+from nemotron.artifacts import Producer, read_artifact, verify_files, write_artifact
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats import safetensors_file
 from nemotron.steps._formats.adapter import open_adapter
@@ -256,6 +256,17 @@ def test_an_adapter_that_was_never_validated_is_refused_unless_told(
     error = _error(adapter, base_hf, tmp_path / "out" / "hf")
     assert (error.code, error.exit_code) == ("adapter_not_validated", ExitCode.DATA)
     _merge(adapter, base_hf, tmp_path / "out" / "hf", allow_unvalidated=True)
+
+
+def test_an_adapter_of_others_that_was_exported_is_as_foreign_as_before(
+    tmp_path: Path, base_hf: Path, adapter: Path
+) -> None:
+    directory, output = adapter / "iter_0000020", tmp_path / "out" / "hf"
+    (directory / "artifact.json").unlink()
+    write_artifact(directory, artifact_type="checkpoint_lora", produced_by=PRODUCER, properties={})
+    assert _error(adapter, base_hf, output).code == "base_model_mismatch"
+    _merge(adapter, base_hf, output, allow_unverified_base=True)
+    assert (output / "model.safetensors").is_file()
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, base_hf: Path, adapter: Path) -> None:
