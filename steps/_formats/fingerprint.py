@@ -23,7 +23,7 @@ from nemotron.steps._formats.safetensors_file import raw_bytes
 from nemotron.steps._formats.weights import DTYPE_NAMES, Weights
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
-_MAX_WAITING_BYTES = 64_000_000  # tensors that are held only because they are being hashed
+_MAX_WAITING_BYTES = 32_000_000  # tensors that are held only because they are being hashed
 
 
 TensorEntry = tuple[str, list[int], str]  # name of the type, shape, sha256 of the bytes
@@ -33,7 +33,7 @@ class Fingerprint:
     """The fingerprint of weights that pass by one at a time, in any order, from any thread.
 
     Hashing goes on in threads, behind the caller's back: sha256 is slower than any disk that is
-    worth having. When ``add`` returns, at most 64 MB wait, or half of the largest tensor so far,
+    worth having. When ``add`` returns, at most 32 MB wait, or a third of the largest tensor so far,
     however busy the machine is.
     """
 
@@ -54,7 +54,7 @@ class Fingerprint:
             self._waiting.append((tensor.nbytes, digest))
             self._entries[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), digest
             self._largest_bytes = max(self._largest_bytes, tensor.nbytes)
-            limit = max(_MAX_WAITING_BYTES, self._largest_bytes // 2)
+            limit = max(_MAX_WAITING_BYTES, self._largest_bytes // 3)
             while sum(size for size, _ in self._waiting) > limit:
                 self._waiting.popleft()[1].result()
 

@@ -87,4 +87,4 @@ def test_little_waits_to_be_hashed_however_slow_that_is() -> None:
     for number, size_bytes in enumerate([130_000_000, 30_000_000, 30_000_000, 30_000_000]):
         fingerprint.add(str(number), torch.zeros(size_bytes // 2, dtype=torch.bfloat16))
         waiting.append(sum(size for size, _ in fingerprint._waiting))
-    assert waiting == [0, 30_000_000, 60_000_000, 60_000_000]
+    assert waiting == [0, 30_000_000, 30_000_000, 30_000_000]
