@@ -28,6 +28,7 @@ from nemotron.steps._formats.weights import Weights, damaged
 
 # Each of them holds one tensor and what is made of it, and has a thread that hashes.
 _NUM_FILES_AT_A_TIME = min(2, os.cpu_count() or 1)
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 Receipt = dict[str, Any]
 Compare = Callable[[Weights], Mapping[str, Any]]
 
@@ -133,10 +134,11 @@ def read_back(
 
 
 def _return_freed_memory() -> None:
-    """Give back what the C library keeps of freed tensors; what comes now is larger than they."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    """Have the C library give back what is freed of tensors; what comes now is larger than they."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc, which else keeps pieces of up to 32 MB
+        library.mallopt(_M_MMAP_THRESHOLD, 4_000_000)
+        library.malloc_trim(0)
 
 
 def _first_difference(got: Weights, wanted: Weights) -> str | None:
