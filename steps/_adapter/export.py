@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from nemotron.artifacts import Producer, describe_input, publish, refuse_overlap, write_artifact
@@ -15,6 +16,7 @@ from nemotron.steps._formats.any_adapter import find_any_adapter, open_any_adapt
 from nemotron.steps._formats.huggingface import TOKENIZER_FILES, copy_files
 from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
 from nemotron.steps._formats.weights import damaged
+from nemotron.steps._models.layouts import LORA_TARGETS
 
 
 def run(config: ExportConfig, producer: Producer) -> None:
@@ -44,10 +46,21 @@ def _write(partial: Path, opened: OpenedAdapter, layout: str) -> str:
         kind = write_megatron_adapter(
             partial, opened.adapter, pretrained_checkpoint=base, iteration=iteration
         )
+        if kind == "CanonicalLoRA" and _adapts_linear_fc1(opened):
+            print(
+                "warning: load it at tensor-parallel size 1; at another Megatron-Bridge takes the "
+                "rows of linear_fc1's factors in another order, without a word",
+                file=sys.stderr,
+            )
         return f"Megatron-Bridge's {kind}"
     write_peft(partial, opened.adapter)
     copy_files(opened.adapter.directory, partial, TOKENIZER_FILES)
     return "PEFT's LoRA"
+
+
+def _adapts_linear_fc1(opened: OpenedAdapter) -> bool:
+    leaves = {module.rsplit(".", 1)[-1] for module in opened.adapter.modules}
+    return not leaves.isdisjoint(LORA_TARGETS["linear_fc1"])
 
 
 def _read_back(partial: Path, opened: OpenedAdapter) -> None:

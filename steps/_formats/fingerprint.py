@@ -23,7 +23,7 @@ from nemotron.steps._formats.safetensors_file import raw_bytes
 from nemotron.steps._formats.weights import DTYPE_NAMES, Weights
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
-_MAX_WAITING_BYTES = 16_000_000  # tensors that are held only because they are being hashed
+_MAX_WAITING_BYTES = 32_000_000  # tensors that are held only because they are being hashed
 
 
 TensorEntry = tuple[str, list[int], str]  # name of the type, shape, sha256 of the bytes
@@ -33,7 +33,8 @@ class Fingerprint:
     """The fingerprint of weights that pass by one at a time, in any order, from any thread.
 
     Hashing goes on in threads, behind the caller's back: sha256 is slower than any disk that is
-    worth having. At most one large tensor, or 16 MB of smaller ones, waits.
+    worth having. When ``add`` returns, at most 32 MB wait, or a third of the largest tensor so far,
+    however busy the machine is.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class Fingerprint:
         self._waiting: deque[tuple[int, Future[str]]] = deque()
         self._threads = ThreadPoolExecutor(_NUM_THREADS)
         self._lock = Lock()
+        self._largest_bytes = 0
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -48,11 +50,13 @@ class Fingerprint:
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in one tensor, whose values stay as they are."""
         with self._lock:
-            while self._waiting and sum(size for size, _ in self._waiting) > _MAX_WAITING_BYTES:
-                self._waiting.popleft()[1].result()
             digest = self._threads.submit(_sha256, tensor)
             self._waiting.append((tensor.nbytes, digest))
             self._entries[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), digest
+            self._largest_bytes = max(self._largest_bytes, tensor.nbytes)
+            limit = max(_MAX_WAITING_BYTES, self._largest_bytes // 3)
+            while sum(size for size, _ in self._waiting) > limit:
+                self._waiting.popleft()[1].result()
 
     def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
         """Return what is known of those of ``names`` that were taken in, hashed to their ends."""

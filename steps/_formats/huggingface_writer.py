@@ -18,6 +18,7 @@ from nemotron.steps._formats.huggingface import (
     HuggingFaceCheckpoint,
     copy_model_files,
     model_properties,
+    read_json,
 )
 from nemotron.steps._formats.safetensors_file import write_safetensors
 from nemotron.steps._formats.weight_files import (
@@ -28,6 +29,7 @@ from nemotron.steps._formats.weight_files import (
     write_files,
 )
 from nemotron.steps._formats.weights import ReportedWeights, Weights, size_bytes
+from nemotron.steps._models.families import in_both_spellings
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -70,6 +72,7 @@ def publish_huggingface(
     """
     with publish(root, resume_key=resume_key) as directory:
         copy_model_files(source, directory, has_tokenizer=has_tokenizer)
+        _spell_twice(directory / "config.json")
         if has_tokenizer and chat_template is not None:
             (directory / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         reported = ReportedWeights(weights, f"writing {root}") if show_progress else weights
@@ -125,6 +128,12 @@ def write_weights(
         _write_index(directory, shards, weights)
     digests = {file: receipt["sha256"] for file, receipt in receipts.items()}
     return Written(known_fingerprint or fingerprint.hexdigest(), digests)
+
+
+def _spell_twice(config_path: Path) -> None:
+    config = read_json(config_path)
+    if (both := in_both_spellings(config)) != config:
+        config_path.write_text(json.dumps(both, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_index(directory: Path, shards: Mapping[str, list[str]], weights: Weights) -> None:

@@ -8,6 +8,7 @@ work, so that a changed source starts anew.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from nemotron.steps._formats.weights import Weights, damaged
 
 # Each of them holds one tensor and what is made of it, and has a thread that hashes.
 _NUM_FILES_AT_A_TIME = min(2, os.cpu_count() or 1)
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 Receipt = dict[str, Any]
 Compare = Callable[[Weights], Mapping[str, Any]]
 
@@ -116,6 +118,7 @@ def read_back(
         if (name := _first_difference(weights, source)) is not None:
             raise damaged(where, f"{name} does not read back as it was written")
         return {}
+    _return_freed_memory()
     reread = FingerprintedWeights(weights)
     problem: NemotronError | None = None
     properties: dict[str, Any] = {}
@@ -128,6 +131,14 @@ def read_back(
     if problem is not None:
         raise problem
     return properties
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give back what is freed of tensors; what comes now is larger than they."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc, which else keeps pieces of up to 32 MB
+        library.mallopt(_M_MMAP_THRESHOLD, 4_000_000)
+        library.malloc_trim(0)
 
 
 def _first_difference(got: Weights, wanted: Weights) -> str | None:

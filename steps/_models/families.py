@@ -62,6 +62,7 @@ def sizes_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = _family(config)
     refuse_other_values(config, _REQUIRED)
+    _refuse_two_rotations(config)
     rope = config.get("rope_parameters") or {}
     num_heads = required(config, "num_attention_heads")
     hidden_size = required(config, "hidden_size")
@@ -74,7 +75,7 @@ def sizes_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "kv_channels": config.get("head_dim") or family.head_dim or hidden_size // num_heads,
         "vocab_size": required(config, "vocab_size"),
         "layernorm_epsilon": float(required(config, "rms_norm_eps")),
-        "rotary_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        "rotary_base": float(_rotary_base(config)),
         "rope_scaling": _rope_scaling(rope or config.get("rope_scaling") or {}),
         "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
         "max_position_embeddings": required(config, "max_position_embeddings"),
@@ -123,6 +124,29 @@ def hf_from_sizes(sizes: Mapping[str, Any], *, dtype_name: str) -> dict[str, Any
     return config
 
 
+def in_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``config.json`` that transformers 4 and 5 read as the same model.
+
+    transformers 4 takes no notice of ``rope_parameters`` and computes with a base of 10000.
+    """
+    if "rope_parameters" not in config:
+        return dict(config)
+    rope = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
+    is_scaled = (rope.get("rope_type") or rope.get("type") or "default") != "default"
+    dtype = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
+    return {
+        **config,
+        "rope_theta": _rotary_base(config),
+        "rope_scaling": rope if is_scaled else None,
+        **dtype,
+    }
+
+
+def _rotary_base(config: Mapping[str, Any]) -> float:
+    rope = config.get("rope_parameters") or {}
+    return rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+
+
 def _model_type(sizes: Mapping[str, Any]) -> str:
     has_bias, has_norms = sizes["add_qkv_bias"], sizes["qk_layernorm"]
     if has_bias and has_norms:
@@ -166,6 +190,19 @@ def _window_size(config: Mapping[str, Any]) -> int | None:
     if len(has_window) > 1:
         raise unsupported("some layers have a sliding window and some have not")
     return window if has_window == {True} else None
+
+
+def _refuse_two_rotations(config: Mapping[str, Any]) -> None:
+    """Refuse a config whose spellings contradict each other, as after a trip through both."""
+    wanted = in_both_spellings(config)
+    is_theta_other = config.get("rope_theta") not in (None, wanted.get("rope_theta"))
+    scalings = [_rope_scaling(each.get("rope_scaling") or {}) for each in (config, wanted)]
+    if is_theta_other or (config.get("rope_scaling") and scalings[0] != scalings[1]):
+        raise unsupported(
+            "config.json describes two rotary embeddings: rope_parameters are "
+            f"{config['rope_parameters']}, rope_theta is {config.get('rope_theta')}, rope_scaling "
+            f"is {config.get('rope_scaling')}"
+        )
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,4 +1,10 @@
-"""Small random models of every family, made by transformers, in both spellings of a config."""
+"""Small random models of every family, made by transformers, in both spellings of a config.
+
+By transformers 5, or by 4.57.6 where that comes first on the path:
+
+    pip install --target PEERS transformers==4.57.6
+    PYTHONPATH=PEERS:src python -m pytest tests/peers
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -51,7 +58,8 @@ def make_model(family: str, *, tied: bool = False, **changes: Any) -> PreTrained
     """Return a model of a family; biases and norms are random too, as training leaves them."""
     torch.manual_seed(0)
     model_class, config_class, own = MODELS[family]
-    config = config_class(**{**SIZES, **own, "tie_word_embeddings": tied, **changes})
+    values = {**SIZES, **own, "tie_word_embeddings": tied, **changes}
+    config = config_class(**spelt_as_installed(values))
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -61,12 +69,27 @@ def make_model(family: str, *, tied: bool = False, **changes: Any) -> PreTrained
 
 
 def spell_as_transformers_4(directory: Path) -> None:
-    """Rewrite a ``config.json`` of transformers 5 as transformers 4 writes it."""
+    """Rewrite a ``config.json`` as transformers 4 writes it."""
     path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    config["torch_dtype"] = config.pop("dtype")
+    config = spelt_as_by_transformers_4(json.loads(path.read_text(encoding="utf-8")))
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
     config["transformers_version"] = "4.57.6"
     path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def spelt_as_installed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a config of transformers 5 for the transformers that is here."""
+    is_old = transformers.__version__.startswith("4.")
+    return spelt_as_by_transformers_4(values) if is_old else values
+
+
+def spelt_as_by_transformers_4(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a config with ``rope_theta`` and ``rope_scaling``."""
+    if "rope_parameters" not in values:
+        return values
+    rope = dict(values["rope_parameters"])
+    others = {key: value for key, value in values.items() if key != "rope_parameters"}
+    theta = rope.pop("rope_theta")
+    scaling = None if rope["rope_type"] == "default" else rope
+    return {**others, "rope_theta": theta, "rope_scaling": scaling}

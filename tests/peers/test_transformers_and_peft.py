@@ -19,6 +19,7 @@ from nemotron.steps._models.layouts import lora_to_hf
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import LoraSpec
 from nemotron.steps._training.base_model import load_base_model
+from tests.peers.families import LLAMA31_ROPE, spelt_as_installed
 
 SPEC = LoraSpec(dim=4, alpha=8.0)
 TARGETS = LoraTargets(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), SPEC)
@@ -29,14 +30,6 @@ VARIANTS = LoraTargets(
     alpha_pattern={"*.mlp.linear_fc1": 5.0},
 )
 CU_SEQLENS = (0, 11, 12, 40)
-LLAMA31_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 
 
 @pytest.fixture(scope="module", params=["tied", "untied", "llama-3.1 rope", "variants"])
@@ -47,20 +40,19 @@ def pair(
     root = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
     default_rope = {"rope_type": "default", "rope_theta": 10000.0}
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=request.param == "tied",
-            initializer_range=0.2,
-            rope_parameters=LLAMA31_ROPE if request.param == "llama-3.1 rope" else default_rope,
-        )
-    )
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": request.param == "tied",
+        "initializer_range": 0.2,
+        "rope_parameters": LLAMA31_ROPE if request.param == "llama-3.1 rope" else default_rope,
+    }
+    base = LlamaForCausalLM(LlamaConfig(**spelt_as_installed(sizes)))
     base.save_pretrained(root / "hf")
     (root / "base").mkdir()
     write_megatron(

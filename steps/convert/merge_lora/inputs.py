@@ -138,7 +138,9 @@ def _check_validated(
 ) -> None:
     if record is None or allow_unvalidated:
         return
-    if record.properties.get("valid_loss") is None:
+    # An adapter of others that was exported says as little as before: see _check_base.
+    is_of_others = record.properties.keys().isdisjoint({"base_fingerprint", "valid_loss"})
+    if not is_of_others and record.properties.get("valid_loss") is None:
         problem = f"{adapter_dir}: valid_loss in artifact.json is null"
         raise step_error(ID, "adapter_not_validated", problem, where=str(adapter_dir))
 

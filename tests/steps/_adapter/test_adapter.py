@@ -140,6 +140,19 @@ def test_export_writes_both_layouts_and_comes_back_the_same(
     assert torch.equal(*logits)
 
 
+def test_export_says_at_which_size_megatron_bridge_reads_parts_that_have_their_own_lora_a(
+    tmp_path: Path, capsys: Output, adapter: Path, base_hf: Path
+) -> None:
+    exported(adapter, tmp_path / "fused", "megatron_bridge", base_hf)
+    assert "tensor-parallel" not in capsys.readouterr().err
+    weights = adapter / "iter_0000020" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"].mul_(2.0)
+    rewrite(weights, tensors)
+    exported(adapter, tmp_path / "canonical", "megatron_bridge", base_hf)
+    assert "load it at tensor-parallel size 1" in capsys.readouterr().err
+
+
 def test_export_refuses_to_write_over_its_inputs(adapter: Path, base_hf: Path) -> None:
     with pytest.raises(NemotronError) as caught:
         exported(adapter, adapter, "peft", base_hf)

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from nemotron.errors import NemotronError
 from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.families import in_both_spellings
 from nemotron.steps._models.run_config import megatron_would_misread
 
 SIZES = {
@@ -87,6 +88,25 @@ def test_from_hf_reads_llama3_scaling_in_both_spellings() -> None:
     new = HF_5 | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}}
     assert DecoderConfig.from_hf(old) == DecoderConfig.from_hf(new)
     assert DecoderConfig.from_hf(old).rope_scaling == {"rope_type": "llama3", **LLAMA3}
+
+
+def test_a_config_in_both_spellings_is_the_same_model_for_transformers_4_and_5() -> None:
+    scaled = HF_5 | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}}
+    for config in (HF_4, HF_5, scaled):
+        both = in_both_spellings(config)
+        old = {key: value for key, value in both.items() if key != "rope_parameters"}
+        wanted = DecoderConfig.from_hf(config)
+        assert DecoderConfig.from_hf(both) == DecoderConfig.from_hf(old) == wanted
+        assert {"rope_theta", "rope_scaling", "torch_dtype"} <= both.keys()
+        assert both | config == both
+
+
+@pytest.mark.parametrize(
+    "change", [{"rope_theta": 1e4}, {"rope_scaling": {"type": "llama3", **LLAMA3}}]
+)
+def test_from_hf_refuses_two_spellings_that_contradict_each_other(change: dict[str, Any]) -> None:
+    with pytest.raises(NemotronError, match="describes two rotary embeddings"):
+        DecoderConfig.from_hf(HF_5 | change)
 
 
 def test_from_hf_fills_in_what_old_configs_leave_out() -> None:

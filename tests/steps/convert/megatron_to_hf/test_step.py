@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron.artifacts import Producer, read_artifact, verify_files
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats.huggingface import read_config
 from nemotron.steps._formats.torch_dist import TorchDistReader
 from nemotron.steps._formats.torch_dist_writer import torch_dist_writer
+from nemotron.steps._models.families import in_both_spellings
 from nemotron.steps.convert.megatron_to_hf.schema import Config
 from nemotron.steps.convert.megatron_to_hf.step import run
 
@@ -59,7 +61,8 @@ def test_there_and_back_gives_the_same_bytes_and_all_that_goes_along(
     output = tmp_path / "back"
     convert(base_megatron, output)
     assert_same_weights(output, base_hf)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+    assert read_config(output) == in_both_spellings(read_config(base_hf))
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (output / name).read_bytes() == (base_hf / name).read_bytes()
     artifact = read_artifact(output, "checkpoint_hf")
     verify_files(output, artifact)

@@ -16,15 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from nemotron.artifacts import Producer, read_artifact, verify_files
+from nemotron.artifacts import Producer, read_artifact, verify_files, write_artifact
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats import safetensors_file
 from nemotron.steps._formats.adapter import open_adapter
 from nemotron.steps._formats.fingerprint import base_fingerprint
-from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint, read_chat_template
+from nemotron.steps._formats.huggingface import (
+    HuggingFaceCheckpoint,
+    read_chat_template,
+    read_config,
+)
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
 from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
 from nemotron.steps._formats.megatron_writer import publish_megatron
+from nemotron.steps._models.families import in_both_spellings
 from nemotron.steps.convert.merge_lora import merge
 from nemotron.steps.convert.merge_lora.merge import add_delta
 from nemotron.steps.convert.merge_lora.schema import Config
@@ -123,7 +128,8 @@ def test_the_output_is_complete_and_its_artifact_tells_where_it_comes_from(
 ) -> None:
     output = tmp_path / "out"
     _merge(adapter, base_megatron, output)
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    assert read_config(output) == in_both_spellings(read_config(base_hf))
+    for name in ("generation_config.json", "tokenizer.json"):
         assert (output / name).read_bytes() == (base_hf / name).read_bytes()
     chat = [{"role": "user", "content": "a b"}]
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -250,6 +256,17 @@ def test_an_adapter_that_was_never_validated_is_refused_unless_told(
     error = _error(adapter, base_hf, tmp_path / "out" / "hf")
     assert (error.code, error.exit_code) == ("adapter_not_validated", ExitCode.DATA)
     _merge(adapter, base_hf, tmp_path / "out" / "hf", allow_unvalidated=True)
+
+
+def test_an_adapter_of_others_that_was_exported_is_as_foreign_as_before(
+    tmp_path: Path, base_hf: Path, adapter: Path
+) -> None:
+    directory, output = adapter / "iter_0000020", tmp_path / "out" / "hf"
+    (directory / "artifact.json").unlink()
+    write_artifact(directory, artifact_type="checkpoint_lora", produced_by=PRODUCER, properties={})
+    assert _error(adapter, base_hf, output).code == "base_model_mismatch"
+    _merge(adapter, base_hf, output, allow_unverified_base=True)
+    assert (output / "model.safetensors").is_file()
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, base_hf: Path, adapter: Path) -> None:
