@@ -99,7 +99,7 @@ def test_a_difference_met_while_working_ends_its_use_and_changes_nothing(
     options = {"tokenizer": str(tokenizer.directory), "chat_template": "chatml"}
     wanted = run_packing(source, output_dir=tmp_path / "wanted", **options)
     monkeypatch.setattr(conformance, "find_difference", lambda _: None)  # a trial that saw nothing
-    monkeypatch.setattr(engine_module, "_CHECK_EVERY", 2)
+    monkeypatch.setattr(engine_module, "_CHECK_EVERY", 3)
     found = run_packing(
         source, output_dir=tmp_path / "found", tokenization={"engine": "kitoken"}, **options
     )
