@@ -252,12 +252,13 @@ def _columns(
     alive = survives(lengths, first_trained, policy=policy, max_tokens=max_tokens)
     most = lengths if policy == "split" else np.minimum(lengths, max_tokens)
     firsts = conversations["first_document"]
+    # Copies: what refers to a map keeps its file open, and there may be thousands.
     return (
-        conversations["uid"],
+        conversations["uid"].copy(),
         np.full(len(firsts), dataset, dtype=np.int32),
         np.full(len(firsts), spool, dtype=np.int32),
         np.arange(len(firsts), dtype=np.uint32),
-        conversations["row"],
+        conversations["row"].copy(),
         np.add.reduceat(alive * (most - 1), firsts),
         np.logical_or.reduceat(alive, firsts),
     )
