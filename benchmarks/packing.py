@@ -6,7 +6,8 @@
 Claims: at most 0.05 % more rows than best-fit decreasing on chat and reasoning lengths and at most
 1 % on lengths made to be hard; less than 5 microseconds of CPU a document; at most twice as many
 documents a row, at the 99th percentile, as first-fit shuffle. TRL's ``bfd`` runs where trl and
-datasets are installed, as it is called by default (1,000 documents at a time) and on all at once.
+datasets are installed (``sft_packing.py`` installs them into ``.peers/trl``), as it is called by
+default (1,000 documents at a time) and on all at once.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +73,7 @@ def check(lengths: np.ndarray, rows: Rows, capacity: int) -> None:
 
 def trl_rows(lengths: np.ndarray, capacity: int) -> dict[str, tuple[int, float]]:
     """Return rows and CPU seconds of TRL, by default and on all documents at once."""
+    sys.path.append(str(Path(__file__).parent / ".peers" / "trl"))
     try:
         from datasets import Dataset, disable_progress_bars  # pyright: ignore
         from trl.data_utils import pack_dataset  # pyright: ignore

@@ -1,6 +1,7 @@
 """End to end, JSONL to checked Parquet, per CPU second: this step against transformers and TRL.
 
-    python benchmarks/sft_packing.py            # about 4 minutes of one core
+    python benchmarks/sft_packing.py              # about 4 minutes of one core
+    python benchmarks/sft_packing.py --turns 1    # one-turn chats only
     python benchmarks/sft_packing.py --mb 60
 
 Both sides read the same JSONL with the same tokenizer and chat template, and write Parquet. The
@@ -8,6 +9,9 @@ peer is transformers' ``apply_chat_template(return_assistant_tokens_mask=True)``
 then TRL's ``pack_dataset(strategy="bfd")``. Ours is the whole step with one worker: strict JSON,
 digests, splits, spools, packing, Parquet with checksums, fsync. CPU seconds of one process each,
 imports not counted; every figure is the better of two runs, taken in turns.
+
+TRL and datasets are installed into ``.peers/trl``, once, which only the peer's process sees:
+pandas, which comes with them, would be imported by pyarrow on our side too.
 
 Claims: at least 1.15 times the peer's MB per CPU second with ``tokenizers``, at most 25 % of the
 time outside of it; at least 3.5 times with ``kitoken``. Text and tokenizer (byte-level BPE, 32,000
@@ -35,8 +39,11 @@ from typing import Any
 
 from nemotron.steps.data_prep.sft_packing.templates import read_template
 
+PEERS = ("trl==1.16.0", "datasets==5.2.0", "dill", "multiprocess", "pandas")
+PEERS_DIRECTORY = Path(__file__).parent / ".peers" / "trl"
 PACK_SIZE = 4096
 TRAIN_MB = 12
+CASES = {1: "one turn", 5: "five turns"}  # questions in a conversation
 # How Llama 3 and Qwen cut text into words.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -112,8 +119,7 @@ def run_ours(data: Path, tokenizer: Path, output: Path, engine: str) -> dict[str
     from nemotron.steps.data_prep.sft_packing.schema import Config
     from nemotron.steps.data_prep.sft_packing.step import run
 
-    for imported_later in ("kitoken", "pandas"):  # pyarrow imports pandas where it is installed
-        importlib.import_module(imported_later)
+    importlib.import_module("kitoken")  # imports are not counted
     inside = 0.0
     encode = Engine.encode
 
@@ -171,13 +177,27 @@ def run_peer(data: Path, tokenizer: Path, output: Path) -> dict[str, float]:
     return {"seconds": time.process_time() - start, "tokens": tokens}
 
 
+def install_peers() -> None:
+    """Install what only the peer needs; transformers and pyarrow are those of this environment."""
+    if PEERS_DIRECTORY.is_dir():
+        return
+    aside = PEERS_DIRECTORY.with_name("trl.partial")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+    subprocess.run([*command, "--target", str(aside), *PEERS], check=True)
+    aside.rename(PEERS_DIRECTORY)
+
+
 def measure(side: str, data: Path, tokenizer: Path, directory: Path) -> dict[str, float]:
     """Run one side in a process of its own."""
     output = Path(tempfile.mkdtemp(dir=directory)) / "out"
     command = [sys.executable, __file__, "--side", side, str(data), str(tokenizer), str(output)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    if side == "peer":
+        path = [str(PEERS_DIRECTORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
     done = subprocess.run(
         command,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+        env=environment,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -220,6 +240,9 @@ def main() -> None:
     """Print the machine and both tables."""
     parser = argparse.ArgumentParser(description="compare packing")
     parser.add_argument("--mb", type=int, default=20, help="size of each JSONL file")
+    parser.add_argument(
+        "--turns", type=int, choices=CASES, nargs="*", default=list(CASES), help="which chats"
+    )
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -230,11 +253,12 @@ def main() -> None:
     print(f"Python {platform.python_version()}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
+        install_peers()
         make_tokenizer(directory / "tokenizer")
-        for label, turns in (("one turn", 1), ("five turns", 5)):
+        for turns in arguments.turns:
             data = directory / f"{turns}.jsonl"
             make_chats(data, turns=turns, size_bytes=arguments.mb << 20)
-            compare(label, data, directory / "tokenizer", directory)
+            compare(CASES[turns], data, directory / "tokenizer", directory)
             sys.stdout.flush()
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemotron.steps.data_prep.sft_packing.reasoning import FIELDS
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
@@ -40,8 +39,7 @@ SHAREGPT_ROLES = {
 MORE_IDENTITY = ("reasoning_content", "tool_calls", "name", "tool_call_id")
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(NamedTuple):
     """One conversation.
 
     Attributes:
@@ -117,7 +115,10 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     own = ("from", "value") if is_sharegpt else ("role", "content")
     content = _text(raw.get(own[1]), index)
     others = {key: value for key, value in raw.items() if key not in own and value is not None}
-    message = {"role": known, "content": content, **others}
+    message: dict[str, Any] = {"role": known, "content": content}
+    if not others and role != "function_call":
+        return message
+    message |= others
     if role == "function_call":
         message |= {"content": "", "tool_calls": [_parsed(content)]}
     if "tool_calls" in message:

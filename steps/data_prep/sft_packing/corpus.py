@@ -26,7 +26,7 @@ from nemotron.steps.data_prep.sft_packing.long_documents import LongDocuments, s
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt, code_digest
 from nemotron.steps.data_prep.sft_packing.rejects import BY_CONFIG, SAMPLES_PER_REASON
 from nemotron.steps.data_prep.sft_packing.selection import Conversations
-from nemotron.steps.data_prep.sft_packing.spool import SpoolIndex, read_index
+from nemotron.steps.data_prep.sft_packing.spool import SpoolIndex, map_index
 from nemotron.steps.data_prep.sft_packing.tokenizing import (
     EncoderSettings,
     RowSettings,
@@ -229,7 +229,7 @@ def load_corpus(
         first_rows: Counter[Path] = Counter()
         for task, receipt in zip(source.tasks, receipts(source), strict=True):
             for name in receipt["spools"]:
-                index = read_index(directory, name)
+                index = map_index(directory, name)
                 if policy == "error":
                     _require_short(index, max_tokens, task.part, first_rows[task.part.path])
                 columns.append(_columns(index, number, len(names), policy, max_tokens))
@@ -246,31 +246,34 @@ _KINDS = (np.uint64, np.int32, np.int32, np.uint32, np.uint32, np.int64, np.bool
 def _columns(
     index: SpoolIndex, dataset: int, spool: int, policy: LongDocuments, max_tokens: int
 ) -> tuple[np.ndarray, ...]:
-    count = len(index.uids)
-    lengths = index.lengths.astype(np.int64)
-    alive = survives(lengths, index.first_trained, policy=policy, max_tokens=max_tokens)
+    conversations, documents = index
+    lengths = documents["length"].astype(np.int64)
+    first_trained = documents["first_trained"]
+    alive = survives(lengths, first_trained, policy=policy, max_tokens=max_tokens)
     most = lengths if policy == "split" else np.minimum(lengths, max_tokens)
-    firsts = np.cumsum(index.num_documents, dtype=np.int64) - index.num_documents
+    firsts = conversations["first_document"]
+    # Copies: what refers to a map keeps its file open, and there may be thousands.
     return (
-        index.uids,
-        np.full(count, dataset, dtype=np.int32),
-        np.full(count, spool, dtype=np.int32),
-        np.arange(count, dtype=np.uint32),
-        index.rows,
+        conversations["uid"].copy(),
+        np.full(len(firsts), dataset, dtype=np.int32),
+        np.full(len(firsts), spool, dtype=np.int32),
+        np.arange(len(firsts), dtype=np.uint32),
+        conversations["row"].copy(),
         np.add.reduceat(alive * (most - 1), firsts),
         np.logical_or.reduceat(alive, firsts),
     )
 
 
 def _require_short(index: SpoolIndex, max_tokens: int, part: Part, first_row: int) -> None:
-    long = np.flatnonzero(index.lengths > max_tokens)
+    conversations, documents = index
+    long = np.flatnonzero(documents["length"] > max_tokens)
     if len(long) == 0:
         return
-    owners = np.repeat(index.rows, index.num_documents)
+    owners = np.repeat(conversations["row"], conversations["num_documents"])
     first = long[np.argmin(owners[long])]
     place = first_row + int(owners[first]) + (part.kind == "lines")
     problem = (
-        f"a document of {index.lengths[first]} tokens where at most {max_tokens} fit, "
+        f"a document of {documents['length'][first]} tokens where at most {max_tokens} fit, "
         "and long_documents is error"
     )
     raise step_error(STEP, "seq_length_mismatch", problem, where=f"{part.path}:{place}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -12,35 +13,30 @@ class Documents:
     """Tokenized documents.
 
     Attributes:
-        ids: Token ids of all documents, int32.
-        mask: 1 where a token is trained, uint8; not shifted.
-        offsets: Document i is ``ids[offsets[i]:offsets[i + 1]]``, int64.
+        tokens: Token ids, int32, a trained one as its complement (``~id``).
+        starts: Index of each document's first token, int64.
+        lengths: Stored tokens of each document, int64.
     """
 
-    ids: np.ndarray
-    mask: np.ndarray
-    offsets: np.ndarray
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Stored tokens of each document."""
-        return np.diff(self.offsets)
+        return len(self.lengths)
 
     @property
     def runtime_lengths(self) -> np.ndarray:
         """Tokens of each document at training time: the last one is only ever a label."""
         return self.lengths - 1
 
-    @property
+    @cached_property
     def supervised_tokens(self) -> np.ndarray:
         """Tokens of each document with a loss: a trained first token has nothing to come from."""
-        starts = self.offsets[:-1]
-        if len(starts) == 0:
-            return np.empty(0, np.int64)
-        return np.add.reduceat(self.mask, starts, dtype=np.int64) - self.mask[starts]
+        trained = self.tokens < 0
+        bounds = zip((self.starts + 1).tolist(), (self.starts + self.lengths).tolist(), strict=True)
+        counts = [np.count_nonzero(trained[start:stop]) for start, stop in bounds]
+        return np.array(counts, dtype=np.int64)
 
     def padded(self, multiple: int, *, pad_id: int) -> Documents:
         """Return the documents with runtime lengths that are multiples of ``multiple``.
@@ -50,14 +46,17 @@ class Documents:
         """
         if multiple == 1:
             return self
-        lengths = self.lengths
-        padded = 1 + -(-(lengths - 1) // multiple) * multiple
-        offsets = np.append(0, np.cumsum(padded))
-        places = ranges(offsets[:-1], lengths)
-        ids = np.full(offsets[-1], pad_id, dtype=np.int32)
-        mask = np.zeros(offsets[-1], dtype=np.uint8)
-        ids[places], mask[places] = self.ids, self.mask
-        return Documents(ids, mask, offsets)
+        lengths = 1 + -(-self.runtime_lengths // multiple) * multiple
+        starts = np.cumsum(lengths) - lengths
+        tokens = np.full(int(lengths.sum()), pad_id, dtype=np.int32)
+        tokens[ranges(starts, self.lengths)] = self.tokens[ranges(self.starts, self.lengths)]
+        return Documents(tokens, starts, lengths)
+
+    def joined(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the tokens of some documents, one after the other."""
+        starts = self.starts[numbers]
+        bounds = zip(starts.tolist(), (starts + self.lengths[numbers]).tolist(), strict=True)
+        return np.concatenate([self.tokens[start:stop] for start, stop in bounds])
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

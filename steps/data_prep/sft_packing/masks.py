@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
 from typing import NamedTuple
 
 import jinja2
@@ -35,18 +34,29 @@ from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, templa
 # Encoding one text, or one text in two pieces, gives the same tokens unless the tokenizer adds
 # something at the start of every text, as those with SentencePiece's dummy prefix do.
 _WHOLE, _PIECES = "a\nb c", ("a\n", "b c")
+_UNTRAINED = BadRowError("no_trainable_tokens", "the template marks nothing as the assistant's")
 
 
 class Document(NamedTuple):
     """A tokenized conversation, or one turn of it.
 
     Attributes:
-        ids: Token ids, int32.
-        mask: uint8, 1 where the token itself is trained (not yet shifted).
+        tokens: Token ids, int32, a trained one as its complement (``~id``): ids and mask in one.
+        first_trained: Index of the first label, at least 1.
     """
 
-    ids: np.ndarray
-    mask: np.ndarray
+    tokens: np.ndarray
+    first_trained: int
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Token ids, int32."""
+        return np.where(self.tokens < 0, ~self.tokens, self.tokens)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """uint8, 1 where the token itself is trained (not yet shifted)."""
+        return (self.tokens < 0).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -80,11 +90,14 @@ class Encoder:
         rendered = [self._render(item) for item in conversations]
         texts = [text for item in rendered if not isinstance(item, BadRowError) for text in item]
         if self.encodes_pieces:
-            encoded = _encode_pieces(texts, engine=self.engine, sanitizer=self.sanitizer)
+            tokens, ends = _encode_pieces(texts, engine=self.engine, sanitizer=self.sanitizer)
         else:
-            encoded = _encode_whole(texts, backend=self.tokenizer.backend)
+            tokens, ends = _encode_whole(texts, backend=self.tokenizer.backend)
+        documents = self._documents(tokens, ends)
         return [
-            item if isinstance(item, BadRowError) else self._documents(len(item), encoded)
+            item
+            if isinstance(item, BadRowError)
+            else _trainable([next(documents) for _ in item]) or _UNTRAINED
             for item in rendered
         ]
 
@@ -114,31 +127,37 @@ class Encoder:
             raise BadRowError("spans_not_per_turn", detail)
         return Rendered(rendered.text, rendered.spans[-variant.num_trained :])
 
-    def _documents(
-        self, count: int, encoded: Iterator[tuple[np.ndarray, np.ndarray]]
-    ) -> list[Document] | BadRowError:
-        finished = [self._finish(*next(encoded)) for _ in range(count)]
-        documents = [document for document in finished if document is not None]
-        if not documents:
-            return BadRowError(
-                "no_trainable_tokens", "the template marks nothing as the assistant's"
-            )
-        return documents
+    def _documents(self, tokens: np.ndarray, ends: np.ndarray) -> Iterator[Document | None]:
+        """Yield each document; None where nothing in it is a label.
 
-    def _finish(self, ids: np.ndarray, mask: np.ndarray) -> Document | None:
-        """End the document with its last trained token: attention is causal, so what comes after
-        (a newline, a question without an answer) changes no loss and would only take room.
+        A document ends with its last trained token: attention is causal, so what comes after (a
+        newline, a question without an answer) changes no loss and would only take room.
         """
-        trained = mask.nonzero()[0]
-        if len(trained) == 0 or trained[-1] == 0:
-            return None
-        ids, mask = ids[: trained[-1] + 1], mask[: trained[-1] + 1]
+        starts = np.append(0, ends)[:-1]
+        trained = np.append(np.flatnonzero(tokens < 0), len(tokens))
+        first = np.searchsorted(trained, np.minimum(starts + 1, ends))
+        behind_last = np.searchsorted(trained, ends)
+        adds_ends = self.add_bos or (self.add_eos and self.stop_token_id is None)
+        bounds = (starts, trained[behind_last - 1] + 1, trained[first] - starts, first, behind_last)
+        for start, stop, label, label_number, behind in zip(
+            *(array.tolist() for array in bounds), strict=True
+        ):
+            found = None if label_number == behind else Document(tokens[start:stop], label)
+            yield self._with_ends(found) if found and adds_ends else found
+
+    def _with_ends(self, document: Document) -> Document:
+        """Add the BOS and EOS tokens that the config asks for and the template did not write."""
+        tokens, label = document
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if self.add_bos and bos is not None and ids[0] != bos:
-            ids, mask = np.insert(ids, 0, bos), np.insert(mask, 0, 0)
-        if self.add_eos and self.stop_token_id is None and ids[-1] != eos:
-            ids, mask = np.append(ids, np.int32(eos)), np.append(mask, np.uint8(1))
-        return Document(ids, mask)
+        if self.add_bos and bos is not None and tokens[0] not in (bos, ~bos):
+            tokens, label = np.insert(tokens, 0, bos), label + 1
+        if self.add_eos and self.stop_token_id is None and tokens[-1] != ~eos:
+            tokens = np.append(tokens, np.int32(~eos))
+        return Document(tokens, label)
+
+
+def _trainable(documents: Sequence[Document | None]) -> list[Document]:
+    return [document for document in documents if document is not None]
 
 
 def build_encoder(
@@ -220,17 +239,21 @@ def _can_encode_pieces(backend: Tokenizer) -> bool:
 
 def _encode_pieces(
     texts: Sequence[Rendered], *, engine: Engine, sanitizer: Sanitizer | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield ids and mask of each text, its trained spans encoded apart from the rest."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of all texts, complemented where trained, and where each text ends.
+
+    Trained spans are encoded apart from what is between them. What follows the last one is not
+    encoded: no document reaches that far.
+    """
     pieces: list[str] = []
     plain: set[int] = set()
-    is_trained: list[int] = []
+    flags: list[int] = []  # -1 for a trained piece: x ^ -1 is ~x
     num_pieces: list[int] = []
     for text, spans in texts:
-        before, position = len(pieces), 0
+        position = 0
         is_touched = sanitizer is not None and sanitizer.has_placeholder(text)
-        for start, end in [*spans, (len(text), len(text))]:
-            for piece, flag in ((text[position:start], 0), (text[start:end], 1)):
+        for start, end in spans:
+            for piece, flag in ((text[position:start], 0), (text[start:end], -1)):
                 if not piece:
                     continue
                 if is_touched and sanitizer is not None:
@@ -238,32 +261,32 @@ def _encode_pieces(
                         if is_plain:
                             plain.add(len(pieces))
                         pieces.append(part)
-                        is_trained.append(flag)
+                        flags.append(flag)
                 else:
                     pieces.append(piece)
-                    is_trained.append(flag)
+                    flags.append(flag)
             position = end
-        num_pieces.append(len(pieces) - before)
-    encoded = engine.encode(pieces, plain=plain)
-    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-    ids = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
-    mask = np.repeat(np.array(is_trained, dtype=np.uint8), lengths)
-    ends = np.append(0, np.cumsum(lengths))[np.append(0, np.cumsum(num_pieces, dtype=np.int64))]
-    for start, end in pairwise(ends.tolist()):
-        yield ids[start:end], mask[start:end]
+        num_pieces.append(len(pieces))
+    ids, lengths = engine.encode(pieces, plain=plain)
+    ids ^= np.repeat(np.array(flags, dtype=np.int32), lengths)
+    piece_ends = np.append(0, np.cumsum(lengths))
+    return ids, piece_ends[np.array(num_pieces, dtype=np.int64)]
 
 
 def _encode_whole(
     texts: Sequence[Rendered], *, backend: Tokenizer
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield ids and mask of each text encoded in one go; a token is trained if a span holds it all.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same of texts encoded in one go; a token is trained if a span holds it all.
 
     For tokenizers that mark the start of every text. Slower: it needs the offsets of every token.
     """
     encodings = backend.encode_batch([text.text for text in texts], add_special_tokens=False)
+    found = [np.empty(0, dtype=np.int32)]
     for text, encoding in zip(texts, encodings, strict=True):
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        mask = np.zeros(len(offsets), dtype=np.uint8)
+        tokens = np.array(encoding.ids, dtype=np.int32)
+        trained = np.zeros(len(offsets), dtype=bool)
         for start, end in text.spans:
-            mask[(offsets[:, 0] >= start) & (offsets[:, 1] <= end)] = 1
-        yield np.array(encoding.ids, dtype=np.int32), mask
+            trained |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
+        found.append(np.where(trained, ~tokens, tokens))
+    return np.concatenate(found), np.cumsum([len(tokens) for tokens in found[1:]], dtype=np.int64)

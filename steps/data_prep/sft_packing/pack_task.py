@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from nemotron.steps.data_prep.sft_packing.long_documents import LongDocuments, f
 from nemotron.steps.data_prep.sft_packing.packing import Rows, pack
 from nemotron.steps.data_prep.sft_packing.parquet import ShardWriter
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt, aside, done_or, write_receipt
-from nemotron.steps.data_prep.sft_packing.spool import map_tokens, read_index
+from nemotron.steps.data_prep.sft_packing.spool import map_index, map_tokens
 
 
 @dataclass(frozen=True)
@@ -182,37 +182,30 @@ class PackTask:
             max_tokens=settings.max_tokens,
             stop_token_id=settings.stop_token_id,
         )
-        if len(fitted.starts) != len(offsets) - 1 or fitted.lengths.sum() != len(tokens):
-            tokens = tokens[ranges(fitted.starts, fitted.lengths)]
-        mask = (tokens < 0).view(np.uint8)
-        ids = np.where(mask, ~tokens, tokens)
-        documents = Documents(ids, mask, np.append(0, np.cumsum(fitted.lengths)))
-        documents = documents.padded(settings.pad_seq_to_mult, pad_id=settings.pad_id)
-        fitted.counts["pad_tokens"] += len(documents.ids) - len(ids)
+        documents = Documents(tokens, fitted.starts, fitted.lengths)
+        padded = documents.padded(settings.pad_seq_to_mult, pad_id=settings.pad_id)
+        fitted.counts["pad_tokens"] += int((padded.lengths - documents.lengths).sum())
         owners = found.owners[fitted.origins]
-        return _Gathered(documents, group.datasets[owners], fitted.counts)
+        return _Gathered(padded, group.datasets[owners], fitted.counts)
 
     def _find(self, group: Group) -> _Found:
         """Return where the documents of a group are, in its order."""
         parts: list[_Found] = []
-        for spool in np.unique(group.spools).tolist():
-            index = read_index(self.spool_directory, self.spools[spool])
-            owners = np.flatnonzero(group.spools == spool)
-            positions = group.positions[owners].astype(np.int64)
-            counts = index.num_documents.astype(np.int64)
-            chosen = ranges((np.cumsum(counts) - counts)[positions], counts[positions])
-            lengths = index.lengths.astype(np.int64)
+        for spool, owners in _by_number(group.spools):
+            conversations, documents = map_index(self.spool_directory, self.spools[spool])
+            mine = conversations[group.positions[owners]]
+            counts = mine["num_documents"].astype(np.int64)
+            chosen = documents[ranges(mine["first_document"], counts)]
+            lengths = chosen["length"].astype(np.int64)
             alive = survives(
-                lengths[chosen],
-                index.first_trained[chosen],
+                lengths,
+                chosen["first_trained"],
                 policy=self.settings.long_documents,
                 max_tokens=self.settings.max_tokens,
             )
-            owners, chosen = np.repeat(owners, counts[positions])[alive], chosen[alive]
-            starts = np.cumsum(lengths) - lengths
-            parts.append(
-                _Found(owners, np.full(len(chosen), spool), starts[chosen], lengths[chosen])
-            )
+            of_conversation = np.repeat(owners, counts)[alive]
+            spools = np.full(len(of_conversation), spool)
+            parts.append(_Found(of_conversation, spools, chosen["start"][alive], lengths[alive]))
         joined = _Found(*map(np.concatenate, zip(*parts, strict=True)))
         order = np.argsort(joined.owners, kind="stable")
         return _Found(*(array[order] for array in joined))
@@ -220,9 +213,8 @@ class PackTask:
     def _read(self, found: _Found) -> tuple[np.ndarray, np.ndarray]:
         offsets = np.append(0, np.cumsum(found.lengths))
         tokens = np.empty(offsets[-1], dtype=np.int32)
-        for spool in np.unique(found.spools).tolist():
+        for spool, mine in _by_number(found.spools):
             held = map_tokens(self.spool_directory, self.spools[spool])
-            mine = np.flatnonzero(found.spools == spool)
             places = zip(
                 offsets[mine].tolist(),
                 found.starts[mine].tolist(),
@@ -251,13 +243,20 @@ class _Gathered(NamedTuple):
     counts: Counter[str]
 
 
+def _by_number(numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield every number that occurs with the places where it does, both ascending."""
+    order = np.argsort(numbers, kind="stable")
+    cuts = np.flatnonzero(np.diff(numbers[order])) + 1
+    for places in np.split(order, cuts):
+        yield int(numbers[places[0]]), places
+
+
 def _count_by_dataset(realised: dict[int, Counter[str]], gathered: _Gathered) -> None:
     sums: Sequence[tuple[str, np.ndarray]] = (
         ("documents", np.ones(len(gathered.documents), dtype=np.int64)),
         ("tokens", gathered.documents.lengths),
         ("supervised_tokens", gathered.documents.supervised_tokens),
     )
-    for dataset in np.unique(gathered.datasets).tolist():
-        mine = gathered.datasets == dataset
+    for dataset, mine in _by_number(gathered.datasets):
         found = realised.setdefault(dataset, Counter())
         found.update({name: int(values[mine].sum()) for name, values in sums})

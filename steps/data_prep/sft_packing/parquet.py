@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nemotron.steps.data_prep.sft_packing.documents import Documents, ranges
+from nemotron.steps.data_prep.sft_packing.documents import Documents
 from nemotron.steps.data_prep.sft_packing.packing import Rows
 
 FORMAT_VERSION = "1"
@@ -96,16 +96,16 @@ def shifted_mask(mask: np.ndarray, document_ends: np.ndarray) -> np.ndarray:
 def _table(documents: Documents, rows: Rows) -> pa.Table:
     """Return the rows as an Arrow table, built from flat arrays without a Python loop."""
     chosen = rows.documents[rows.starts[0] : rows.starts[-1]]
-    lengths = documents.lengths[chosen]
-    tokens = ranges(documents.offsets[chosen], lengths)
-    document_ends = np.cumsum(lengths)
+    document_ends = np.cumsum(documents.lengths[chosen])
     first_document = rows.starts - rows.starts[0]
     row_ends = np.append(0, document_ends)[first_document]
     document_starts = np.append(0, document_ends[:-1])
     row_starts = np.repeat(row_ends[:-1], np.diff(first_document))
+    tokens = documents.joined(chosen)
+    signs = tokens >> 31  # -1 where trained, and x ^ -1 is ~x
     columns = (
-        (row_ends, documents.ids[tokens]),
-        (row_ends, shifted_mask(documents.mask[tokens], document_ends)),
+        (row_ends, tokens ^ signs),
+        (row_ends, shifted_mask(signs.astype(np.uint8) & 1, document_ends)),
         (first_document, (document_starts - row_starts).astype(np.int32)),
     )
     arrays = [

@@ -86,7 +86,8 @@ class ChatTemplate:
         self.text = text
         environment, self._tracker = _environment(today)
         self._template = environment.from_string(text)
-        self._variables = dict(variables)
+        # Merged once: jinja2 would copy its globals for every conversation.
+        self._variables = {**self._template.globals, **variables}
         self._has_markers = _has_generation_tag(environment.parse(text))
         self.stop: str | None = None
         self.stop = self._find_stop(special_tokens)
@@ -126,7 +127,7 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         tracker = self._tracker
         tracker.start()
-        text = self._text(messages, tools, on_piece=tracker.advance)
+        text = self._text(messages, tools)
         for start, said in tracker.marked:
             # Inside a macro or a set block the tag cannot know where its text will land.
             if not text.startswith(said, start):
@@ -160,19 +161,19 @@ class ChatTemplate:
         tools: Sequence[Any] | None,
         *,
         add_generation_prompt: bool = False,
-        on_piece: Callable[[str], None] | None = None,
     ) -> str:
-        pieces: list[str] = []
-        for piece in self._template.generate(
+        variables = {
             **self._variables,
-            messages=messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-        ):
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        context = self._template.new_context(variables, shared=True)
+        pieces: list[str] = []
+        for piece in self._template.root_render_func(context):
             pieces.append(piece)
-            if on_piece is not None:
-                on_piece(piece)
+            self._tracker.position += len(piece)
         return "".join(pieces)
 
     def _with_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
@@ -181,7 +182,7 @@ class ChatTemplate:
         Blanks that a template puts into ``{% generation %}`` itself stay: its author wants them.
         """
         start, end = span
-        if self.stop is None:
+        if self.stop is None or text.endswith(self.stop, start, end):
             return span
         said = text[start:end].rstrip()
         if said.endswith(self.stop):
@@ -210,9 +211,6 @@ class _Tracker:
     def start(self) -> None:
         self.position = 0
         self.marked = []
-
-    def advance(self, piece: str) -> None:
-        self.position += len(piece)
 
     def mark(self, said: str) -> None:
         self.marked.append((self.position, said))

@@ -9,8 +9,7 @@ import codecs
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,8 +33,7 @@ _LIST_CHUNK = 1 << 20
 _SPACE = " \t\n\r"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row of a part.
 
     Attributes:

@@ -1,15 +1,18 @@
 """Tokenized documents between the two stages: files of flat arrays, sorted by content hash.
 
 A task writes one or more spools. ``KEY-000.tokens`` is int32, a trained token stored as its
-complement (``~id``), so that ids and mask are one array. ``KEY-000.npz`` is the index. They are
-sorted by the conversations' hashes: whoever wants a range of hashes reads one range of every file.
+complement (``~id``), so that ids and mask are one array. ``KEY-000.index`` is a count and two
+tables, which are mapped. They are sorted by the conversations' hashes: whoever wants a range of
+hashes reads one range of every file, and nothing else of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,31 +21,36 @@ from nemotron.steps.data_prep.sft_packing.receipts import aside
 
 # 64 MiB of tokens: what a task holds before it writes.
 MAX_TOKENS = 16 << 20
+_BUFFER = 1 << 20
 
 
-@dataclass(frozen=True)
-class SpoolIndex:
-    """What a spool holds.
+_CONVERSATION = np.dtype(
+    [("uid", "<u8"), ("first_document", "<i8"), ("num_documents", "<u4"), ("row", "<u4")]
+)
+_DOCUMENT = np.dtype([("start", "<i8"), ("length", "<u4"), ("first_trained", "<u4")])
+_COUNT = np.dtype("<i8")
+
+
+class SpoolIndex(NamedTuple):
+    """What a spool holds, read as it is used.
 
     Attributes:
-        uids: Content hash of each conversation, uint64, ascending.
-        rows: Its row within the part it was read from, uint32.
-        num_documents: Documents made of it, uint32; at least 1.
-        lengths: Stored tokens of each document, uint32.
-        first_trained: Index of each document's first label, uint32; at least 1.
+        conversations: ``uid``, content hash of each, ascending; ``row``, within the part that it
+            was read from; ``first_document`` and ``num_documents``, at least 1.
+        documents: ``start``, its first token; ``length``, its stored tokens; ``first_trained``,
+            index of its first label, at least 1.
     """
 
-    uids: np.ndarray
-    rows: np.ndarray
-    num_documents: np.ndarray
-    lengths: np.ndarray
-    first_trained: np.ndarray
+    conversations: np.ndarray
+    documents: np.ndarray
 
 
-def read_index(directory: Path, name: str) -> SpoolIndex:
+def map_index(directory: Path, name: str) -> SpoolIndex:
     """Return the index of a spool."""
-    with np.load(directory / f"{name}.npz") as arrays:
-        return SpoolIndex(**arrays)
+    held = np.memmap(directory / f"{name}.index", dtype=np.uint8, mode="r")
+    count = int(held[: _COUNT.itemsize].view(_COUNT)[0])
+    end = _COUNT.itemsize + count * _CONVERSATION.itemsize
+    return SpoolIndex(held[_COUNT.itemsize : end].view(_CONVERSATION), held[end:].view(_DOCUMENT))
 
 
 def map_tokens(directory: Path, name: str) -> np.ndarray:
@@ -68,18 +76,13 @@ class SpoolWriter:
     key: str
     files: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    _held: list[tuple[int, int, list[np.ndarray], list[int]]] = field(default_factory=list)
+    _held: list[tuple[int, int, Sequence[Document]]] = field(default_factory=list)
     _num_tokens: int = 0
 
     def add(self, documents: Sequence[Document], *, uid: int, row: int) -> None:
         """Add the documents of one conversation."""
-        tokens: list[np.ndarray] = []
-        first_trained: list[int] = []
-        for ids, mask in documents:
-            tokens.append(np.where(mask, ~ids, ids))
-            first_trained.append(int(mask[1:].argmax()) + 1)
-            self._num_tokens += len(ids)
-        self._held.append((uid, row, tokens, first_trained))
+        self._held.append((uid, row, documents))
+        self._num_tokens += sum(len(document.tokens) for document in documents)
         if self._num_tokens >= MAX_TOKENS:
             self.flush()
 
@@ -88,20 +91,33 @@ class SpoolWriter:
         if not self._held:
             return
         name = f"{self.key}-{len(self.names):03d}"
-        held = sorted(self._held, key=lambda item: item[:2])
-        documents = [tokens for _, _, of_conversation, _ in held for tokens in of_conversation]
-        index = {
-            "uids": np.array([uid for uid, *_ in held], dtype=np.uint64),
-            "rows": np.array([row for _, row, *_ in held], dtype=np.uint32),
-            "num_documents": np.array([len(item[2]) for item in held], dtype=np.uint32),
-            "lengths": np.array([len(tokens) for tokens in documents], dtype=np.uint32),
-            "first_trained": np.array([at for item in held for at in item[3]], dtype=np.uint32),
-        }
-        tokens = np.concatenate(documents).astype(np.int32, copy=False)
-        with aside(self.directory / f"{name}.tokens") as path, path.open("wb") as stream:
-            stream.write(tokens.data)  # ndarray.tofile would hide why it failed
-        with aside(self.directory / f"{name}.npz") as path, path.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **index)
+        held = sorted(self._held, key=itemgetter(0, 1))
+        documents = [document for _, _, found in held for document in found]
+        with aside(self.directory / f"{name}.tokens") as path, path.open("wb", _BUFFER) as stream:
+            stream.writelines(document.tokens.data for document in documents)
+        with aside(self.directory / f"{name}.index") as path, path.open("wb") as stream:
+            stream.write(np.array(len(held), dtype=_COUNT).tobytes())
+            stream.write(_conversations(held).tobytes())
+            stream.write(_documents(documents).tobytes())
         self.names.append(name)
-        self.files += [f"{name}.tokens", f"{name}.npz"]
+        self.files += [f"{name}.tokens", f"{name}.index"]
         self._held, self._num_tokens = [], 0
+
+
+def _conversations(held: Sequence[tuple[int, int, Sequence[Document]]]) -> np.ndarray:
+    table = np.empty(len(held), dtype=_CONVERSATION)
+    counts = np.array([len(documents) for _, _, documents in held], dtype=np.int64)
+    table["uid"] = [uid for uid, _, _ in held]
+    table["row"] = [row for _, row, _ in held]
+    table["num_documents"] = counts
+    table["first_document"] = np.cumsum(counts) - counts
+    return table
+
+
+def _documents(documents: Sequence[Document]) -> np.ndarray:
+    table = np.empty(len(documents), dtype=_DOCUMENT)
+    lengths = np.array([len(document.tokens) for document in documents], dtype=np.int64)
+    table["start"] = np.cumsum(lengths) - lengths
+    table["length"] = lengths
+    table["first_trained"] = [document.first_trained for document in documents]
+    return table

@@ -28,7 +28,7 @@ from nemotron.steps.data_prep.sft_packing.spool import SpoolWriter
 from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, load_tokenizer
 
 BATCH_ROWS = 512
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 512 << 10
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class TokenizeTask:
                 else:
                     writer.add(documents, uid=item.conversation.uid, row=item.row.position)
                     tally.documents += len(documents)
-                    tally.tokens += sum(len(document.ids) for document in documents)
+                    tally.tokens += sum(len(document.tokens) for document in documents)
         writer.flush()
         content = {"spools": writer.names, **tally.content()}
         return write_receipt(self.directory, self.key, content, files=writer.files)

@@ -11,7 +11,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from nemotron.steps.data_prep.sft_packing import conformance
-from nemotron.steps.data_prep.sft_packing import engine as engine_module
 from nemotron.steps.data_prep.sft_packing.conformance import trial_strings, usable_engine
 from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -92,14 +91,13 @@ def test_a_difference_met_while_working_ends_its_use_and_changes_nothing(
 ) -> None:
     (tmp_path / "other").mkdir()
     tokenizer = contractions(tmp_path / "other", tokenizer_dir)
-    rows = make_rows(60)
+    rows = make_rows(120, max_turns=1)  # prompt, answer, prompt, ...: it must meet the answers too
     for row in rows:
         row["messages"][-1]["content"] += " it \n'text"
     source = write_rows(rows)
     options = {"tokenizer": str(tokenizer.directory), "chat_template": "chatml"}
     wanted = run_packing(source, output_dir=tmp_path / "wanted", **options)
     monkeypatch.setattr(conformance, "find_difference", lambda _: None)  # a trial that saw nothing
-    monkeypatch.setattr(engine_module, "_CHECK_EVERY", 2)
     found = run_packing(
         source, output_dir=tmp_path / "found", tokenization={"engine": "kitoken"}, **options
     )

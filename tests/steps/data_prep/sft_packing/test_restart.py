@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,14 +338,28 @@ def test_an_error_in_a_worker_is_the_runs_error(corpus: Path, run_packing: RunPa
     assert caught.value.fix
 
 
+@contextmanager
+def few_open_files(more: int) -> Iterator[None]:
+    """Let this process open only a few files more than it has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    free = [number for number in range(len(used) + more) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[more - 1] + 1, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_groups_and_spools_of_any_size_pack_every_document_once(
     corpus: Path, run_packing: RunPacking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small limits stand for a large corpus: several spools a task, several groups a file."""
     monkeypatch.setattr("nemotron.steps.data_prep.sft_packing.spool.MAX_TOKENS", 500)
     monkeypatch.setattr("nemotron.steps.data_prep.sft_packing.stages.GROUP_TOKENS", 5000)
-    small = run_packing(corpus, output_dir=tmp_path / "small", num_shards=3, pack_size=1024)
-    assert len(list((tmp_path / ".small.work" / "tokens").glob("*.tokens"))) > 20
+    with few_open_files(24):
+        small = run_packing(corpus, output_dir=tmp_path / "small", num_shards=3, pack_size=1024)
+    assert len(list((tmp_path / ".small.work" / "tokens").glob("*.tokens"))) > 48
     monkeypatch.undo()
     large = run_packing(corpus, num_shards=1, pack_size=1024)
     counts = [
