@@ -7,7 +7,6 @@ the kernel as they are freed, and the next step takes a page fault for every 4 K
 from __future__ import annotations
 
 import ctypes
-import platform
 
 # <malloc.h>. Both are needed: setting one of them ends glibc's adjusting of the other.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -21,8 +20,7 @@ def keep_freed_memory() -> None:
     What a process holds is then the most it ever used, which is what a job has to fit anyway.
     Source: mallopt(3).
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        library.mallopt(_M_TRIM_THRESHOLD, _NEVER)
