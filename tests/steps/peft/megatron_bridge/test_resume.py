@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from nemotron.artifacts import hold, read_artifact, verify_files, write_artifact
 from nemotron.errors import ExitCode
+from nemotron.steps._training.resume import differences
+from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
 from tests.steps._formats.harm import HARMS, other_base, resign
 
@@ -147,6 +149,17 @@ def test_an_unfinished_run_with_other_values_is_refused_with_what_changed(
     assert (run.error["code"], run.error["exit_code"]) == ("resume_mismatch", ExitCode.PREFLIGHT)
     assert run.error["problem"].endswith("other values: " + "; ".join(told))
     assert (resumable / "iter_0000005").is_dir()
+
+
+def test_the_order_of_patterns_counts_where_the_first_match_does(world: Any) -> None:
+    patterns = {"linear_qkv": 8.0, "*.layers.0.*": 4.0}
+    identities = [
+        run_identity(Config.model_validate({"peft": {"alpha_pattern": p}}), world.packs, world.base)
+        for p in (patterns, dict(reversed(patterns.items())), dict(patterns))
+    ]
+    (told,) = differences(*identities[:2])
+    assert told.startswith("order of peft.alpha_pattern: ")
+    assert differences(identities[0], identities[2]) == []
 
 
 def test_other_rows_and_another_base_are_refused(
