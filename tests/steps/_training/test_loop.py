@@ -55,6 +55,7 @@ class Record:
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
         self.validations: list[tuple[int, int]] = []
+        self.valid_losses: list[float] = []
 
     def step(self, iteration: int, values: dict[str, Any]) -> None:
         self.steps.append(values)
@@ -66,9 +67,17 @@ class Record:
         self, iteration: int, lm_loss: float, supervised_tokens: int, *, is_best: bool
     ) -> None:
         self.validations.append((iteration, supervised_tokens))
+        self.valid_losses.append(lm_loss)
 
 
-def trainer_of(directory: Path, record: Record, lora_plus_lr_ratio: float = 1.0) -> Trainer:
+def trainer_of(
+    directory: Path,
+    record: Record,
+    *,
+    lora_plus_lr_ratio: float = 1.0,
+    dropout: float = 0.0,
+    global_batch_size: int = 2,
+) -> Trainer:
     """Return a trainer of a random model; row i of both splits has i + 1 supervised tokens."""
     torch.manual_seed(0)
     rows = [[[*range(8)], [1] * (i + 1) + [0] * (7 - i), [0]] for i in range(NUM_ROWS)]
@@ -77,7 +86,7 @@ def trainer_of(directory: Path, record: Record, lora_plus_lr_ratio: float = 1.0)
     columns = [pa.array(c, pa.list_(t)) for c, t in zip(by_column, types, strict=True)]
     table = pa.table(columns, names=["input_ids", "loss_mask", "seq_start_id"])
     pq.write_table(table, directory / "shard.parquet")
-    lora = LoraTargets(["linear_qkv", "linear_fc2"], LoraSpec(dim=2, alpha=4.0))
+    lora = LoraTargets(["linear_qkv", "linear_fc2"], LoraSpec(2, 4.0, dropout))
     model = GPTModel(SIZES, lora=lora, group=ALONE, dtype=torch.float64)
     for tensor in (*model.buffers(), *model.parameters()):
         tensor.data.normal_(std=0.5)
@@ -88,7 +97,7 @@ def trainer_of(directory: Path, record: Record, lora_plus_lr_ratio: float = 1.0)
         layout=LAYOUT,
         train_rows=split,
         valid_rows=split,
-        batch=BatchSettings(2, 1, calculate_per_token_loss=True),
+        batch=BatchSettings(global_batch_size, 1, calculate_per_token_loss=True),
         schedule=Schedule(1e-1, 1e-2, 0, 4, "linear"),
         adam=AdamSettings(
             beta1, beta2, ADAM["eps"], ADAM["weight_decay"], CLIP_GRAD, lora_plus_lr_ratio
@@ -101,7 +110,7 @@ def trainer_of(directory: Path, record: Record, lora_plus_lr_ratio: float = 1.0)
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_steps_are_those_of_adamw_on_clipped_gradients(tmp_path: Path, ratio: float) -> None:
     record = Record()
-    trainer = trainer_of(tmp_path, record, ratio)
+    trainer = trainer_of(tmp_path, record, lora_plus_lr_ratio=ratio)
     before = trainer.adapter.views(trainer.adapter.values.detach().clone())
     wanted = {name: value.requires_grad_() for name, value in before.items()}
     by_factor = [[wanted[n] for n in wanted if n.endswith(f)] for f in ("lora_a", "lora_b")]
@@ -133,3 +142,18 @@ def test_an_evaluation_takes_so_many_global_batches_at_most(
     supervised = sum(range(1, num_rows + 1))
     assert record.validations == [(0, supervised), (2, supervised)]
     assert [each.iteration for each in saved] == [2]
+
+
+def test_dropout_is_another_at_each_iteration_and_none_in_an_evaluation(tmp_path: Path) -> None:
+    record, without = Record(), Record()
+    trainer = trainer_of(tmp_path, record, dropout=0.5, global_batch_size=NUM_ROWS)
+    trainer.schedule = Schedule(1e-30, 0.0, 0, 4, "constant")  # the adapter stays as it is
+    only_validate = Intervals(train_iters=0, eval_interval=1, eval_iters=1, save_interval=1)
+    plain = trainer_of(tmp_path, without, global_batch_size=NUM_ROWS)
+    for each in (trainer, plain):
+        each.run(only_validate, lambda _: None, start=Progress(), stop=StopRequest(LAYOUT))
+    for iteration in (1, 2):
+        trainer.step(iteration)
+    assert record.valid_losses == without.valid_losses
+    losses = [step["lm_loss"] for step in record.steps]
+    assert len({*losses, *record.valid_losses}) == 3
