@@ -14,7 +14,7 @@ from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.gpt import GPTModel, LoraTargets
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import LoraSpec
-from nemotron.steps._training.batches import PackedSplit
+from nemotron.steps._training.batches import PackedSplit, collate
 from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.loop import (
     AdamSettings,
@@ -77,6 +77,7 @@ def trainer_of(
     lora_plus_lr_ratio: float = 1.0,
     dropout: float = 0.0,
     global_batch_size: int = 2,
+    recompute: bool = False,
 ) -> Trainer:
     """Return a trainer of a random model; row i of both splits has i + 1 supervised tokens."""
     torch.manual_seed(0)
@@ -87,7 +88,7 @@ def trainer_of(
     table = pa.table(columns, names=["input_ids", "loss_mask", "seq_start_id"])
     pq.write_table(table, directory / "shard.parquet")
     lora = LoraTargets(["linear_qkv", "linear_fc2"], LoraSpec(2, 4.0, dropout))
-    model = GPTModel(SIZES, lora=lora, group=ALONE, dtype=torch.float64)
+    model = GPTModel(SIZES, lora=lora, group=ALONE, dtype=torch.float64, recompute=recompute)
     for tensor in (*model.buffers(), *model.parameters()):
         tensor.data.normal_(std=0.5)
     split = PackedSplit(directory, vocab_size=VOCABULARY)
@@ -161,3 +162,18 @@ def test_dropout_is_another_at_each_iteration_and_none_in_an_evaluation(
     assert record.valid_losses == without.valid_losses
     losses = [step["lm_loss"] for step in record.steps]
     assert len({*losses, *record.valid_losses}) == 3
+
+
+@pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
+def test_recomputation_takes_a_layer_twice_where_there_is_a_backward(
+    tmp_path: Path, recompute: bool, times: int
+) -> None:
+    trainer = trainer_of(tmp_path, Record(), recompute=recompute)
+    taken: list[int] = []
+    for module in trainer.model.chunks[0].layers:
+        module.register_forward_pre_hook(lambda *_: taken.append(1))
+    trainer.step(1)
+    assert len(taken) == 2 * times  # micro batches
+    taken.clear()
+    trainer.model.evaluate([collate([trainer.train_rows[0]], device=CPU)])
+    assert len(taken) == 1

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 Train = Callable[..., Any]
@@ -123,6 +124,18 @@ def steps_of(run: Any) -> list[dict[str, Any]]:
 def work(run: Any, num_ranks: int) -> list[float]:
     """Return the floating-point operations of every step, in 1e12."""
     return [step["tflops_per_rank"] * step["seconds"] * num_ranks for step in steps_of(run)]
+
+
+def test_bf16_differs_by_its_rounding_and_leaves_fp32_masters(
+    train_here: Train, reference: Any
+) -> None:
+    run = train_here(mixed_precision="bf16_mixed")
+    assert run.exit_code == 0
+    assert run.losses != reference.losses
+    # bf16 keeps 8 bits; the roundings of a layer's few products move a loss by some 1e-3.
+    assert run.losses == pytest.approx(reference.losses, rel=2e-2)
+    for file in ("adapter_model.safetensors", "trainer_state.safetensors"):
+        assert {each.dtype for each in load_file(run.adapter / file).values()} == {torch.float32}
 
 
 def test_the_same_run_twice_gives_the_same_bytes(train: Train, reference: Any) -> None:

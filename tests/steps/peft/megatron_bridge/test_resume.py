@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from nemotron.artifacts import hold, read_artifact, verify_files, write_artifact
 from nemotron.errors import ExitCode
-from nemotron.steps._training.resume import differences
+from nemotron.steps._training.checkpoint import retain_newest
+from nemotron.steps._training.resume import differences, list_saves
 from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
 from tests.steps._formats.harm import HARMS, other_base, resign
@@ -197,6 +198,17 @@ def test_layout_intervals_and_logging_may_change(train_here: Train, resumable: P
         "iter_0000007",
         "iter_0000008",
     ]
+
+
+def test_the_newest_whole_saves_are_kept_and_a_damaged_one_is_not_counted(resumable: Path) -> None:
+    newest = resumable / "iter_0000005" / ADAPTER
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-1])
+    retain_newest(resumable, 1)
+    assert [iteration for iteration, _ in list_saves(resumable)] == [5, 3]
+    newest.write_bytes(content)
+    retain_newest(resumable, 1)
+    assert [iteration for iteration, _ in list_saves(resumable)] == [5]
 
 
 def test_a_finished_run_starts_again_and_is_kept(train_here: Train, resumable: Path) -> None:
