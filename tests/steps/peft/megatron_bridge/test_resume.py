@@ -47,11 +47,14 @@ def resumable(stopped: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped.output, tmp_path / "out"))
 
 
-def as_unfinished(output: Path) -> Path:
-    """Make the saves those of a run of 8 iterations that was killed; return ``output``."""
+def as_unfinished(output: Path, **changes: Any) -> Path:
+    """Make the saves those of a run of 8 iterations that was killed; return ``output``.
+
+    ``changes`` are further values of their state.
+    """
     for path in output.glob("iter_*/trainer_state.json"):
         state = json.loads(path.read_text())
-        path.write_text(json.dumps(state | {"train_iters": 8}))
+        path.write_text(json.dumps(state | {"train_iters": 8} | changes))
         artifact = read_artifact(path.parent, "checkpoint_lora")
         (path.parent / "artifact.json").unlink()
         write_artifact(
@@ -183,7 +186,9 @@ def test_other_rows_and_another_base_are_refused(
         assert told in run.error["problem"]
 
 
-def test_layout_intervals_and_logging_may_change(train_here: Train, resumable: Path) -> None:
+def test_layout_intervals_and_logging_may_change_and_the_best_stays(
+    train_here: Train, resumable: Path
+) -> None:
     changes = {
         "train.micro_batch_size": 2,
         "train.eval_interval": 3,
@@ -192,8 +197,12 @@ def test_layout_intervals_and_logging_may_change(train_here: Train, resumable: P
         "model.recompute_granularity": "full",
         "checkpoint.most_recent_k": 2,
     }
-    run = train_here(**PLAN | changes | {"checkpoint.save": str(as_unfinished(resumable))})
+    best = 3, 0.5  # an evaluation that no later one comes near
+    output = {"checkpoint.save": str(as_unfinished(resumable, best=best))}
+    run = train_here(**PLAN | changes | output)
     assert run.exit_code == 0
+    properties = read_artifact(run.adapter, "checkpoint_lora").properties
+    assert (properties["best_iteration"], properties["best_valid_loss"]) == best
     assert [path.name for path in sorted(resumable.glob("iter_*"))] == [
         "iter_0000007",
         "iter_0000008",
