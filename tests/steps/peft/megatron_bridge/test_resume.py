@@ -97,13 +97,17 @@ def test_a_run_that_was_stopped_in_the_second_epoch_ends_with_the_same_bytes(
     ids=["tensor and sequence", "pipeline"],
 )
 def test_another_layout_goes_on_to_rounding(
-    train: Train, uninterrupted: Any, tmp_path: Path, sharded: dict[str, Any]
+    train: Train,
+    train_here: Train,
+    uninterrupted: Any,
+    tmp_path: Path,
+    sharded: dict[str, Any],
 ) -> None:
     output = {"checkpoint.save": str(tmp_path / "out")}
     first = train(**PLAN, **output, **sharded, **{"train.train_iters": 5})
     assert first.exit_code == 0, first.stderr
     moments = load_file(first.adapter / MOMENTS)
-    second = train(**PLAN, **output)
+    second = train_here(**PLAN, **output)
     assert second.exit_code == 0, second.stderr
     # As in test_layouts: sums over ranks in another order, amplified by eight AdamW steps.
     assert second.losses == pytest.approx(uninterrupted.losses, rel=5e-6)
