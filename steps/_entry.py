@@ -178,11 +178,16 @@ def _refuse_others(step: str, others: Sequence[str]) -> None:
 
 def _unexpected(error: Exception) -> NemotronError:
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
+    where = origin(error)
+    fix = "this is a defect of nemotron or of its environment; report it with the lines above"
+    if isinstance(error, OSError) and error.filename is not None:
+        where = os.fsdecode(error.filename)
+        fix = "see that this path is there, may be written, and lies on a disk with room"
     return NemotronError(
         "unexpected",
         f"{type(error).__name__}: {error}{notes}",
-        where=origin(error),
-        fix="this is a defect of nemotron or of its environment; report it with the lines above",
+        where=where,
+        fix=fix,
         exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
     )
 

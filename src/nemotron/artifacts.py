@@ -16,8 +16,9 @@ import os
 import shutil
 import socket
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -291,8 +292,25 @@ def write_artifact(
 
 
 def _sha256_files(paths: Sequence[Path]) -> list[str]:
+    """Return the digests of files, hashed by several threads, of which the calling one is one.
+
+    It begins with the largest: a rank whose main thread only waited for the others, minutes for a
+    large base, would be taken for one that hangs.
+    """
+    digests: dict[Path, str] = {}
+
+    def hash_all(some: Iterable[Path]) -> None:
+        for path in some:
+            digests[path] = sha256_file(path)
+
+    by_size = sorted(paths, key=lambda path: path.stat().st_size, reverse=True)
+    rest = iter(by_size[1:])  # shared: each thread takes the next
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        return list(threads.map(sha256_file, paths))
+        others = [threads.submit(hash_all, rest) for _ in range(min(_NUM_THREADS, len(paths)) - 1)]
+        hash_all(chain(by_size[:1], rest))
+        for each in others:
+            each.result()
+    return [digests[path] for path in paths]
 
 
 def write_text(path: Path, text: str) -> None:

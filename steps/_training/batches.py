@@ -10,7 +10,7 @@ Source: the collate contract of Megatron-Bridge's packed Parquet dataset.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -151,11 +151,15 @@ def epoch_order(first_rows: Sequence[int], *, seed: int) -> np.ndarray:
 
 def split_batch(
     rows: Sequence[int], *, micro_batch_size: int, data_rank: int, data_size: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield a rank's micro batches as (position in the global batch, row number)."""
-    mine = list(enumerate(rows))[data_rank::data_size]
-    for start in range(0, len(mine), micro_batch_size):
-        yield mine[start : start + micro_batch_size]
+) -> list[list[tuple[int, int]]]:
+    """Return a rank's micro batches as (position in the global batch, row number).
+
+    Whole micro batches are dealt to the ranks: which rows share one depends on no layout.
+    """
+    pairs = list(enumerate(rows))
+    starts = range(0, len(pairs), micro_batch_size)
+    micro_batches = [pairs[start : start + micro_batch_size] for start in starts]
+    return micro_batches[data_rank::data_size]
 
 
 def collate(rows: Sequence[PackedRow], *, device: torch.device) -> MicroBatch:

@@ -45,11 +45,14 @@ def start_directory(directory: Path) -> Path | None:
     """Make an empty directory for a run; return where the earlier run that was there went, if any.
 
     An earlier run is kept beside it, as ``NAME.previous``: what it took hours to train is not
-    overwritten by a rerun. One is kept.
+    overwritten by a rerun. One is kept, and one as ``NAME.unsaved`` that ended before its first
+    save: a job that is preempted there and started again does not cost the run before.
     """
     previous = None
     if directory.exists() and any(directory.iterdir()):
-        previous = directory.with_name(f"{directory.name}.previous")
+        has_saves = any(list_saves(directory))
+        name = f"{directory.name}.previous" if has_saves else f"{directory.name}.unsaved"
+        previous = directory.with_name(name)
         shutil.rmtree(previous, ignore_errors=True)
         directory.rename(previous)
     directory.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,8 @@ from nemotron.steps._tensor_parallel.linear import LoraParameter
 from nemotron.steps._training.distributed import Layout
 
 _ORDER = ("partial", "replicated", "sharded")
+# Elements of each copy, 16 MiB: those of all replicas together may not fit beside the base.
+_COMPARED_AT_ONCE = 1 << 22
 
 
 class FlatAdapter:
@@ -102,5 +104,9 @@ def _append(parts: list[slice], part: slice) -> None:
 
 def _spread(tensor: Tensor, group: ProcessGroup) -> float:
     """Return the largest absolute difference to rank 0's copy of ``tensor``."""
-    replicas = all_gather(tensor, group)
-    return float((replicas - replicas[0]).abs().max()) if tensor.numel() else 0.0
+    largest = 0.0
+    for part in tensor.split(_COMPARED_AT_ONCE) if group.size > 1 else ():
+        replicas = all_gather(part, group)
+        difference = float((replicas - replicas[0]).abs().max())
+        largest = max(difference, largest)  # in this order NaN is kept
+    return largest

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
+from nemotron import artifacts
 from nemotron.artifacts import (
     MANIFEST,
     Artifact,
@@ -122,6 +124,26 @@ def test_verify_files_names_a_file_that_is_missing_short_or_changed(tmp_path: Pa
     path.unlink()
     with pytest.raises(NemotronError, match=r"a\.txt is missing"):
         verify_files(tmp_path / "out", artifact)
+
+
+def test_the_calling_thread_hashes_along_and_takes_the_largest_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A rank whose main thread only waits for other threads is taken for one that hangs.
+    with publish(tmp_path / "out") as partial:
+        for number in range(9):
+            (partial / f"{number}.bin").write_bytes(bytes(1000 if number == 5 else number))
+        artifact = write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+    hashed: dict[str, threading.Thread] = {}
+
+    def hash_file(path: Path) -> str:
+        hashed[path.name] = threading.current_thread()
+        return sha256_file(path)
+
+    monkeypatch.setattr(artifacts, "sha256_file", hash_file)
+    verify_files(tmp_path / "out", artifact)
+    assert hashed["5.bin"] is threading.current_thread()
+    assert sorted(hashed) == [entry.path for entry in artifact.files]
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../secret"])

@@ -77,6 +77,21 @@ def test_what_nobody_foresaw_keeps_its_traceback(
     assert f"{os.path.basename(__file__)}:" in err  # noqa: PTH119 - a name, not a path
 
 
+def test_a_file_that_cannot_be_used_is_named_and_no_defect(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+
+    def make(config: Config, produced_by: Producer) -> None:
+        (tmp_path / "file" / "out").mkdir(parents=True)
+
+    assert run_step("a/b", Config, make, arguments) == ExitCode.IO
+    told = capsys.readouterr().err.split("error[")[1]
+    assert f"where: {tmp_path / 'file'}" in told.replace("/out", "")
+    assert "may be written" in told
+    assert "defect" not in told
+
+
 def test_an_error_of_the_manifest_has_its_cause_recovery_and_exit_code() -> None:
     error = step_error("peft/megatron_bridge", "missing_packed_data", "nothing there", where="x")
     assert error.exit_code == ExitCode.PREFLIGHT

@@ -40,7 +40,7 @@ def run_identity(config: Config, packed_root: Path, base_path: Path) -> dict[str
     values = dict(_leaves(config.model_dump(mode="json", by_alias=True)))
     identity = {key: value for key, value in values.items() if not _is_harmless(key)}
     identity["seq_length"] = config.seq_length
-    identity |= _schedule(config)
+    identity |= _schedule(config) | _orders(config)
     if not config.model.calculate_per_token_loss:
         identity["train.micro_batch_size"] = config.train.micro_batch_size
     if config.checkpoint.other_run is not None:
@@ -64,6 +64,15 @@ def _schedule(config: Config) -> dict[str, Any]:
     if style != "constant":
         values["scheduler.lr_decay_iters"] = config.lr_decay_iters
     return values
+
+
+def _orders(config: Config) -> dict[str, Any]:
+    """Return the order of patterns, of which the first match counts, where there are several."""
+    patterns = {
+        "peft.rank_pattern": config.peft.rank_pattern,
+        "peft.alpha_pattern": config.peft.alpha_pattern,
+    }
+    return {f"order of {key}": list(each) for key, each in patterns.items() if len(each) > 1}
 
 
 def _base(path: Path) -> str:

@@ -16,7 +16,7 @@ from nemotron.steps.peft.megatron_bridge import settings
 from nemotron.steps.peft.megatron_bridge.checks import STEP, existing_inputs
 from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
-from nemotron.steps.peft.megatron_bridge.train import train_adapter
+from nemotron.steps.peft.megatron_bridge.train import named_errors, train_adapter
 
 
 def run(config: Config, produced_by: Producer) -> None:
@@ -41,6 +41,7 @@ def run(config: Config, produced_by: Producer) -> None:
             mirrors=MirrorSettings(**config.logger.model_dump(exclude={"log_interval"})),
         ) as metrics,
         reporting(),
+        named_errors(packed_root, output, metrics),
     ):
         train_adapter(
             layout=layout,

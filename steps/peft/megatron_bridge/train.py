@@ -108,7 +108,7 @@ def train_adapter(
 
     Raises:
         NemotronError: ``artifact_damaged``, ``bad_packed_rows``, ``loss_not_finite``,
-            ``resume_mismatch``, ``no_save_to_load`` or ``save_failed``.
+            ``resume_mismatch``, ``no_save_to_load``, ``save_failed`` or ``out_of_memory``.
         PreemptedError: The run was asked to stop before its end; all that can be is saved.
     """
     started = time.perf_counter()
@@ -145,22 +145,21 @@ def train_adapter(
         properties=_properties(packs, base, lora),
     )
     vocab_size = base.config.vocab_size
-    with _named_errors(packed_root, output, metrics):
-        train_rows = PackedSplit(packed_root / "splits" / "train", vocab_size=vocab_size)
-        valid_rows = PackedSplit(packed_root / "splits" / "valid", vocab_size=vocab_size)
-        trainer = Trainer(
-            model,
-            layout=layout,
-            train_rows=train_rows,
-            valid_rows=valid_rows if len(valid_rows) else None,
-            batch=batch,
-            schedule=schedule,
-            adam=adam,
-            seed=seed,
-            metrics=metrics,
-        )
-        start = _go_on(trainer, saved) if saved else Progress()
-        reached = trainer.run(intervals, partial(saves.save, trainer), start=start, stop=stop)
+    train_rows = PackedSplit(packed_root / "splits" / "train", vocab_size=vocab_size)
+    valid_rows = PackedSplit(packed_root / "splits" / "valid", vocab_size=vocab_size)
+    trainer = Trainer(
+        model,
+        layout=layout,
+        train_rows=train_rows,
+        valid_rows=valid_rows if len(valid_rows) else None,
+        batch=batch,
+        schedule=schedule,
+        adam=adam,
+        seed=seed,
+        metrics=metrics,
+    )
+    start = _go_on(trainer, saved) if saved else Progress()
+    reached = trainer.run(intervals, partial(saves.save, trainer), start=start, stop=stop)
     if reached < intervals.train_iters:
         metrics.stopped(reached)
         raise PreemptedError(f"stopped at iteration {reached}/{intervals.train_iters}")
@@ -205,7 +204,7 @@ def _go_on(trainer: Trainer, saved: SavedRun) -> Progress:
 
 
 @contextlib.contextmanager
-def _named_errors(packed_root: Path, output: Path, metrics: MetricsLog) -> Iterator[None]:
+def named_errors(packed_root: Path, output: Path, metrics: MetricsLog) -> Iterator[None]:
     """Turn what training raises into the manifest's errors; to others, add when they came."""
     try:
         yield
@@ -216,15 +215,28 @@ def _named_errors(packed_root: Path, output: Path, metrics: MetricsLog) -> Itera
     except SaveFailedError as error:
         raise step_error(STEP, "save_failed", str(error), where=str(output)) from None
     except Exception as error:
+        if _is_out_of_memory(error):
+            problem = f"after step {metrics.iteration}: {error}".splitlines()[0]
+            raise step_error(STEP, "out_of_memory", problem) from None
         error.add_note(f"after step {metrics.iteration}")
         raise
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory of the device ran out; torch has a type for that on a GPU only."""
+    is_on_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_on_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def _verified(directory: Path, artifact_type: str, layout: Layout) -> Artifact:
-    """Return an input's manifest; its files are hashed by one rank while the others wait."""
+    """Return an input's manifest; its files are hashed by all ranks, each a share of them.
+
+    One rank alone would keep the others waiting for longer than a collective may take, with a base
+    of some hundred gigabytes on a slow disk.
+    """
     artifact = read_artifact(directory, artifact_type)
-    if layout.is_first:
-        verify_files(directory, artifact)
+    share = artifact.files[layout.world.rank :: layout.world.size]
+    verify_files(directory, artifact.model_copy(update={"files": share}))
     layout.barrier()
     return artifact
 

@@ -89,10 +89,15 @@ def test_an_epoch_of_a_large_split_decodes_every_row_group_once(tmp_path: Path) 
 
 def test_ranks_share_the_global_batch_without_overlap() -> None:
     rows = [7, 3, 5, 1]
-    shares = [
-        list(split_batch(rows, micro_batch_size=1, data_rank=rank, data_size=2)) for rank in (0, 1)
-    ]
+    shares = [split_batch(rows, micro_batch_size=1, data_rank=rank, data_size=2) for rank in (0, 1)]
     assert shares == [[[(0, 7)], [(2, 5)]], [[(1, 3)], [(3, 1)]]]
+
+
+def test_the_same_rows_share_a_micro_batch_on_any_number_of_ranks() -> None:
+    rows = [7, 3, 5, 1]
+    alone = split_batch(rows, micro_batch_size=2, data_rank=0, data_size=1)
+    shares = [split_batch(rows, micro_batch_size=2, data_rank=rank, data_size=2) for rank in (0, 1)]
+    assert alone == [[(0, 7), (1, 3)], [(2, 5), (3, 1)]] == [pair for [pair] in shares]
 
 
 def write(path: Path, rows: list[PackedRow]) -> None:

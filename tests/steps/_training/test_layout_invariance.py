@@ -144,7 +144,9 @@ def part(figures: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 def test_layout_invariance(trained: dict[str, Path], case: Case) -> None:
     got = load_file(trained[case.name])
-    alone = replace(case, tensor=1, sequence_parallel=False, pipeline=1, data=1, micro_batch_size=1)
+    alone = replace(case, tensor=1, sequence_parallel=False, pipeline=1, data=1)
+    if case.per_token_loss:
+        alone = replace(alone, micro_batch_size=1)
     wanted = load_file(trained[alone.name])
     for key in ("loss", "grad_norm"):
         torch.testing.assert_close(got[key], wanted[key], rtol=LOSS[case.dtype], atol=0.0)
@@ -166,30 +168,43 @@ def test_the_run_is_one_that_could_differ(trained: dict[str, Path]) -> None:
     assert not torch.equal(dropped["loss"], load_file(trained[Case("float64").name])["loss"])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("float64"),
+        Case("float32"),
+        Case("float64", micro_batch_size=2, per_token_loss=False),
+    ],
+    ids=lambda case: case.name,
+)
 def test_first_gradients_are_those_of_peft_on_unpacked_documents(
-    trained: dict[str, Path], world: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+    trained: dict[str, Path], world: Path, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # transformers norms in float32, whatever the type of the model.
     monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)
+    dtype = case.dtype
     base = LlamaForCausalLM.from_pretrained(world / "hf", dtype=getattr(torch, dtype))
     model = PeftModel.from_pretrained(base, str(world / "adapter"), is_trainable=True)
     model = model.to(getattr(torch, dtype))
     rows = PackedSplit(world / "train", vocab_size=VOCABULARY)
     batch = rows.global_batch(0, global_batch_size=GLOBAL_BATCH, seed=1)
-    loss, supervised = torch.zeros((), dtype=torch.float64), 0
+    losses, supervised = [], []  # of each row
     for row in (rows[number] for number in batch):
+        losses.append(torch.zeros((), dtype=torch.float64))
+        supervised.append(0)
         for start, stop in pairwise([*row.seq_start_id.tolist(), len(row.input_ids)]):
             ids = torch.from_numpy(row.input_ids[start:stop].astype(np.int64))
             mask = torch.from_numpy(row.loss_mask[start : stop - 1].astype(bool))
             logits = model(ids[None, :-1]).logits[0]
-            loss = loss + F.cross_entropy(logits[mask], ids[1:][mask], reduction="sum").double()
-            supervised += int(mask.sum())
-    (loss / supervised).backward()
-    figures = load_file(trained[Case(dtype).name])
-    torch.testing.assert_close(
-        figures["loss"][0], loss.detach() / supervised, rtol=LOSS[dtype], atol=0.0
-    )
+            summed = F.cross_entropy(logits[mask], ids[1:][mask], reduction="sum")
+            losses[-1] = losses[-1] + summed.double()
+            supervised[-1] += int(mask.sum())
+    means_of = GLOBAL_BATCH if case.per_token_loss else case.micro_batch_size
+    sums, counts = torch.stack(losses), torch.tensor(supervised)
+    (sums.view(-1, means_of).sum(dim=1) / counts.view(-1, means_of).sum(dim=1)).mean().backward()
+    figures = load_file(trained[case.name])
+    wanted_loss = sums.detach().sum() / counts.sum()  # logged over all tokens in both
+    torch.testing.assert_close(figures["loss"][0], wanted_loss, rtol=LOSS[dtype], atol=0.0)
     gradients = part(figures, "gradient")
     for name, wanted in peft_gradients(model, decoder(world)).items():
         assert distance({name: gradients[name]}, {name: wanted}) <= GRADIENT[dtype], name

@@ -65,18 +65,18 @@ def hangs(trainer: Trainer) -> None:
     threading.Event().wait()  # line: hangs
 
 
-def is_told(trainer: Trainer) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def has_nan(trainer: Trainer) -> None:
     trainer.adapter.gradients[0] = torch.nan
     trainer.adapter.zero_gradients = lambda: None  # what would take it away again
 
 
+def drifts(trainer: Trainer) -> None:
+    trainer.adapter.values.data[0] += 0.25
+
+
 FAULTS: dict[str, Callable[[Trainer], None]] = {
     each.__name__: each
-    for each in (raises, exits, vanishes, is_killed, is_halted, hangs, is_told, has_nan)
+    for each in (raises, exits, vanishes, is_killed, is_halted, hangs, has_nan, drifts)
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 
 from nemotron.artifacts import read_artifact, write_artifact
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._training.checkpoint import start_directory
 from nemotron.steps.peft.megatron_bridge.checks import check, existing_inputs
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
@@ -169,10 +170,11 @@ def test_a_truncated_shard_stops_the_run_with_exit_code_4(
     shutil.copytree(world.packs, packs)
     shard = next((packs / "splits" / "train").glob("*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    run = train(**{"dataset.nano3_packed_sft_dir": str(packs)})
+    run = train(**{"dataset.nano3_packed_sft_dir": str(packs), "recipe.data_parallel_size": 2})
     assert (run.error["code"], run.error["exit_code"]) == ("artifact_damaged", ExitCode.DATA)
     assert shard.name in run.error["problem"]
-    assert run.stderr.startswith("error[artifact_damaged]")
+    # The second of three files: the ranks share them, and none waits for one that hashes all.
+    assert run.stderr.startswith("[rank 1] error[artifact_damaged]")
 
 
 def test_an_id_outside_of_the_vocabulary_is_a_bad_row(
@@ -199,6 +201,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(train: Train) -> None:
     assert run.error["problem"].startswith("iteration 3")
 
 
+def test_memory_that_runs_out_is_no_defect_and_names_what_makes_room(train_here: Train) -> None:
+    run = train_here(**{"peft.dim": 10**11})
+    assert (run.exit_code, run.error["code"]) == (ExitCode.FAILED, "out_of_memory")
+    assert run.error["problem"].startswith("after step 0: ")
+    assert "model.recompute_granularity=full" in run.error["fix"]
+
+
 def test_a_rerun_keeps_the_earlier_run_beside_it(train_here: Train, tmp_path: Path) -> None:
     output = tmp_path / "out"
     first = train_here(**{"checkpoint.save": str(output), "train.train_iters": 2})
@@ -206,6 +215,16 @@ def test_a_rerun_keeps_the_earlier_run_beside_it(train_here: Train, tmp_path: Pa
     assert (first.exit_code, second.exit_code) == (0, 0)
     assert (output / "iter_0000003").is_dir()
     assert (tmp_path / "out.previous" / "iter_0000002").is_dir()
+
+
+def test_a_run_that_never_saved_does_not_take_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "iter_0000008").mkdir(parents=True)
+    assert start_directory(output) == tmp_path / "out.previous"
+    for _ in range(2):  # preempted before the first save, twice
+        (output / "metrics.jsonl").touch()
+        assert start_directory(output) == tmp_path / "out.unsaved"
+    assert (tmp_path / "out.previous" / "iter_0000008").is_dir()
 
 
 def rewrite_manifest(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -106,6 +107,22 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_and_names_it(
     assert run.error["problem"].startswith("iteration 3: loss ")
     assert run.error["problem"].endswith(", norm nan; first on ranks [1]")
     assert len(run.losses) == 2
+
+
+def test_copies_that_drift_apart_stop_the_run_and_are_not_saved(
+    launch: Callable[..., Any],
+) -> None:
+    changes = {"checkpoint.save_interval": 4, "optimizer.lr": 1e-6}
+    run = launch(str(FAULTY_STEP), "drifts", **LONG, **TWO_RANKS, **changes).end()
+    assert run.exit_code == ExitCode.FAILED
+    told = re.fullmatch(
+        r"RuntimeError: copies of an adapter differ between ranks by ([\d.]+), after step 4",
+        run.error["problem"],
+    )
+    assert told, run.stderr
+    assert float(told[1]) == pytest.approx(0.25, abs=1e-3)  # and two small steps
+    assert len(run.losses) == 4
+    assert not list(run.output.glob("iter_*"))
 
 
 def line_of(fault: str) -> str:

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 
 from nemotron.artifacts import hold, read_artifact, verify_files, write_artifact
 from nemotron.errors import ExitCode
+from nemotron.steps._training.checkpoint import retain_newest
+from nemotron.steps._training.resume import differences, list_saves
+from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
 from tests.steps._formats.harm import HARMS, other_base, resign
 
@@ -44,11 +47,14 @@ def resumable(stopped: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped.output, tmp_path / "out"))
 
 
-def as_unfinished(output: Path) -> Path:
-    """Make the saves those of a run of 8 iterations that was killed; return ``output``."""
+def as_unfinished(output: Path, **changes: Any) -> Path:
+    """Make the saves those of a run of 8 iterations that was killed; return ``output``.
+
+    ``changes`` are further values of their state.
+    """
     for path in output.glob("iter_*/trainer_state.json"):
         state = json.loads(path.read_text())
-        path.write_text(json.dumps(state | {"train_iters": 8}))
+        path.write_text(json.dumps(state | {"train_iters": 8} | changes))
         artifact = read_artifact(path.parent, "checkpoint_lora")
         (path.parent / "artifact.json").unlink()
         write_artifact(
@@ -91,13 +97,17 @@ def test_a_run_that_was_stopped_in_the_second_epoch_ends_with_the_same_bytes(
     ids=["tensor and sequence", "pipeline"],
 )
 def test_another_layout_goes_on_to_rounding(
-    train: Train, uninterrupted: Any, tmp_path: Path, sharded: dict[str, Any]
+    train: Train,
+    train_here: Train,
+    uninterrupted: Any,
+    tmp_path: Path,
+    sharded: dict[str, Any],
 ) -> None:
     output = {"checkpoint.save": str(tmp_path / "out")}
     first = train(**PLAN, **output, **sharded, **{"train.train_iters": 5})
     assert first.exit_code == 0, first.stderr
     moments = load_file(first.adapter / MOMENTS)
-    second = train(**PLAN, **output)
+    second = train_here(**PLAN, **output)
     assert second.exit_code == 0, second.stderr
     # As in test_layouts: sums over ranks in another order, amplified by eight AdamW steps.
     assert second.losses == pytest.approx(uninterrupted.losses, rel=5e-6)
@@ -149,6 +159,17 @@ def test_an_unfinished_run_with_other_values_is_refused_with_what_changed(
     assert (resumable / "iter_0000005").is_dir()
 
 
+def test_the_order_of_patterns_counts_where_the_first_match_does(world: Any) -> None:
+    patterns = {"linear_qkv": 8.0, "*.layers.0.*": 4.0}
+    identities = [
+        run_identity(Config.model_validate({"peft": {"alpha_pattern": p}}), world.packs, world.base)
+        for p in (patterns, dict(reversed(patterns.items())), dict(patterns))
+    ]
+    (told,) = differences(*identities[:2])
+    assert told.startswith("order of peft.alpha_pattern: ")
+    assert differences(identities[0], identities[2]) == []
+
+
 def test_other_rows_and_another_base_are_refused(
     train_here: Train, world: Any, resumable: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +190,9 @@ def test_other_rows_and_another_base_are_refused(
         assert told in run.error["problem"]
 
 
-def test_layout_intervals_and_logging_may_change(train_here: Train, resumable: Path) -> None:
+def test_layout_intervals_and_logging_may_change_and_the_best_stays(
+    train_here: Train, resumable: Path
+) -> None:
     changes = {
         "train.micro_batch_size": 2,
         "train.eval_interval": 3,
@@ -178,12 +201,27 @@ def test_layout_intervals_and_logging_may_change(train_here: Train, resumable: P
         "model.recompute_granularity": "full",
         "checkpoint.most_recent_k": 2,
     }
-    run = train_here(**PLAN | changes | {"checkpoint.save": str(as_unfinished(resumable))})
+    best = 3, 0.5  # an evaluation that no later one comes near
+    output = {"checkpoint.save": str(as_unfinished(resumable, best=best))}
+    run = train_here(**PLAN | changes | output)
     assert run.exit_code == 0
+    properties = read_artifact(run.adapter, "checkpoint_lora").properties
+    assert (properties["best_iteration"], properties["best_valid_loss"]) == best
     assert [path.name for path in sorted(resumable.glob("iter_*"))] == [
         "iter_0000007",
         "iter_0000008",
     ]
+
+
+def test_the_newest_whole_saves_are_kept_and_a_damaged_one_is_not_counted(resumable: Path) -> None:
+    newest = resumable / "iter_0000005" / ADAPTER
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-1])
+    retain_newest(resumable, 1)
+    assert [iteration for iteration, _ in list_saves(resumable)] == [5, 3]
+    newest.write_bytes(content)
+    retain_newest(resumable, 1)
+    assert [iteration for iteration, _ in list_saves(resumable)] == [5]
 
 
 def test_a_finished_run_starts_again_and_is_kept(train_here: Train, resumable: Path) -> None:

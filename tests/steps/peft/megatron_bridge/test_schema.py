@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from nemotron.steps._training.loop import AdamSettings, BatchSettings, Intervals
+from nemotron.steps._training.schedule import Schedule
+from nemotron.steps.peft.megatron_bridge import settings
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
 
@@ -53,3 +56,30 @@ def test_a_schedule_that_contradicts_itself_is_refused(
 def test_a_floor_above_the_learning_rate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"optimizer.min_lr=0.1 is more than optimizer.lr=0.01"):
         Config.model_validate({"optimizer": {"lr": 0.01, "min_lr": 0.1}})
+
+
+def test_what_the_config_says_reaches_the_trainer() -> None:
+    optimizer = {"lr": 0.5, "min_lr": 0.25, "clip_grad": 3.0, "weight_decay": 0.75}
+    optimizer |= {"adam_beta1": 0.125, "adam_beta2": 0.375, "adam_eps": 0.0625}
+    scheduler = {"lr_decay_style": "WSD", "lr_warmup_iters": 2, "lr_decay_iters": 9}
+    scheduler |= {"lr_warmup_init": 0.1, "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": "linear"}
+    config = Config.model_validate(
+        {
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "peft": {"lora_plus_lr_ratio": 8.0},
+            "model": {"calculate_per_token_loss": False},
+            "train": {
+                "train_iters": 20,
+                "eval_interval": 5,
+                "eval_iters": 3,
+                "global_batch_size": 6,
+                "micro_batch_size": 2,
+            },
+            "checkpoint": {"save_interval": 7},
+        }
+    )
+    assert settings.schedule(config) == Schedule(0.5, 0.25, 2, 9, "WSD", 0.1, 4, "linear")
+    assert settings.adam(config) == AdamSettings(0.125, 0.375, 0.0625, 0.75, 3.0, 8.0)
+    assert settings.batch(config) == BatchSettings(6, 2, calculate_per_token_loss=False)
+    assert settings.intervals(config) == Intervals(20, 5, 3, 7)

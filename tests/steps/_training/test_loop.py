@@ -1,0 +1,179 @@
+"""nemotron.steps._training.loop: what one optimizer step and one evaluation do, on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.gpt import GPTModel, LoraTargets
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup
+from nemotron.steps._tensor_parallel.linear import LoraSpec
+from nemotron.steps._training.batches import PackedSplit, collate
+from nemotron.steps._training.distributed import Layout
+from nemotron.steps._training.loop import (
+    AdamSettings,
+    BatchSettings,
+    Intervals,
+    Progress,
+    Trainer,
+)
+from nemotron.steps._training.metrics import MetricsLog
+from nemotron.steps._training.pipeline import PipelineStage
+from nemotron.steps._training.preemption import StopRequest
+from nemotron.steps._training.schedule import Schedule
+
+ALONE, CPU, VOCABULARY, NUM_ROWS = ProcessGroup(), torch.device("cpu"), 16, 6
+LAYOUT = Layout(ALONE, ALONE, ALONE, ALONE, ALONE, CPU)
+SIZES = DecoderConfig(
+    num_layers=1,
+    hidden_size=8,
+    ffn_hidden_size=12,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=4,
+    vocab_size=VOCABULARY,
+    layernorm_epsilon=1e-6,
+    rotary_base=10000.0,
+    rope_scaling=None,
+    share_embeddings_and_output_weights=False,
+    max_position_embeddings=16,
+)
+# None of them as torch or the schema has it by default.
+ADAM = {"betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.5}
+CLIP_GRAD = 0.01
+
+
+class Record:
+    """Takes the place of the metrics log: what was said of each step and evaluation."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.validations: list[tuple[int, int]] = []
+        self.valid_losses: list[float] = []
+
+    def step(self, iteration: int, values: dict[str, Any]) -> None:
+        self.steps.append(values)
+
+    def is_shown(self, iteration: int) -> bool:
+        return False
+
+    def validation(
+        self, iteration: int, lm_loss: float, supervised_tokens: int, *, is_best: bool
+    ) -> None:
+        self.validations.append((iteration, supervised_tokens))
+        self.valid_losses.append(lm_loss)
+
+
+def trainer_of(
+    directory: Path,
+    record: Record,
+    *,
+    lora_plus_lr_ratio: float = 1.0,
+    dropout: float = 0.0,
+    global_batch_size: int = 2,
+    recompute: bool = False,
+) -> Trainer:
+    """Return a trainer of a random model; row i of both splits has i + 1 supervised tokens."""
+    torch.manual_seed(0)
+    rows = [[[*range(8)], [1] * (i + 1) + [0] * (7 - i), [0]] for i in range(NUM_ROWS)]
+    types = (pa.int32(), pa.uint8(), pa.int32())
+    by_column = zip(*rows, strict=True)
+    columns = [pa.array(c, pa.list_(t)) for c, t in zip(by_column, types, strict=True)]
+    table = pa.table(columns, names=["input_ids", "loss_mask", "seq_start_id"])
+    pq.write_table(table, directory / "shard.parquet")
+    lora = LoraTargets(["linear_qkv", "linear_fc2"], LoraSpec(2, 4.0, dropout))
+    model = GPTModel(SIZES, lora=lora, group=ALONE, dtype=torch.float64, recompute=recompute)
+    for tensor in (*model.buffers(), *model.parameters()):
+        tensor.data.normal_(std=0.5)
+    split = PackedSplit(directory, vocab_size=VOCABULARY)
+    beta1, beta2 = ADAM["betas"]
+    return Trainer(
+        PipelineStage([model], group=ALONE, device=CPU),
+        layout=LAYOUT,
+        train_rows=split,
+        valid_rows=split,
+        batch=BatchSettings(global_batch_size, 1, calculate_per_token_loss=True),
+        schedule=Schedule(1e-1, 1e-2, 0, 4, "linear"),
+        adam=AdamSettings(
+            beta1, beta2, ADAM["eps"], ADAM["weight_decay"], CLIP_GRAD, lora_plus_lr_ratio
+        ),
+        seed=1,
+        metrics=cast(MetricsLog, record),
+    )
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_steps_are_those_of_adamw_on_clipped_gradients(tmp_path: Path, ratio: float) -> None:
+    record = Record()
+    trainer = trainer_of(tmp_path, record, lora_plus_lr_ratio=ratio)
+    before = trainer.adapter.views(trainer.adapter.values.detach().clone())
+    wanted = {name: value.requires_grad_() for name, value in before.items()}
+    by_factor = [[wanted[n] for n in wanted if n.endswith(f)] for f in ("lora_a", "lora_b")]
+    groups = [{"params": each, "lr": 0.0} for each in by_factor]
+    optimizer = torch.optim.AdamW(groups, **ADAM)
+    for iteration, rate in enumerate((0.1, 0.0775, 0.055), start=1):
+        trainer.step(iteration)
+        assert record.steps[-1]["grad_norm"] > CLIP_GRAD
+        assert trainer.adapter.gradients.norm() == pytest.approx(CLIP_GRAD, rel=1e-4)
+        for name, gradient in trainer.adapter.views(trainer.adapter.gradients).items():
+            wanted[name].grad = gradient
+        for group, factor in zip(optimizer.param_groups, (1.0, ratio), strict=True):
+            group["lr"] = rate * factor
+        optimizer.step()
+        for name, value in trainer.adapter.views(trainer.adapter.values).items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("eval_iters", "num_rows"), [(1, 2), (2, 4), (32, NUM_ROWS)])
+def test_an_evaluation_takes_so_many_global_batches_at_most(
+    tmp_path: Path, eval_iters: int, num_rows: int
+) -> None:
+    record = Record()
+    intervals = Intervals(train_iters=2, eval_interval=9, eval_iters=eval_iters, save_interval=9)
+    saved: list[Progress] = []
+    trainer_of(tmp_path, record).run(
+        intervals, saved.append, start=Progress(), stop=StopRequest(LAYOUT)
+    )
+    supervised = sum(range(1, num_rows + 1))
+    assert record.validations == [(0, supervised), (2, supervised)]
+    assert [each.iteration for each in saved] == [2]
+
+
+def test_dropout_is_another_at_each_iteration_and_none_in_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_order = lambda *_, **__: [*range(NUM_ROWS)]  # noqa: E731 - no epoch has another order
+    monkeypatch.setattr(PackedSplit, "global_batch", in_order)
+    record, without = Record(), Record()
+    trainer = trainer_of(tmp_path, record, dropout=0.5, global_batch_size=NUM_ROWS)
+    trainer.schedule = Schedule(1e-30, 0.0, 0, 4, "constant")  # the adapter stays as it is
+    only_validate = Intervals(train_iters=0, eval_interval=1, eval_iters=1, save_interval=1)
+    plain = trainer_of(tmp_path, without, global_batch_size=NUM_ROWS)
+    for each in (trainer, plain):
+        each.run(only_validate, lambda _: None, start=Progress(), stop=StopRequest(LAYOUT))
+    for iteration in (1, 2):
+        trainer.step(iteration)
+    assert record.valid_losses == without.valid_losses
+    losses = [step["lm_loss"] for step in record.steps]
+    assert len({*losses, *record.valid_losses}) == 3
+
+
+@pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
+def test_recomputation_takes_a_layer_twice_where_there_is_a_backward(
+    tmp_path: Path, recompute: bool, times: int
+) -> None:
+    trainer = trainer_of(tmp_path, Record(), recompute=recompute)
+    taken: list[int] = []
+    for module in trainer.model.chunks[0].layers:
+        module.register_forward_pre_hook(lambda *_: taken.append(1))
+    trainer.step(1)
+    assert len(taken) == 2 * times  # micro batches
+    taken.clear()
+    trainer.model.evaluate([collate([trainer.train_rows[0]], device=CPU)])
+    assert len(taken) == 1
