@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,17 @@ def test_an_error_of_the_manifest_has_its_cause_recovery_and_exit_code() -> None
 def test_an_error_that_no_manifest_has_is_a_defect_of_the_step() -> None:
     with pytest.raises(KeyError, match="no_such_error"):
         step_error("peft/megatron_bridge", "no_such_error", "?")
+
+
+@pytest.mark.parametrize(("raised", "shown"), [("KeyboardInterrupt", ""), ("ValueError", "Error")])
+def test_a_job_that_is_interrupted_while_it_imports_says_nothing(raised: str, shown: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import nemotron.steps; raise {raised}"],
+        env={**os.environ, "NEMOTRON_ERROR_FILE": "error.json"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.strip().endswith(shown)
+    assert bool(done.stderr) == bool(shown)
