@@ -89,6 +89,7 @@ def test_values_are_typed_by_the_schema(text: str, key: str, value: object) -> N
         ("kind: dora", "kind is 'dora'; wanted 'lora' or '010'"),
         ("force: maybe", "force is 'maybe'; wanted true or false"),
         ("size: 99", "size 99 is odd"),
+        ("out: null", "out is null; wanted a path"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_what_was_wanted(text: str, problem: str) -> None:
