@@ -103,3 +103,16 @@ def test_a_job_that_is_interrupted_while_it_imports_says_nothing(raised: str, sh
     assert done.returncode != 0
     assert done.stderr.strip().endswith(shown)
     assert bool(done.stderr) == bool(shown)
+
+
+def test_a_place_that_cannot_be_written_is_no_defect(
+    arguments: list[str], error_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(config: Config, produced_by: Producer) -> None:
+        (error_file.parent / "train.yaml" / "below a file").mkdir()
+
+    assert run_step("a/b", Config, write, arguments) == ExitCode.IO
+    err = capsys.readouterr().err
+    assert err.startswith("error[input_output_failed]: Not a directory\n  where: ")
+    assert "below a file\n  fix: " in err
+    assert json.loads(error_file.read_text())["exit_code"] == ExitCode.IO
