@@ -234,6 +234,7 @@ def _invalid_value(
         fix = f"change {key}" if key else "change the values that contradict each other"
     else:
         wanted = _WANTED.get(details["type"], message.removeprefix("Input should be "))
+        wanted = wanted.replace("String should match pattern", "text that fits the pattern")
         if details["type"] == "literal_error":
             wanted = _PYTHON_WORD.sub(lambda word: _YAML_WORDS[word[0]], wanted)
         got = _shown(key, _as_written(details["input"], node))
