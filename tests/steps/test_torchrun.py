@@ -34,7 +34,7 @@ if ends == "puzzled":
     report(1, "unexpected")
     time.sleep(60)
 if ends == "puzzled at last":
-    time.sleep(3)
+    time.sleep(1)
     report(1, "unexpected")
     sys.exit(1)
 if ends == "silent":
