@@ -76,7 +76,7 @@ def step_page(step: catalog.Step) -> str:
         (f"`{each.name}`", str(int(each.exit_code)), each.cause, each.recovery)
         for each in manifest.errors
     ]
-    strategies = [f"- When {each.when}: {each.then}." for each in manifest.strategies]
+    strategies = [f"- When {each.when}: {each.then.rstrip('.')}." for each in manifest.strategies]
     parts = [
         f"# {manifest.step.id}",
         manifest.step.description,

@@ -26,7 +26,7 @@ from typing import TypeVar
 import nemotron
 from nemotron.artifacts import Producer, sha256_json
 from nemotron.config import Schema, load_config
-from nemotron.errors import ExitCode, NemotronError
+from nemotron.errors import ExitCode, NemotronError, system_refusal
 
 # What collectives raise when another rank has gone. What ended that one is told by whoever knows.
 _LOST_CONNECTION = re.compile(r"^Dist(Backend|Network|Store)Error|gloo/transport|by peer")
@@ -100,6 +100,8 @@ def reporting() -> Iterator[None]:
     except NemotronError as error:
         raise _ReportedError(report(error)) from error
     except Exception as error:
+        if isinstance(error, OSError) and (refused := system_refusal(error)):
+            raise _ReportedError(report(refused)) from error
         if _LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
             time.sleep(_SECONDS_FOR_THE_CAUSE)
         code = report(_unexpected(error), details=traceback.format_exc())

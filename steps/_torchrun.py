@@ -54,6 +54,7 @@ class _Ranks(SubprocessContext):
     """The ranks of this host: told to stop when this process is, and not waited for when lost."""
 
     was_told = False
+    was_interrupted = False
     left_early: tuple[int, ...] = ()
     last_words: ClassVar[dict[str, LastWords]] = {}
 
@@ -61,6 +62,7 @@ class _Ranks(SubprocessContext):
         super().start()
         for number in _STOP:
             signal.signal(number, self._tell)
+        signal.signal(signal.SIGINT, self._interrupt)
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         codes = {rank: each.proc.poll() for rank, each in self.subprocess_handlers.items()}
@@ -87,13 +89,16 @@ class _Ranks(SubprocessContext):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        _Ranks.was_interrupted = True
+        raise SignalException("interrupted", signal.Signals(number))
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun on ``argv`` and return the exit code for the whole job."""
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         for logger in _with_children(name):
-            # It was told to stop, or a rank has said what went wrong: then this is no news.
-            logger.addFilter(lambda record: _reported() is None and not _Ranks.was_told)
+            logger.addFilter(lambda record: not _is_known())
     multiprocessing.SubprocessContext = _Ranks
     SimpleElasticAgent._exit_barrier = _leave_last
     try:
@@ -103,6 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return int(ExitCode.OK)
+
+
+def _is_known() -> bool:
+    """Return whether the job was stopped or a rank has said what went wrong: no news for a log."""
+    return _Ranks.was_told or _Ranks.was_interrupted or _reported() is not None
 
 
 def _leave_last(self: SimpleElasticAgent) -> None:

@@ -7,9 +7,16 @@ traceback and exit with its code. This module imports nothing of ours.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
+
+# Why a system refuses to read or write that whoever runs the command can mend.
+_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE),
+)
 
 
 class ExitCode(IntEnum):
@@ -99,3 +106,16 @@ def raise_all(errors: Sequence[NemotronError]) -> None:
     """Raise what is in ``errors``: nothing, the one error, or all of them as one."""
     if errors:
         raise errors[0] if len(errors) == 1 else CombinedError(errors)
+
+
+def system_refusal(error: OSError) -> NemotronError | None:
+    """Return what the system refused to read or write; None if it is no fault of the place."""
+    if error.errno not in _REFUSALS:
+        return None
+    return NemotronError(
+        "input_output_failed",
+        error.strerror or str(error),
+        where=str(error.filename or ""),
+        fix="make room there, get the permission, or choose another place",
+        exit_code=ExitCode.IO,
+    )

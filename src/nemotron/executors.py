@@ -8,23 +8,63 @@ so that what cannot be handed on intact is refused before anything starts. ``set
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, LiteralString
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+def _form(pattern: str, words: LiteralString) -> AfterValidator:
+    """Return a check that a whole text fits ``pattern``; ``words`` say to users what is wanted."""
+    form = re.compile(pattern, re.ASCII)
+
+    def check(text: str) -> str:
+        if form.fullmatch(text) is None:
+            raise PydanticCustomError("text_form", words)
+        return text
+
+    return AfterValidator(check)
+
+
+Name = Annotated[
+    str, _form(r"[A-Za-z_][A-Za-z0-9_]*", "the name of a variable: letters, digits and _")
+]
 # One line, and nothing that ends a quoted word early.
-Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f'\"\\]+$")]
-Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+Line = Annotated[str, _form(r"[^\x00-\x1f\x7f'\"\\]+", "one line without quotes and backslashes")]
+Text = Annotated[str, _form(r"[^\x00]*", "text without NUL")]
 # Linux starts no program with a variable of 128 KiB or more.
-Value = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$", max_length=100_000)]
+Value = Annotated[
+    str, _form(r"[^\x00]{0,100000}", "text without NUL, of at most 100,000 characters")
+]
 # Tools that nemo-run calls get these without quotes; Slurm expands % in the names of log files.
-PlainPath = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9_./@+=-]*$")]
-Directory = Annotated[str, StringConstraints(pattern=r"^/[^\x00-\x1f\x7f:,'\"\\]*$")]
-Image = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f'\"\\,]*$")]
-HostName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
-KeyFile = Annotated[str, StringConstraints(pattern=r"^(~?/)?[A-Za-z0-9_.@+=-][A-Za-z0-9_./@+=-]*$")]
+PlainPath = Annotated[
+    str,
+    _form(r"/[A-Za-z0-9_./@+=-]*", "an absolute path of letters, digits and _ . / @ + = - alone"),
+]
+Directory = Annotated[
+    str,
+    _form(r"/[^\x00-\x1f\x7f:,'\"\\]*", "an absolute path without quotes, colons and commas"),
+]
+Image = Annotated[
+    str, _form(r"[^\x00-\x20\x7f'\"\\,]*", "an image without spaces, quotes and commas")
+]
+HostName = Annotated[
+    str, _form(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "a name of letters, digits and _ . - alone")
+]
+Option = Annotated[
+    str, _form(r"[a-z][a-z0-9_-]*", "an option of sbatch without its dashes, such as licenses")
+]
+KeyFile = Annotated[
+    str,
+    _form(
+        r"(~?/)?[A-Za-z0-9_.@+=-][A-Za-z0-9_./@+=-]*",
+        "a path of letters, digits and _ . / @ + = - alone",
+    ),
+]
+Time = Annotated[
+    str, _form(r"(\d+-)?\d+(:\d{1,2}){0,2}", "a time of Slurm, such as 04:00:00 or 1-12:00")
+]
 
 
 class Execution(BaseModel):
@@ -62,7 +102,7 @@ class SlurmExecution(RemoteExecution):
     partition: Line | None = None
     run_partition: Line | None = None
     batch_partition: Line | None = None
-    time: str = Field(default="04:00:00", pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")
+    time: Time = "04:00:00"
     cpus_per_task: int | None = Field(default=None, ge=1)
     cpus_per_gpu: int | None = Field(default=None, ge=1)
     gpus_per_task: int | None = Field(default=None, ge=1)
@@ -79,15 +119,20 @@ class SlurmExecution(RemoteExecution):
     network: Line | None = None
     segment: int | None = Field(default=None, ge=1)
     comment: Line | None = None
-    signal: str | None = Field(default=None, pattern=r"^([BR]:)*[A-Z0-9]+(@\d+)?$")
-    dependency: str | None = Field(default=None, pattern=r"^[A-Za-z0-9:,?+_]+$")
+    signal: Annotated[str, _form(r"([BR]:)*[A-Z0-9]+(@\d+)?", "such as TERM@120")] | None = None
+    dependency: Annotated[str, _form(r"[A-Za-z0-9:,?+_]+", "such as afterok:123")] | None = None
     requeue: bool = False  # start again by itself after exit code 75
     requeue_limit: int = Field(default=20, ge=0)
-    job_name_prefix: str = Field(default="nemotron-", pattern=r"^[A-Za-z0-9_.+=@-]+$")
+    job_name_prefix: Annotated[
+        str, _form(r"[A-Za-z0-9_.+=@-]+", "letters, digits and _ . + = @ - alone")
+    ] = "nemotron-"
     srun_args: tuple[Text, ...] = ()
     container_env: tuple[Name, ...] = ()
     mounts: tuple[Line, ...] = ()
-    lustre_mount: str | None = Field(default=None, pattern=r"^[^\x00-\x1f\x7f'\"\\]*$")
+    lustre_mount: (
+        Annotated[str, _form(r"[^\x00-\x1f\x7f'\"\\]*", "one line without quotes and backslashes")]
+        | None
+    ) = None
     remote_job_dir: PlainPath | None = None
     tunnel: Literal["local", "ssh"] = "local"
     host: HostName = "localhost"
@@ -96,7 +141,7 @@ class SlurmExecution(RemoteExecution):
     identity: KeyFile | None = None
     setup_lines: Text | None = None
     build_partition: Line | None = None
-    build_time: str | None = Field(default=None, pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")
+    build_time: Time | None = None
     build_include_gpus: bool = False
     build_gpus_per_node: int | None = Field(default=None, ge=0)
     build_image: str | None = None

@@ -227,9 +227,17 @@ def create(
 
 
 def list_jobs(root: Path | None = None) -> list[Job]:
-    """Return every job below ``root``, the newest last; a directory without a record is none."""
-    root = root or JOBS_ROOT
-    return [read_job(path) for path in sorted(root.glob("*")) if (path / RECORD).is_file()]
+    """Return every job below ``root`` whose record can be read, the newest last."""
+    found: list[Job] = []
+    for path in job_directories(root):
+        with contextlib.suppress(NemotronError):
+            found.append(read_job(path))
+    return found
+
+
+def job_directories(root: Path | None = None) -> list[Path]:
+    """Return the directories of all jobs, the newest last; one without a record is none."""
+    return [path for path in sorted((root or JOBS_ROOT).glob("*")) if (path / RECORD).is_file()]
 
 
 def read_job(path: Path) -> Job:
@@ -261,7 +269,7 @@ def find(name: str, root: Path | None = None) -> Job:
         NemotronError: ``job_unknown`` or ``job_ambiguous``.
     """
     root = root or JOBS_ROOT
-    ids = sorted(path.name for path in root.glob("*") if (path / RECORD).is_file())
+    ids = [path.name for path in job_directories(root)]
     matches = [name] if name in ids else [job_id for job_id in ids if name in job_id]
     if len(matches) == 1:
         return read_job(root / matches[0])

@@ -6,6 +6,7 @@ on a remote profile an input that lies where the job will run. A contradiction f
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import itertools
 import os
@@ -47,8 +48,10 @@ def check(plan: JobPlan, *, dry_run: bool, ancestors: tuple[str, ...] = ()) -> l
         *_check_inputs(plan, dry_run, ancestors),
         *_check_step(plan),
     ]
-    # A step's own checks may find what these found: one error is said once.
-    once = {(result.status, result.text, str(result.error)): result for result in results}
+    # A step's own checks may find what these found, elsewhere: one error is said once.
+    once: dict[tuple[str, str], Check] = {}
+    for result in results:
+        once.setdefault((result.status, result.text), result)
     return list(once.values())
 
 
@@ -137,8 +140,12 @@ def _check_secrets(plan: JobPlan, dry_run: bool) -> list[Check]:
 
 def _check_overlap(plan: JobPlan) -> list[Check]:
     found: list[Check] = []
-    inputs = {item.key: _fixed_part(item.path) for item in plan.inputs if item.path}
     for output in plan.outputs:
+        inputs = {
+            item.key: _fixed_part(item.path)
+            for item in plan.inputs
+            if item.path and not _passes_by(item.path, Path(output.path))
+        }
         try:
             refuse_overlap(Path(output.path), inputs)
         except NemotronError as error:
@@ -313,6 +320,19 @@ def _exists(path: str) -> bool:
 def _fixed_part(path: str) -> Path:
     """Return the part of a path before the first component with a wildcard."""
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
+
+
+def _passes_by(pattern: str, output: Path) -> bool:
+    """Return whether an output lies below a pattern's fixed part where the pattern finds nothing.
+
+    ``chats-*.jsonl`` does not look into ``output``, although both are in this directory.
+    """
+    start = _fixed_part(pattern)
+    if not output.resolve().is_relative_to(start.resolve()):
+        return False
+    below = output.resolve().relative_to(start.resolve()).parts
+    rest = Path(pattern).parts[len(start.parts) :]
+    return bool(below and rest) and not fnmatch.fnmatch(below[0], rest[0])
 
 
 def _failed(code: str, problem: str, where: str, fix: str) -> Check:

@@ -160,6 +160,8 @@ def _keep_text(tree: Node, errors: Sequence[ErrorDetails]) -> Node:
         node = child_at(tree, path)
         if error["type"] not in _WANTS_TEXT or node is None or isinstance(node.value, str):
             continue
+        if node.value is None and node.text:  # null, written out, is no name of anything
+            continue
         # An empty text is a string, but no path or choice.
         if node.text is not None and (node.text or error["type"] == "string_type"):
             texts[path] = replace(node, value=node.text)
@@ -232,6 +234,7 @@ def _invalid_value(
         fix = f"change {key}" if key else "change the values that contradict each other"
     else:
         wanted = _WANTED.get(details["type"], message.removeprefix("Input should be "))
+        wanted = wanted.replace("String should match pattern", "text that fits the pattern")
         if details["type"] == "literal_error":
             wanted = _PYTHON_WORD.sub(lambda word: _YAML_WORDS[word[0]], wanted)
         got = _shown(key, _as_written(details["input"], node))

@@ -213,6 +213,8 @@ def find_iteration_dir(path: Path) -> Path:
     name = _tracked_iteration(path)
     if name is None:
         what = "has no tracker file" if path.is_dir() else "does not exist"
+        if (path / "config.json").is_file():
+            raise _missing(path, f"{path} is a Hugging Face checkpoint, no Megatron checkpoint")
         raise _missing(path, f"{path} {what} and is no iteration directory")
     if not (path / name).is_dir():
         raise _missing(path, f"the tracker in {path} names {name}, which does not exist")

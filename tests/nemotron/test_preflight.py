@@ -120,6 +120,24 @@ def test_an_output_over_an_input_fails_in_both(demo: Path, save: str) -> None:
     assert error.exit_code is ExitCode.PREFLIGHT
 
 
+@pytest.mark.parametrize(
+    ("pattern", "refused"),
+    [
+        ("chats-*.jsonl", 0),
+        ("./chats-*.jsonl", 0),
+        ("*", 1),
+        ("**/*.jsonl", 1),
+        ("out/*.jsonl", 0),
+        ("out/*", 1),
+    ],
+)
+def test_an_output_may_lie_beside_the_files_of_a_pattern(
+    demo: Path, pattern: str, refused: int
+) -> None:
+    found = failures(checks("demo/train", f"data.packs={pattern}", "save=out/new"))
+    assert [error.code for error in found] == ["output_path_overlaps_inputs"] * refused
+
+
 def test_checks_of_the_step_run_without_torch_and_fail_in_both(demo: Path) -> None:
     (error,) = failures(checks("demo/train", "peft.dim=13"))
     assert error.code == "unlucky"

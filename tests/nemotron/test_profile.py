@@ -107,6 +107,27 @@ def test_a_value_of_the_wrong_type_is_refused(here: Path) -> None:
     assert "time is 'soon'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("time = '4 hours'", "time is '4 hours'; wanted a time of Slurm, such as 04:00:00"),
+        ('time = "5\\n"', "wanted a time of Slurm"),
+        ('account = "a\'b"', "wanted one line without quotes and backslashes"),
+        ('partition = "p\\n#SBATCH --wrap=x"', "wanted one line without quotes"),
+        ("host = '-oProxyCommand=x'", "wanted a name of letters, digits"),
+        ("remote_job_dir = '/a b'", "wanted an absolute path of letters"),
+    ],
+)
+def test_a_value_that_no_directive_or_command_can_hold_is_refused_in_words(
+    here: Path, written: str, wanted: str
+) -> None:
+    (here / "env.toml").write_text(f"[x]\nexecutor = 'slurm'\n{written}\n")
+    with pytest.raises(NemotronError) as caught:
+        load_profile("x")
+    assert caught.value.code == "invalid_value"
+    assert wanted in caught.value.problem
+
+
 def test_an_unknown_executor_is_refused(here: Path) -> None:
     profiles(here, '[p]\nexecutor = "slrum"\n')
     with pytest.raises(NemotronError, match="executor 'slrum'") as caught:

@@ -32,6 +32,7 @@ class Config(Strict):
     tokenizer: Tokenizer | str = "bpe"
     name: str | None = None
     out: Path = Path("x")
+    code: str = Field(default="1", pattern="^[0-9]+$")
     force: bool = False
     kind: Literal["lora", "010"] = "lora"
     names: list[str] = []
@@ -89,6 +90,8 @@ def test_values_are_typed_by_the_schema(text: str, key: str, value: object) -> N
         ("kind: dora", "kind is 'dora'; wanted 'lora' or '010'"),
         ("force: maybe", "force is 'maybe'; wanted true or false"),
         ("size: 99", "size 99 is odd"),
+        ("code: x", "code is 'x'; wanted text that fits the pattern '^[0-9]+$'"),
+        ("out: null", "out is null; wanted a path"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_what_was_wanted(text: str, problem: str) -> None:

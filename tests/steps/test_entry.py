@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,30 @@ def test_an_error_of_the_manifest_has_its_cause_recovery_and_exit_code() -> None
 def test_an_error_that_no_manifest_has_is_a_defect_of_the_step() -> None:
     with pytest.raises(KeyError, match="no_such_error"):
         step_error("peft/megatron_bridge", "no_such_error", "?")
+
+
+@pytest.mark.parametrize(("raised", "shown"), [("KeyboardInterrupt", ""), ("ValueError", "Error")])
+def test_a_job_that_is_interrupted_while_it_imports_says_nothing(raised: str, shown: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import nemotron.steps; raise {raised}"],
+        env={**os.environ, "NEMOTRON_ERROR_FILE": "error.json"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.strip().endswith(shown)
+    assert bool(done.stderr) == bool(shown)
+
+
+def test_a_place_that_cannot_be_written_is_no_defect(
+    arguments: list[str], error_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(config: Config, produced_by: Producer) -> None:
+        (error_file.parent / "train.yaml" / "below a file").mkdir()
+
+    assert run_step("a/b", Config, write, arguments) == ExitCode.IO
+    err = capsys.readouterr().err
+    assert err.startswith("error[input_output_failed]: Not a directory\n  where: ")
+    assert "below a file\n  fix: " in err
+    assert json.loads(error_file.read_text())["exit_code"] == ExitCode.IO

@@ -34,7 +34,7 @@ if ends == "puzzled":
     report(1, "unexpected")
     time.sleep(60)
 if ends == "puzzled at last":
-    time.sleep(3)
+    time.sleep(1)
     report(1, "unexpected")
     sys.exit(1)
 if ends == "silent":
@@ -43,6 +43,10 @@ if ends.startswith("told"):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     if ends == "told in time":
         os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+if ends == "interrupted":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getppid(), signal.SIGINT)
     time.sleep(60)
 while ends == "killed late" and not os.path.exists(path):
     time.sleep(0.01)
@@ -66,6 +70,8 @@ if ends.startswith("killed"):
         (["told", "told in time"], 75, "", "Traceback"),
         # Told before it could listen: nothing is lost.
         (["told in time", "waiting"], 75, "", "Traceback"),
+        # Ctrl-C: who pressed it knows.
+        (["interrupted", "interrupted"], 130, "", "death signal"),
         # What the survivor makes of its lost connection is not the cause.
         (
             ["puzzled", "killed late"],

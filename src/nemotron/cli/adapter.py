@@ -82,9 +82,12 @@ def _run(command: str, values: dict[str, Any], *, as_json: bool) -> int:
         done = subprocess.run(
             argv,
             env={**os.environ, "NEMOTRON_ERROR_FILE": str(error)},
+            # A reader that leaves early is an error only where it is known to be none.
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if as_json else None,
             check=False,
         )
+        print(done.stdout.decode(errors="replace"), end="", flush=True)
         if as_json and error.is_file():
             print(json.dumps({"error": json.loads(error.read_text(encoding="utf-8"))}, indent=2))
     return done.returncode if done.returncode >= 0 else int(ExitCode.FAILED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import typer
 import nemotron
 from nemotron.cli import adapter, data, jobs, profiles, steps
 from nemotron.cli.invocation import Invocation
-from nemotron.errors import ExitCode, NemotronError
+from nemotron.errors import ExitCode, NemotronError, system_refusal
 
 COMMANDS = (
     *("steps", "jobs", "data", "profiles", "adapter", "list", "show", "run", "status", "logs"),
@@ -43,12 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments without the program; ``sys.argv`` by default.
     """
     invocation = Invocation(list(sys.argv[1:] if argv is None else argv))
+    result = None
     try:
+        _refuse_bytes(invocation.argv)
         result = app(invocation.words, prog_name="nemotron", standalone_mode=False, obj=invocation)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        return _reader_gone()
+    except (BrokenPipeError, SystemExit):  # typer makes the one the other
+        _forget_reader()
     except Exception as error:
         return _fail(error, invocation)
     return result if isinstance(result, int) else int(ExitCode.OK)
@@ -70,6 +74,17 @@ def _root(
     ] = False,
 ) -> None:
     """The root takes no other option: all of them stand after a command."""
+
+
+def _refuse_bytes(argv: Sequence[str]) -> None:
+    """Refuse arguments that cannot be written into a config or a record, which are UTF-8."""
+    for word in argv:
+        if not word.isprintable() and any("\ud800" <= char <= "\udfff" for char in word):
+            raise NemotronError(
+                "argument_invalid",
+                f"{word!a} is not UTF-8",
+                fix="rename what it names, or export LC_ALL=C.UTF-8 if it is UTF-8 already",
+            )
 
 
 def _fail(error: Exception, invocation: Invocation) -> int:
@@ -109,6 +124,8 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
 
 
 def _unexpected(error: Exception) -> NemotronError:
+    if isinstance(error, OSError) and (refused := system_refusal(error)):
+        return refused
     return NemotronError(
         "unexpected",
         f"{type(error).__name__}: {error}",
@@ -118,8 +135,8 @@ def _unexpected(error: Exception) -> NemotronError:
     )
 
 
-def _reader_gone() -> int:
-    """End quietly when the reader of a pipe has left (``| head``)."""
-    # Python would complain once more while it flushes at exit.
-    sys.stderr.close()
-    return int(ExitCode.OK)
+def _forget_reader() -> None:
+    """Let what is left for a pipe go nowhere: that its reader has left (``| head``) is no error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -28,14 +28,14 @@ JobName = Annotated[str, typer.Argument(metavar="JOB", help="Job id, or a part t
 @app.command("list")
 def list_jobs(as_json: Json = False, debug: Debug = False) -> None:
     """List the jobs, the newest last, as their schedulers see them."""
-    found = []
-    for job in jobs.list_jobs():
+    found: list[jobs.Job] = []
+    for path in jobs.job_directories():
+        # One record that is damaged, or cluster that does not answer, must not hide other jobs.
         try:
-            found.append(launch.refresh(job))
+            found.append(jobs.read_job(path))
+            found[-1] = launch.refresh(found[-1])
         except NemotronError as error:
-            # One cluster that does not answer must not hide the jobs of the others.
-            _say(f"note: {job.record.id}: {error.problem}")
-            found.append(job)
+            _say(f"note: {path.name}: {error.problem}")
     if as_json:
         print(json.dumps([job.record.model_dump(mode="json") for job in found], indent=2))
     else:

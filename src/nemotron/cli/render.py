@@ -110,7 +110,7 @@ def step_page(step: Step) -> str:
             [
                 (
                     f"{entry.name} (exit {int(entry.exit_code)})",
-                    f"{entry.cause}. Fix: {entry.recovery}",
+                    f"{entry.cause.rstrip('.')}. Fix: {entry.recovery}",
                 )
                 for entry in manifest.errors
             ],

@@ -114,9 +114,12 @@ class Host:
 
 
 def _missing(program: str) -> NemotronError:
+    fix = 'run this on a login node of the cluster, or set tunnel = "ssh" in the profile'
+    if program == "ssh":
+        fix = 'install it, or run this on a login node of the cluster with tunnel = "local"'
     return NemotronError(
         "command_missing",
         f"there is no {program} on this host",
-        fix='run this on a login node of the cluster, or set tunnel = "ssh" in the profile',
+        fix=fix,
         exit_code=ExitCode.SUBMISSION,
     )

@@ -50,7 +50,8 @@ def _check_paths(config: Config) -> None:
         if item.path.startswith(HUB):
             continue
         for name in glob.glob(item.path, recursive=True):  # noqa: PTH207
-            refuse_overlap(config.output_dir, {item.name: Path(name)})
+            key = "blend_path" if item.path == str(config.blend_path) else item.name
+            refuse_overlap(config.output_dir, {key: Path(name)})
     tokenizer = Path(config.tokenizer_options.model)
     blend = Path(config.blend_path)
     refuse_overlap(config.output_dir, {"blend_path": blend, "tokenizer": tokenizer})

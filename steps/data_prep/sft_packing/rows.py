@@ -111,6 +111,11 @@ def parse(text: bytes | str) -> Any | BadRowError:
     except UnicodeDecodeError as error:
         return BadRowError("invalid_unicode", f"byte {error.start} is not UTF-8")
     except json.JSONDecodeError as error:
+        if text.strip() in (b"[", "["):
+            problem = (
+                "a list begins here: a line holds one row, and lists are read from .json files"
+            )
+            return BadRowError("malformed_json", problem)
         return BadRowError("malformed_json", f"{error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
         return BadRowError("malformed_json", str(error))

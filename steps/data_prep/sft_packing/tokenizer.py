@@ -28,7 +28,7 @@ SPECIAL_TOKEN_KEYS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 _REMEMBERED_WORDS = 1 << 17
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What control tokens look like in the templates of every family that has them.
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 

@@ -7,7 +7,7 @@ values that are honoured. What follows from several sections is in ``schema``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import (
     ConfigDict,
@@ -16,11 +16,16 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from nemotron.config import Schema
 from nemotron.steps._models.targets import LINEARS
+
+# Names of linears, or what is set for each.
+Patterns = TypeVar("Patterns", tuple[str, ...], dict[str, PositiveInt], dict[str, PositiveFloat])
 
 # Upstream selects defaults by importing these; here they are names, and nothing is imported.
 Recipe = Literal[
@@ -162,18 +167,18 @@ class PeftConfig(Schema):
         default=1.0, description="learning rate of lora_b over that of lora_a (LoRA+)"
     )
 
-    @model_validator(mode="after")
-    def _targets_exist(self) -> Self:
-        patterns = [*self.target_modules, *self.rank_pattern, *self.alpha_pattern]
+    @field_validator("target_modules", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _targets_exist(cls, patterns: Patterns, info: ValidationInfo) -> Patterns:
         # What a full name or wildcard matches depends on the base; see checks.target_errors.
         unknown = [each for each in patterns if "." not in each and "*" not in each]
         unknown = sorted(set(unknown) - set(LINEARS))
-        if unknown or not self.target_modules:
+        if unknown or (info.field_name == "target_modules" and not patterns):
             raise ValueError(
-                f"{unknown or 'target_modules []'} must be some of {list(LINEARS)}, or wildcards "
+                f"{unknown} must be some of {list(LINEARS)}, or wildcards "
                 "such as *.layers.0.*.linear_qkv"
             )
-        return self
+        return patterns
 
 
 class OptimizerConfig(Schema):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,20 @@ def test_a_defect_of_ours_is_one_error_too(
     assert "Traceback" not in err
 
 
+def test_a_place_that_cannot_be_written_is_no_defect(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "profiles").touch()
+    assert main(["profiles", "init", "slurm"]) == 6
+    err = capsys.readouterr().err
+    assert err.startswith("error[input_output_failed]: File exists\n  where: profiles\n  fix: ")
+
+
+def test_an_argument_that_is_not_utf_8_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["steps", "run", "data_prep/sft_packing", "output_dir=a\udcff"]) == 2
+    assert "'output_dir=a\\udcff' is not UTF-8" in capsys.readouterr().err
+
+
 def test_help_and_version_answer_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{nemotron.__version__}\n"
@@ -177,6 +192,16 @@ def test_steps_list_takes_less_than_700_ms_of_cpu() -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    script = f"set -o pipefail; {sys.executable} -m nemotron steps list --json | head -c 1"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("[", "")
+    # Python's buffer takes the one, and not the other.
+    for command in ("steps list", "steps show peft/megatron_bridge"):
+        script = f"set -o pipefail; {sys.executable} -m nemotron {command} | true"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+def test_an_interrupt_while_python_still_imports_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    argv = [sys.executable, "-m", "nemotron", "steps", "list"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

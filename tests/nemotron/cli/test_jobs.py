@@ -32,6 +32,11 @@ def test_list_status_and_logs_of_two_jobs(demo: Path, capsys: Captured) -> None:
     assert "[too_odd] that is odd" in text
     assert main(["jobs", "logs", failed]) == 0
     assert capsys.readouterr().out.startswith("making\n")
+    (demo / ".nemotron" / "jobs" / failed / "job.json").write_text("{")
+    assert main(["jobs", "list"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [line for line in lines if failed not in line]
+    assert f"note: {failed}: " in err
 
 
 def test_report_writes_a_page_and_with_json_prints_the_figures(

@@ -67,3 +67,13 @@ def test_check_says_all_that_is_wrong(
     monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
     monkeypatch.setenv("OTHER_TOKEN", "hunter2hunter2")
     assert main(["profiles", "check", "p"]) == 0
+
+
+def test_check_does_not_advise_ssh_where_there_is_no_ssh(
+    here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["[p]", "executor='slurm'", "tunnel='ssh'", "host='login'", "remote_job_dir='/jobs'"]
+    (here / "env.toml").write_text("\n".join(lines))
+    monkeypatch.setenv("PATH", str(here))
+    assert main(["profiles", "check", "p"]) == 9
+    assert "there is no ssh on this host\n  fix: install it" in capsys.readouterr().err

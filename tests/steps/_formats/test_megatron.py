@@ -140,6 +140,8 @@ def test_find_iteration_dir_refuses_a_damaged_tracker(
 def test_find_iteration_dir_says_what_is_missing(tmp_path: Path) -> None:
     assert "does not exist" in _error(tmp_path / "nowhere").problem
     assert "has no tracker file" in _error(tmp_path).problem
+    (tmp_path / "config.json").touch()
+    assert "is a Hugging Face checkpoint" in _error(tmp_path).problem
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3", encoding="utf-8")
     error = _error(tmp_path)
     assert error.code == "checkpoint_missing"

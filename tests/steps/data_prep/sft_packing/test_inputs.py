@@ -196,3 +196,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(NemotronError) as caught:
         rows_of(file)
     assert (caught.value.code, caught.value.where) == ("unreadable_input", str(file))
+
+
+def test_a_list_over_several_lines_is_told_from_damaged_rows() -> None:
+    found = rows_module.parse(b"[\r\n")
+    assert isinstance(found, BadRowError)
+    assert found.reason == "malformed_json"
+    assert "lists are read from .json files" in found.detail

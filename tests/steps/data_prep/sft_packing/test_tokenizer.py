@@ -51,6 +51,8 @@ def test_load_tokenizer_finds_a_repository_in_the_cache(
     with pytest.raises(NemotronError, match="no tokenizer at someone/other") as caught:
         load_tokenizer("someone/other")
     assert caught.value.code == "missing_tokenizer"
+    with pytest.raises(NemotronError, match=r"no tokenizer at \.\./model: no such directory"):
+        load_tokenizer("../model")
 
 
 def test_load_tokenizer_names_a_directory_without_a_tokenizer(tmp_path: Path) -> None:

@@ -142,7 +142,8 @@ def test_one_fact_stated_twice_and_differently_is_refused() -> None:
 
 def test_a_target_that_does_not_exist_is_refused_with_those_that_do() -> None:
     for key, value in (("target_modules", ["linear_q"]), ("rank_pattern", {"linear_q": 4})):
-        with pytest.raises(ValueError, match=r"\['linear_q'\] must be some of \['linear_qkv'"):
+        wrong = rf"peft\.{key}\s.*\['linear_q'\] must be some of \['linear_qkv'"
+        with pytest.raises(ValueError, match=wrong):
             Config.model_validate({"peft": {key: value}})
 
 
