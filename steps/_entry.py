@@ -100,7 +100,8 @@ def reporting() -> Iterator[None]:
     except NemotronError as error:
         raise _ReportedError(report(error)) from error
     except Exception as error:
-        if isinstance(error, OSError) and (refused := system_refusal(error)):
+        is_of_system = isinstance(error, OSError)
+        if is_of_system and (refused := system_refusal(error, origin=origin(error))):
             raise _ReportedError(report(refused)) from error
         if _LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
             time.sleep(_SECONDS_FOR_THE_CAUSE)
@@ -180,16 +181,11 @@ def _refuse_others(step: str, others: Sequence[str]) -> None:
 
 def _unexpected(error: Exception) -> NemotronError:
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
-    where = origin(error)
-    fix = "this is a defect of nemotron or of its environment; report it with the lines above"
-    if isinstance(error, OSError) and error.filename is not None:
-        where = os.fsdecode(error.filename)
-        fix = "see that this path is there, may be written, and lies on a disk with room"
     return NemotronError(
         "unexpected",
         f"{type(error).__name__}: {error}{notes}",
-        where=where,
-        fix=fix,
+        where=origin(error),
+        fix="this is a defect of nemotron or of its environment; report it with the lines above",
         exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
     )
 

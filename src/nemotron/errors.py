@@ -8,6 +8,7 @@ traceback and exit with its code. This module imports nothing of ours.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -108,14 +109,18 @@ def raise_all(errors: Sequence[NemotronError]) -> None:
         raise errors[0] if len(errors) == 1 else CombinedError(errors)
 
 
-def system_refusal(error: OSError) -> NemotronError | None:
-    """Return what the system refused to read or write; None if it is no fault of the place."""
+def system_refusal(error: OSError, *, origin: str = "") -> NemotronError | None:
+    """Return what the system refused to read or write; None if it is no fault of the place.
+
+    ``origin`` says where it was raised, for an error that names no path.
+    """
     if error.errno not in _REFUSALS:
         return None
+    notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
     return NemotronError(
         "input_output_failed",
-        error.strerror or str(error),
-        where=str(error.filename or ""),
-        fix="make room there, get the permission, or choose another place",
+        f"{error.strerror}{notes}",
+        where=origin if error.filename is None else os.fsdecode(error.filename),
+        fix="see that it is there and may be used, make room on its disk, or choose another place",
         exit_code=ExitCode.IO,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -79,21 +80,6 @@ def test_what_nobody_foresaw_keeps_its_traceback(
     assert f"{os.path.basename(__file__)}:" in err  # noqa: PTH119 - a name, not a path
 
 
-def test_a_file_that_cannot_be_used_is_named_and_no_defect(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-
-    def make(config: Config, produced_by: Producer) -> None:
-        (tmp_path / "file" / "out").mkdir(parents=True)
-
-    assert run_step("a/b", Config, make, arguments) == ExitCode.IO
-    told = capsys.readouterr().err.split("error[")[1]
-    assert f"where: {tmp_path / 'file'}" in told.replace("/out", "")
-    assert "may be written" in told
-    assert "defect" not in told
-
-
 def test_an_error_of_the_manifest_has_its_cause_recovery_and_exit_code() -> None:
     error = step_error("peft/megatron_bridge", "missing_packed_data", "nothing there", where="x")
     assert error.exit_code == ExitCode.PREFLIGHT
@@ -131,3 +117,17 @@ def test_a_place_that_cannot_be_written_is_no_defect(
     assert err.startswith("error[input_output_failed]: Not a directory\n  where: ")
     assert "below a file\n  fix: " in err
     assert json.loads(error_file.read_text())["exit_code"] == ExitCode.IO
+
+
+def test_an_error_of_the_system_without_a_path_tells_where_it_came_and_what_was_noted(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(config: Config, produced_by: Producer) -> None:
+        error = OSError(errno.ENOSPC, "No space left on device")
+        error.add_note("after step 3")
+        raise error
+
+    assert run_step("a/b", Config, write, arguments) == ExitCode.IO
+    err = capsys.readouterr().err
+    assert err.startswith("error[input_output_failed]: No space left on device, after step 3\n")
+    assert f"  where: {__file__}:" in err
