@@ -7,11 +7,17 @@ seconds and peak memory are those above a process that only imports the same mod
 has all sides, one after the other; the best of each counts, the copy's as well.
 Copying is ``shutil.copyfile`` and fsync of every file. On a machine that does other things the CPU
 seconds are what to compare.
+
+A virtual machine may give memory that is free for two seconds back to its host. Where that is so,
+taking it again for the pages of a new file costs two seconds per GB, more than all else. So that no
+side pays for it, 6 GiB are held in memory until a side has imported what it needs, and are free
+when its clock starts. No side meets an output of the round before.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -20,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +34,29 @@ from typing import Any
 HIDDEN, FFN, HEADS, GROUPS, VOCAB, RANK = 2048, 8192, 16, 4, 32000, 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IMPORT_OURS = "import nemotron.steps.convert.merge_lora.step"
-IMPORT_PEFT = "import peft, torch, transformers; from transformers import LlamaForCausalLM"
+IMPORT_PEFT = "import torch; from peft import PeftModel; from transformers import LlamaForCausalLM"
 PEFT_MERGE = """
-import sys, torch
-from peft import PeftModel
-from transformers import LlamaForCausalLM
 base = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
+"""
+HOLD = """
+import mmap, time
+held = mmap.mmap(-1, 6 << 30)
+if hasattr(mmap, "MADV_HUGEPAGE"):
+    held.madvise(mmap.MADV_HUGEPAGE)
+for start in range(0, len(held), 4096):
+    held[start] = 1
+print("held", flush=True)
+time.sleep(3600)
+"""
+# A side says that it is ready, and waits until its clock starts.
+CHILD = """
+import os, sys
+{imports}
+ready, go = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+os.write(ready, b"1")
+os.read(go, 1)
+{work}
 """
 
 
@@ -48,8 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         root: Path = arguments.keep or Path(made)
         root.mkdir(parents=True, exist_ok=True)
-        call = f"import convert; convert.build({str(root)!r}, {arguments.layers})"
-        run_in_child(["-c", call])
+        run_in_child("import convert", f"convert.build({str(root)!r}, {arguments.layers})")
         measure(root, arguments.rounds)
 
 
@@ -96,7 +117,7 @@ def measure(root: Path, num_rounds: int) -> None:
 
 def run_sides(root: Path) -> dict[str, Cost]:
     """Run every side once."""
-    hf, adapter = root / "hf", root / "adapter"
+    hf, adapter, peft = root / "hf", root / "adapter", root / "peft"
     to_megatron = {"hf_model_path": hf, "output_dir": root / "megatron"}
     to_hf = {"megatron_path": root / "megatron", "output_dir": root / "back"}
     merge = {
@@ -106,15 +127,18 @@ def run_sides(root: Path) -> dict[str, Cost]:
         "output_hf_path": root / "merged",
         "allow_unverified_base": True,
     }
+    for output in ("copy", "megatron", "back", "merged", "peft"):
+        shutil.rmtree(root / output, ignore_errors=True)
+    copied = ["convert.copy(sys.argv[1], sys.argv[2])", str(hf), str(root / "copy")]
     return {
-        "copy": copy(hf, root / "copy"),
-        "import ours": run_in_child(["-c", IMPORT_OURS]),
-        "import peft": run_in_child(["-c", IMPORT_PEFT]),
+        "copy": run_in_child("import convert", *copied),
+        "import ours": run_in_child(IMPORT_OURS),
+        "import peft": run_in_child(IMPORT_PEFT),
         "hf -> megatron": run_step(root, "convert.hf_to_megatron", to_megatron),
         "megatron -> hf": run_step(root, "convert.megatron_to_hf", to_hf),
         "merge, verified": run_step(root, "convert.merge_lora", merge),
         "peft merge_and_unload": run_in_child(
-            ["-c", PEFT_MERGE, str(hf), str(adapter), str(root / "peft")]
+            IMPORT_PEFT, PEFT_MERGE, str(hf), str(adapter), str(peft)
         ),
     }
 
@@ -137,42 +161,65 @@ class Cost:
         return Cost(self.wall - other.wall, self.cpu - other.cpu, self.peak_mb - other.peak_mb)
 
 
-def copy(source: Path, target: Path) -> Cost:
+def copy(source: str, target: str) -> None:
     """Copy a directory's weights, onto the disk at the end."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    start, cpu = time.perf_counter(), time.process_time()
-    for path in source.glob("*.safetensors"):
-        shutil.copyfile(path, target / path.name)
-        with (target / path.name).open("rb") as stream:
+    Path(target).mkdir()
+    for path in Path(source).glob("*.safetensors"):
+        copied = shutil.copyfile(path, Path(target) / path.name)
+        with copied.open("rb") as stream:
             os.fsync(stream.fileno())
-    return Cost(time.perf_counter() - start, time.process_time() - cpu)
 
 
-def run_step(root: Path, module: str, values: dict[str, Any]) -> Cost:
+def run_step(root: Path, name: str, values: dict[str, Any]) -> Cost:
     """Run a step with a config."""
-    path = root / f"{module}.json"
+    path = root / f"{name}.json"
     path.write_text(json.dumps(values, default=str), encoding="utf-8")  # JSON is YAML
-    return run_in_child(["-m", f"nemotron.steps.{module}.step", "--config", str(path)])
+    module = f"nemotron.steps.{name}.step"
+    return run_in_child(f"import {module}", f"{module}.main()", "--config", str(path))
 
 
-def run_in_child(arguments: list[str]) -> Cost:
-    """Run one Python process; its peak memory is that of the process, in MB."""
+def run_in_child(imports: str, work: str = "", *arguments: str) -> Cost:
+    """Run one Python process; its peak memory is that of the process, in MB.
+
+    The clock runs while ``work`` is done, CPU seconds and peak are those of the whole process.
+    """
+    (hears_ready, ready), (hears_go, go) = os.pipe(), os.pipe()
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    code = CHILD.format(imports=imports, work=work)
+    with held_memory():
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(ready), str(hears_go), *arguments],
+            env=environment,
+            pass_fds=(ready, hears_go),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(ready)
+        os.read(hears_ready, 1)
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    os.write(go, b"1")
     _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    for descriptor in (hears_ready, hears_go, go):
+        os.close(descriptor)
     if status:
-        raise SystemExit(f"{arguments} failed")
+        raise SystemExit(f"{[imports, work, *arguments]} failed")
     # Linux counts KiB, macOS bytes.
     peak_mb = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3 / 1.024)
-    return Cost(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak_mb)
+    return Cost(wall, usage.ru_utime + usage.ru_stime, peak_mb)
+
+
+@contextlib.contextmanager
+def held_memory() -> Iterator[None]:
+    """Have a process hold the memory that a side will use, until the block ends."""
+    hears, tells = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdout=tells) as holder:
+        os.read(hears, 1)
+        yield
+        holder.kill()
+    os.close(hears)
+    os.close(tells)
 
 
 if __name__ == "__main__":

@@ -1,79 +1,60 @@
 """The fingerprint of a base model: one digest over its weights, whatever format they lie in.
 
 It is the sha256 of the JSON list, sorted by Hugging Face name, of [name, safetensors name of the
-type, shape, sha256 of the little-endian bytes]. A tied ``lm_head.weight`` is left out, so the value
+type, shape, BLAKE3 of the little-endian bytes]. A tied ``lm_head.weight`` is left out, so the value
 is the same from a Hugging Face directory and from the Megatron checkpoint made of it.
+
+BLAKE3 is as strong as sha256 and five times as fast: one core hashes more than any disk reads.
+
+Source: https://github.com/BLAKE3-team/BLAKE3-specs
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import deque
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
-from threading import Lock
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from nemotron.artifacts import sha256_json
 from nemotron.steps._formats.safetensors_file import raw_bytes
 from nemotron.steps._formats.weights import DTYPE_NAMES, Weights
 
-_NUM_THREADS = min(4, os.cpu_count() or 1)
-_MAX_WAITING_BYTES = 32_000_000  # tensors that are held only because they are being hashed
+_NUM_THREADS = min(2, os.cpu_count() or 1)  # that read; each holds one tensor
 
-
-TensorEntry = tuple[str, list[int], str]  # name of the type, shape, sha256 of the bytes
+TensorEntry = tuple[str, list[int], str]  # name of the type, shape, BLAKE3 of the bytes
 
 
 class Fingerprint:
-    """The fingerprint of weights that pass by one at a time, in any order, from any thread.
-
-    Hashing goes on in threads, behind the caller's back: sha256 is slower than any disk that is
-    worth having. When ``add`` returns, at most 32 MB wait, or a third of the largest tensor so far,
-    however busy the machine is.
-    """
+    """The fingerprint of weights that pass by one at a time, in any order, from any thread."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[str, list[int], Future[str]]] = {}
-        self._waiting: deque[tuple[int, Future[str]]] = deque()
-        self._threads = ThreadPoolExecutor(_NUM_THREADS)
-        self._lock = Lock()
-        self._largest_bytes = 0
+        self._entries: dict[str, TensorEntry] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take in one tensor, whose values stay as they are."""
-        with self._lock:
-            digest = self._threads.submit(_sha256, tensor)
-            self._waiting.append((tensor.nbytes, digest))
-            self._entries[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), digest
-            self._largest_bytes = max(self._largest_bytes, tensor.nbytes)
-            limit = max(_MAX_WAITING_BYTES, self._largest_bytes // 3)
-            while sum(size for size, _ in self._waiting) > limit:
-                self._waiting.popleft()[1].result()
+        """Take in one tensor."""
+        with torch.inference_mode():  # detached: only the bytes count
+            digest = blake3(raw_bytes(tensor)).hexdigest()
+        self._entries[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), digest
 
     def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
-        """Return what is known of those of ``names`` that were taken in, hashed to their ends."""
-        return {name: self._entry(name) for name in names if name in self._entries}
+        """Return what is known of those of ``names`` that were taken in."""
+        return {name: self._entries[name] for name in names if name in self._entries}
 
     def restore(self, *taken: Mapping[str, TensorEntry]) -> None:
         """Take in what ``entries`` said of tensors."""
-        for name, (kind, shape, digest) in chain.from_iterable(each.items() for each in taken):
-            self._entries[name] = kind, shape, _done(digest)
+        for entries in taken:
+            self._entries.update(entries)
 
     def hexdigest(self) -> str:
         """Return the fingerprint of the tensors taken in so far."""
-        return sha256_json([[name, *self._entry(name)] for name in sorted(self._entries)])
-
-    def _entry(self, name: str) -> TensorEntry:
-        kind, shape, digest = self._entries[name]
-        return kind, shape, digest.result()
+        return sha256_json([[name, *self._entries[name]] for name in sorted(self._entries)])
 
 
 class FingerprintedWeights:
@@ -96,23 +77,18 @@ class FingerprintedWeights:
         """Return the fingerprint: ``known``, or after reading what nobody has read yet."""
         if self._known is not None:
             return self._known
-        for name in self.names:
-            if name not in self._fingerprint:
-                self.read(name)
+        unread = [name for name in self.names if name not in self._fingerprint]
+        size = -(-len(unread) // _NUM_THREADS) or 1  # in one piece: some read neighbours together
+        parts = [unread[start : start + size] for start in range(0, len(unread), size)]
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
+            list(threads.map(self._read_all, parts))
         return self._fingerprint.hexdigest()
+
+    def _read_all(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.read(name)
 
 
 def base_fingerprint(weights: Weights) -> str:
     """Return the fingerprint of a model's weights, reading one tensor at a time."""
     return FingerprintedWeights(weights).fingerprint()
-
-
-def _done(digest: str) -> Future[str]:
-    future: Future[str] = Future()
-    future.set_result(digest)
-    return future
-
-
-def _sha256(tensor: Tensor) -> str:
-    with torch.inference_mode():  # detached: only the bytes count
-        return hashlib.sha256(raw_bytes(tensor)).hexdigest()

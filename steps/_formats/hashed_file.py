@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 
-_LARGE_BYTES = 1 << 18  # below, handing it to a thread costs more than hashing it
+_BLOCK_BYTES = 1 << 20  # that are hashed at once; they fit into a core's cache
+_WRITE_OUT_BYTES = 1 << 26  # that are sent to the disk at once
+_SYNC_FILE_RANGE_WRITE = 2  # of fcntl.h: begin to write out, and do not wait
+_C_LIBRARY = ctypes.CDLL(None)
 
 
 class HashedFile:
     """A new file, written from its beginning and on the disk when the ``with`` block ends well.
 
-    What is large is hashed by a thread while it is written, and nobody holds it afterwards.
+    A thread follows what is written: it hashes it, out of the page cache, and sends it to the disk.
+    It may fall behind as far as it likes, so the writer never waits for it; the block's end does.
 
     Attributes:
         sha256: Hexadecimal digest of the content; after the block.
@@ -24,9 +30,11 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self.size_bytes = 0
         self.sha256 = ""
-        self._digest = hashlib.sha256()
-        self._stream = path.open("wb", buffering=0)
+        self._stream = path.open("w+b", buffering=0)
+        self._told_bytes = 0
+        self._ends: SimpleQueue[int | None] = SimpleQueue()  # sizes to hash up to, then None
         self._thread = ThreadPoolExecutor(1)
+        self._digest = self._thread.submit(self._follow)
 
     def __enter__(self) -> HashedFile:
         return self
@@ -37,31 +45,51 @@ class HashedFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._thread.shutdown()
+        try:
+            if kind is None:
+                self._ends.put(self.size_bytes)
+                os.fsync(self._stream.fileno())
+        finally:
+            self._ends.put(None)
+            self._thread.shutdown()
+            self._stream.close()
         if kind is None:
-            os.fsync(self._stream.fileno())
-            self.sha256 = self._digest.hexdigest()
-        self._stream.close()
+            self.sha256 = self._digest.result()
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes; they may change or go when this returns."""
         view = memoryview(data).cast("B")
-        if len(view) < _LARGE_BYTES:
-            self._digest.update(view)
-            self._write_all(view)
-        else:
-            hashed = self._thread.submit(self._digest.update, view)
-            try:
-                self._write_all(view)
-            finally:
-                hashed.result()
+        start = 0
+        while start < len(view):  # Linux writes 2 GiB at most in one call
+            start += self._stream.write(view[start:])
         self.size_bytes += len(view)
+        if self.size_bytes - self._told_bytes >= _BLOCK_BYTES:
+            self._told_bytes = self.size_bytes
+            self._ends.put(self.size_bytes)
         return len(view)
 
     def flush(self) -> None:
         """Do nothing: nothing is held back."""
 
-    def _write_all(self, view: memoryview) -> None:
-        start = 0
-        while start < len(view):  # Linux writes 2 GiB at most in one call
-            start += self._stream.write(view[start:])
+    def _follow(self) -> str:
+        """Return the digest of all that is written until the end."""
+        digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+        hashed = sent = 0
+        while (end := self._ends.get()) is not None:
+            while hashed < end:
+                count = os.preadv(self._stream.fileno(), [block[: end - hashed]], hashed)
+                if count == 0:
+                    raise OSError(f"{self._stream.name} was cut while it was written")
+                digest.update(block[:count])
+                hashed += count
+                if hashed - sent >= _WRITE_OUT_BYTES:
+                    _begin_to_write_out(self._stream.fileno(), sent, hashed - sent)
+                    sent = hashed
+        return digest.hexdigest()
+
+
+def _begin_to_write_out(descriptor: int, start: int, num_bytes: int) -> None:
+    """Have the disk begin with what would else all be left to the fsync."""
+    if hasattr(_C_LIBRARY, "sync_file_range"):  # Linux
+        first, count = ctypes.c_int64(start), ctypes.c_int64(num_bytes)
+        _C_LIBRARY.sync_file_range(descriptor, first, count, _SYNC_FILE_RANGE_WRITE)

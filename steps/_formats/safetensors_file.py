@@ -12,7 +12,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from nemotron.steps._formats.mapped_bytes import map_tensor
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, damaged
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_NUM_READERS = min(2, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def write_safetensors(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Write a safetensors file, reading and holding one tensor at a time; return its sha256.
+    """Write a safetensors file and return its sha256; two tensors are read while one is written.
 
     Tensors of wider types come first, so that every tensor is aligned to its own width.
 
@@ -113,7 +117,7 @@ def write_safetensors(
         names: Tensors, in the order to write those of one type.
         shape: Returns the shape of a tensor.
         dtype: Returns the type of a tensor.
-        read: Returns a tensor; called once per name.
+        read: Returns a tensor; called once per name, by other threads.
         metadata: Text entries beside the obligatory ``format``.
     """
     ordered = sorted(names, key=lambda name: -dtype(name).itemsize)
@@ -132,13 +136,29 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with HashedFile(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            tensor = read(name)
+        for name, tensor in _read_ahead(ordered, read):
             if tuple(tensor.shape) != shape(name) or tensor.dtype != dtype(name):
                 raise ValueError(f"{name} is not of the shape and type announced")
             stream.write(raw_bytes(tensor))
             del tensor  # before the next one is there
     return stream.sha256
+
+
+def _read_ahead(
+    names: Iterable[str], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every name with its tensor, which a thread reads while those before are used."""
+    with ThreadPoolExecutor(_NUM_READERS) as threads:
+        coming: deque[tuple[str, Future[Tensor]]] = deque()
+        for name in names:
+            # Settings of torch are the caller's, whichever way torch keeps them.
+            coming.append((name, threads.submit(copy_context().run, read, name)))
+            if len(coming) > _NUM_READERS:
+                ready, tensor = coming.popleft()
+                yield ready, tensor.result()
+                del tensor
+        for ready, tensor in coming:
+            yield ready, tensor.result()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

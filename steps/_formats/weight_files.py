@@ -8,11 +8,12 @@ work, so that a changed source starts anew.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def write_files(
         return json.loads(text)  # as it will be found: pickle tells equal strings from the same
 
     files = list(files)
-    with ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:
+    with _one_torch_thread(), ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:
         # Settings of torch are the caller's, whichever way torch keeps them.
         running = [threads.submit(copy_context().run, write_or_find, file) for file in files]
         try:
@@ -76,6 +77,17 @@ def write_files(
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Have torch compute where it is called: its own threads would spin in the way of ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def work_key(produced_by: Producer, sources: Iterable[Path]) -> str:

@@ -69,7 +69,7 @@ def compare_merged(base: Weights, adapter: LoraAdapter, merged: Weights) -> Logi
         both = _apply(layers.add(layer, factors), tokens_S, both)
         of_merged = _apply(layers.load(readers[1], layer, factors), tokens_S, of_merged)
     del layers
-    without, wanted = _logits(base, before), _logits(base, both)
+    without, wanted = _logits(base, torch.cat([before, both])).chunk(2)
     got = _logits(merged, of_merged)
     eps = torch.finfo(base.dtype("model.layers.0.mlp.down_proj.weight")).eps
     return LogitComparison(

@@ -24,7 +24,7 @@ from nemotron.steps._training.layerwise import compare_merged
 from nemotron.steps.convert.merge_lora.checks import ID
 from nemotron.steps.convert.merge_lora.inputs import MergeInputs
 
-_ELEMENTS_AT_A_TIME = 1 << 18  # bounds the fp32 product to what a cache holds
+_ELEMENTS_AT_A_TIME = 1 << 17  # bounds the fp32 product to what a cache holds
 
 
 class MergedWeights:
@@ -72,12 +72,15 @@ def add_delta(
     lora_a, lora_b = lora_a.float(), lora_b.float()
     num_rows = max(1, _ELEMENTS_AT_A_TIME // weight.shape[1])
     blocks = zip(*(each.split(num_rows) for each in (weight, lora_b, merged)), strict=True)
+    shape = min(num_rows, len(weight)), weight.shape[1]
+    delta, total = torch.empty(shape), torch.empty(shape)
     largest = 0.0
     for weight_rows, lora_b_rows, merged_rows in blocks:
-        delta = (lora_b_rows @ lora_a).mul_(scale)
+        delta, total = delta[: len(weight_rows)], total[: len(weight_rows)]
+        torch.mm(lora_b_rows, lora_a, out=delta).mul_(scale)
         smallest, greatest = torch.aminmax(delta)
         largest = max(largest, -smallest.item(), greatest.item())
-        merged_rows.copy_(delta.add_(weight_rows.float()))
+        merged_rows.copy_(total.copy_(weight_rows).add_(delta))
     return merged, largest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -135,3 +136,38 @@ def test_read_refuses_types_that_no_model_has(tmp_path: Path) -> None:
     with pytest.raises(NemotronError, match="x is I32; wanted one of") as caught:
         SafetensorsFile(tmp_path / "a.safetensors").read("x")
     assert caught.value.code == "weights_dtype"
+
+
+def test_no_more_than_three_tensors_are_held_while_writing(tmp_path: Path) -> None:
+    held, counts = WeakSet[Tensor](), []
+
+    def read(name: str) -> Tensor:
+        tensor = torch.full((1000,), float(name))
+        held.add(tensor)
+        counts.append(len(held))
+        return tensor
+
+    names = [str(number) for number in range(30)]
+    write_safetensors(
+        tmp_path / "a.safetensors",
+        names=names,
+        shape=lambda _: (1000,),
+        dtype=lambda _: torch.float32,
+        read=read,
+    )
+    assert max(counts) <= 3
+    written = load_file(tmp_path / "a.safetensors")
+    assert [written[name][0].item() for name in names] == list(range(30))
+
+
+def test_what_fails_to_be_read_is_the_error_of_the_writer(tmp_path: Path) -> None:
+    tensors = _tensors()
+    names = list(tensors)
+    with pytest.raises(KeyError, match="gone"):
+        write_safetensors(
+            tmp_path / "a.safetensors",
+            names=[*names, "gone"],
+            shape=lambda name: tuple(tensors.get(name, torch.empty(0)).shape),
+            dtype=lambda name: tensors.get(name, torch.empty(0)).dtype,
+            read=lambda name: tensors[name],
+        )
