@@ -50,7 +50,13 @@ class Fingerprint:
     def restore(self, *taken: Mapping[str, TensorEntry]) -> None:
         """Take in what ``entries`` said of tensors."""
         for entries in taken:
-            self._entries.update(entries)
+            for name, (kind, shape, digest) in entries.items():
+                self._entries[name] = kind, shape, digest
+
+    def first_difference(self, other: Fingerprint) -> str | None:
+        """Return the first name, in their order, of which the two took in something else."""
+        names = sorted(self._entries.keys() | other._entries.keys())
+        return next((n for n in names if self._entries.get(n) != other._entries.get(n)), None)
 
     def hexdigest(self) -> str:
         """Return the fingerprint of the tensors taken in so far."""
@@ -74,15 +80,17 @@ class FingerprintedWeights:
         return tensor
 
     def fingerprint(self) -> str:
-        """Return the fingerprint: ``known``, or after reading what nobody has read yet."""
-        if self._known is not None:
-            return self._known
+        """Return the fingerprint: ``known``, or that of ``taken``."""
+        return self._known or self.taken().hexdigest()
+
+    def taken(self) -> Fingerprint:
+        """Return what was taken while the weights were read, after reading what nobody has."""
         unread = [name for name in self.names if name not in self._fingerprint]
         size = -(-len(unread) // _NUM_THREADS) or 1  # in one piece: some read neighbours together
         parts = [unread[start : start + size] for start in range(0, len(unread), size)]
         with ThreadPoolExecutor(_NUM_THREADS) as threads:
             list(threads.map(self._read_all, parts))
-        return self._fingerprint.hexdigest()
+        return self._fingerprint
 
     def _read_all(self, names: Sequence[str]) -> None:
         for name in names:

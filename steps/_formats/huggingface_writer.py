@@ -46,7 +46,6 @@ def publish_huggingface(
     properties: Callable[[], Mapping[str, Any]] = dict,
     show_progress: bool = True,
     compare: Compare | None = None,
-    known_fingerprint: str | None = None,
     resume_key: str | None = None,
 ) -> Artifact:
     """Write weights as a ``checkpoint_hf`` artifact, read it back and give it its name.
@@ -62,7 +61,6 @@ def publish_huggingface(
         properties: Called after the weights were written, for what else goes into it.
         show_progress: Print a line every few seconds.
         compare: Gets the weights as they are read back; what it returns goes into the properties.
-        known_fingerprint: The weights' base fingerprint where nobody needs to take it.
         resume_key: What the bytes depend on; a run that was killed is gone on with, see
             ``publish``. Without it the work starts anew.
 
@@ -76,10 +74,10 @@ def publish_huggingface(
         if has_tokenizer and chat_template is not None:
             (directory / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         reported = ReportedWeights(weights, f"writing {root}") if show_progress else weights
-        written = write_weights(directory, reported, known_fingerprint=known_fingerprint)
+        written = write_weights(directory, reported)
         reread = HuggingFaceCheckpoint(directory)
-        compared = read_back(reread, written, source=weights, where=directory, compare=compare)
-        model = model_properties(source, weights.config, written.fingerprint)
+        compared = read_back(reread, written, where=directory, compare=compare)
+        model = model_properties(source, weights.config, written.fingerprint.hexdigest())
         return write_artifact(
             directory,
             artifact_type="checkpoint_hf",
@@ -95,7 +93,6 @@ def write_weights(
     weights: Weights,
     *,
     max_shard_bytes: int | None = None,
-    known_fingerprint: str | None = None,
 ) -> Written:
     """Write ``model.safetensors``, or shards with an index.
 
@@ -104,15 +101,13 @@ def write_weights(
         weights: What to write; one tensor of a file is held at a time.
         max_shard_bytes: Most bytes of tensors in one file, ``MAX_SHARD_BYTES`` by default; a
             larger tensor gets its own file.
-        known_fingerprint: The weights' base fingerprint where nobody needs to take it.
     """
     fingerprint = Fingerprint()
     shards = _plan_shards(weights, max_shard_bytes or MAX_SHARD_BYTES)
 
     def read(name: str) -> Tensor:
         tensor = weights.read(name)
-        if known_fingerprint is None:
-            fingerprint.add(name, tensor)
+        fingerprint.add(name, tensor)
         return tensor
 
     def write(file: str) -> Receipt:
@@ -127,7 +122,7 @@ def write_weights(
     if len(shards) > 1:
         _write_index(directory, shards, weights)
     digests = {file: receipt["sha256"] for file, receipt in receipts.items()}
-    return Written(known_fingerprint or fingerprint.hexdigest(), digests)
+    return Written(fingerprint, digests)
 
 
 def _spell_twice(config_path: Path) -> None:

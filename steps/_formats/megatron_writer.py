@@ -68,7 +68,6 @@ def publish_megatron(
     inputs: Sequence[Input],
     show_progress: bool = True,
     compare: Compare | None = None,
-    known_fingerprint: str | None = None,
     resume_key: str | None = None,
 ) -> Artifact:
     """Write weights as a ``checkpoint_megatron`` artifact, read it back and give it its name.
@@ -82,7 +81,6 @@ def publish_megatron(
         inputs: Go into ``artifact.json``.
         show_progress: Print a line every few seconds.
         compare: Gets the weights as they are read back; what it returns goes into the properties.
-        known_fingerprint: The weights' base fingerprint where nobody needs to take it.
         resume_key: What the bytes depend on; a run that was killed is gone on with, see
             ``publish``. Without it the work starts anew.
 
@@ -97,16 +95,16 @@ def publish_megatron(
             reported,
             source=source,
             source_name=source_name,
-            known_fingerprint=known_fingerprint,
         )
         reread = MegatronWeights(open_megatron(directory))
-        compared = read_back(reread, written, source=weights, where=directory, compare=compare)
+        compared = read_back(reread, written, where=directory, compare=compare)
         return write_artifact(
             directory,
             artifact_type="checkpoint_megatron",
             produced_by=produced_by,
             inputs=inputs,
-            properties=model_properties(source, weights.config, written.fingerprint) | compared,
+            properties=model_properties(source, weights.config, written.fingerprint.hexdigest())
+            | compared,
             digests=written.digests,
         )
 
@@ -117,7 +115,6 @@ def write_megatron(
     *,
     source: Path,
     source_name: str,
-    known_fingerprint: str | None = None,
 ) -> Written:
     """Write weights as a Megatron checkpoint.
 
@@ -129,7 +126,6 @@ def write_megatron(
         weights: What to write.
         source: Hugging Face directory whose config, tokenizer and chat template go along.
         source_name: What the run config names as the source model.
-        known_fingerprint: The weights' base fingerprint where nobody needs to take it.
 
     Raises:
         NemotronError: ``weights_dtype``: tensors that share one Megatron tensor differ in type.
@@ -137,7 +133,7 @@ def write_megatron(
     dtype = _check_dtypes(weights)
     iteration_dir = root / f"iter_{_ITERATION:07d}"
     iteration_dir.mkdir(exist_ok=True)
-    written = _write_tensors(root, iteration_dir, weights, known_fingerprint)
+    written = _write_tensors(root, iteration_dir, weights)
     copy_files(source, iteration_dir / "tokenizer", TOKENIZER_FILES)
     copy_model_files(source, root / HF_DIR)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -149,18 +145,15 @@ def write_megatron(
     return written
 
 
-def _write_tensors(
-    root: Path, iteration_dir: Path, weights: Weights, known_fingerprint: str | None
-) -> Written:
+def _write_tensors(root: Path, iteration_dir: Path, weights: Weights) -> Written:
     fingerprint = Fingerprint()
-    taking = fingerprint if known_fingerprint is None else None
     files = _plan_files(weights)
 
     def write(file: str) -> Receipt:
         places = files[file]
         with TorchDistFile(root / file) as stream:
             for rule, layer in places:
-                _write_place(stream, weights, rule, layer, taking)
+                _write_place(stream, weights, rule, layer, fingerprint)
         names = [name for rule, layer in places for name in _hf_names(rule, layer)]
         return {
             "sha256": stream.sha256,
@@ -175,8 +168,7 @@ def _write_tensors(
         (StoredItem(**item) for receipt in receipts.values() for item in receipt["items"]),
     )
     fingerprint.restore(*(receipt["tensors"] for receipt in receipts.values()))
-    digest = known_fingerprint or fingerprint.hexdigest()
-    return Written(digest, {file: receipt["sha256"] for file, receipt in receipts.items()})
+    return Written(fingerprint, {file: receipt["sha256"] for file, receipt in receipts.items()})
 
 
 def _write_place(
@@ -184,7 +176,7 @@ def _write_place(
     weights: Weights,
     rule: WeightRule,
     layer: int | None,
-    fingerprint: Fingerprint | None,
+    fingerprint: Fingerprint,
 ) -> None:
     """Write one Megatron tensor, of one layer where it has layers."""
     tensor = _read_place(weights, rule, layer, fingerprint)
@@ -201,14 +193,13 @@ def _write_place(
 
 
 def _read_place(
-    weights: Weights, rule: WeightRule, layer: int | None, fingerprint: Fingerprint | None
+    weights: Weights, rule: WeightRule, layer: int | None, fingerprint: Fingerprint
 ) -> Tensor:
     """Return one Megatron tensor; its parts are let go."""
     names = _hf_names(rule, layer)
     parts = [weights.read(name) for name in names]
     for name, part in zip(names, parts, strict=True):
-        if fingerprint:
-            fingerprint.add(name, part)
+        fingerprint.add(name, part)
     return join_rows(parts, layout=rule.layout, config=weights.config)
 
 

@@ -13,7 +13,7 @@ import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ import torch
 
 from nemotron.artifacts import RESUME_DIR, Producer, sha256_file, sha256_json, write_text
 from nemotron.errors import NemotronError
-from nemotron.steps._formats.fingerprint import FingerprintedWeights
+from nemotron.steps._formats.fingerprint import Fingerprint, FingerprintedWeights
 from nemotron.steps._formats.weights import Weights, damaged
 
 # Each of them holds one tensor and what is made of it, and has a thread that hashes.
@@ -39,11 +39,11 @@ class Written:
     """What is known of weights that were written.
 
     Args:
-        fingerprint: Their base fingerprint.
+        fingerprint: Taken of them before they were written.
         digests: sha256 of each of their files, by path relative to the checkpoint.
     """
 
-    fingerprint: str
+    fingerprint: Fingerprint
     digests: Mapping[str, str]
 
 
@@ -112,34 +112,29 @@ def read_back(
     weights: Weights,
     written: Written,
     *,
-    source: Weights,
     where: Path,
     compare: Compare | None = None,
 ) -> dict[str, Any]:
     """Read weights that were just written, and return what ``compare`` makes of them.
 
-    Without ``compare`` they are compared with ``source``, which is read again, bit by bit; with it,
-    by the digest of every tensor as ``compare`` reads them, because making a merged tensor again
-    takes longer.
+    Each tensor's digest is compared with that of what was to be written: making a fused or merged
+    tensor again, to compare it bit by bit, takes longer and proves no more.
 
     Raises:
         NemotronError: ``artifact_damaged``: they are not those that were written; and what
             ``compare`` raises.
     """
-    if compare is None:
-        if (name := _first_difference(weights, source)) is not None:
-            raise damaged(where, f"{name} does not read back as it was written")
-        return {}
     _return_freed_memory()
     reread = FingerprintedWeights(weights)
     problem: NemotronError | None = None
     properties: dict[str, Any] = {}
     try:
-        properties |= compare(reread)
+        properties |= compare(reread) if compare else {}
     except NemotronError as error:
         problem = error
-    if reread.fingerprint() != written.fingerprint:  # the cause, where both are wrong
-        raise damaged(where, "the weights read back are not those that were written")
+    name = written.fingerprint.first_difference(reread.taken())
+    if name is not None:  # the cause, where both are wrong
+        raise damaged(where, f"{name} does not read back as it was written")
     if problem is not None:
         raise problem
     return properties
@@ -151,27 +146,6 @@ def _return_freed_memory() -> None:
     if hasattr(library, "malloc_trim"):  # glibc, which else keeps pieces of up to 32 MB
         library.mallopt(_M_MMAP_THRESHOLD, 4_000_000)
         library.malloc_trim(0)
-
-
-def _first_difference(got: Weights, wanted: Weights) -> str | None:
-    """Return the first tensor that is not the same, bit by bit; None if there is none."""
-    size = -(-len(wanted.names) // _NUM_FILES_AT_A_TIME)
-    parts = [wanted.names[start : start + size] for start in range(0, len(wanted.names), size)]
-
-    def search(names: Sequence[str]) -> str | None:
-        return next((name for name in names if not _is_same(got, wanted, name)), None)
-
-    with ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:
-        return next((name for name in threads.map(search, parts) if name is not None), None)
-
-
-def _is_same(got: Weights, wanted: Weights, name: str) -> bool:
-    one, other = got.read(name), wanted.read(name)
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    # As whole numbers: NaN is not equal to itself, and 0 is equal to -0. The wider, the faster.
-    bits = torch.int64 if one.nbytes % 8 == 0 else torch.uint8
-    return torch.equal(one.reshape(-1).view(bits), other.reshape(-1).view(bits))
 
 
 def _find_receipt(root: Path, file: str) -> Receipt | None:

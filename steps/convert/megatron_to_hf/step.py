@@ -20,10 +20,8 @@ def run(config: Config, producer: Producer) -> None:
         problem = f"{config.megatron_path} does not exist"
         raise step_error(ID, "missing_megatron_checkpoint", problem, where="megatron_path")
     checkpoint = open_megatron(config.megatron_path)
-    known_fingerprint = None
     if checkpoint.artifact is not None:
         verify_files(checkpoint.root, checkpoint.artifact)
-        known_fingerprint = checkpoint.artifact.properties.get("base_fingerprint")
     sources = filter(None, [checkpoint.iteration_dir, checkpoint.hf_dir, config.hf_model_path])
     with model_files(checkpoint, config.hf_model_path) as source:
         artifact = publish_huggingface(
@@ -33,11 +31,10 @@ def run(config: Config, producer: Producer) -> None:
             produced_by=producer,
             inputs=[describe_input("checkpoint_megatron", checkpoint.root)],
             show_progress=config.show_progress,
-            known_fingerprint=known_fingerprint,
             resume_key=work_key(producer, sources),
         )
     print(f"{checkpoint.iteration_dir} -> {config.output_dir}")
-    print(f"read back bit by bit; base fingerprint {artifact.properties['base_fingerprint']}")
+    print(f"read back and compared; base fingerprint {artifact.properties['base_fingerprint']}")
 
 
 def main() -> None:

@@ -115,7 +115,9 @@ def test_what_is_wrong_is_not_gone_on_with(
     config = _interrupted(tmp_path, base_hf)
     written += ["counted"] * 5
     with monkeypatch.context() as patch:
-        patch.setattr("nemotron.steps._formats.weight_files._is_same", lambda *_: False)
+        patch.setattr(
+            "nemotron.steps._formats.fingerprint.Fingerprint.first_difference", lambda *_: "x"
+        )
         with pytest.raises(NemotronError, match="does not read back"):
             run(config, PRODUCER)
     assert _hidden(tmp_path) == {".out.lock"}

@@ -441,4 +441,4 @@ def test_a_merge_that_reads_back_otherwise_is_not_published(
     monkeypatch.setattr(safetensors_file, "raw_bytes", lose_a_bit)
     error = _error(adapter, base_hf, tmp_path / "out" / "hf")
     assert error.code == "artifact_damaged"
-    assert "not those that were written" in error.problem
+    assert "does not read back as it was written" in error.problem
