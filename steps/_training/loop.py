@@ -35,7 +35,7 @@ from nemotron.steps._training.trainer_state import gather_moments, load_moments
 
 
 class LossNotFiniteError(ArithmeticError):
-    """A loss or gradient is infinite or not a number; raised on every rank, before the step."""
+    """A loss or gradient is infinite or not a number; raised on every rank, before what uses it."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +316,9 @@ class Trainer:
         """Return the loss on at most ``eval_iters`` global batches of the valid split.
 
         None where there is no valid split, or the ranks agreed to stop meanwhile.
+
+        Raises:
+            LossNotFiniteError: Before anything is saved of an adapter that computes no loss.
         """
         if self.valid_rows is None:
             return None
@@ -332,8 +335,9 @@ class Trainer:
             totals += self._totals(self.model.evaluate(batches), supervised)
         loss_sum, supervised_tokens = totals.tolist()
         result = Validation(loss_sum / max(supervised_tokens, 1.0), int(supervised_tokens))
-        is_lower = self.best is None or result.lm_loss < self.best.lm_loss
-        is_best = is_lower and math.isfinite(result.lm_loss)
+        if not math.isfinite(result.lm_loss):
+            raise LossNotFiniteError(f"iteration {iteration}: validation loss {result.lm_loss}")
+        is_best = self.best is None or result.lm_loss < self.best.lm_loss
         if is_best:
             self.best = Best(iteration, result.lm_loss)
         self.metrics.validation(

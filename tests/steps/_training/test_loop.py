@@ -20,6 +20,7 @@ from nemotron.steps._training.loop import (
     AdamSettings,
     BatchSettings,
     Intervals,
+    LossNotFiniteError,
     Progress,
     Trainer,
 )
@@ -106,6 +107,23 @@ def trainer_of(
         seed=1,
         metrics=cast(MetricsLog, record),
     )
+
+
+def test_an_evaluation_that_is_not_finite_stops_before_anything_is_saved(tmp_path: Path) -> None:
+    record, saved = Record(), list[Progress]()
+    trainer = trainer_of(tmp_path, record)
+    intervals = Intervals(train_iters=2, eval_interval=1, eval_iters=1, save_interval=1)
+    update = trainer._update
+
+    def breaks(iteration: int, grad_norm: float) -> float:
+        trainer.adapter.values.data.fill_(torch.nan)
+        return update(iteration, grad_norm)
+
+    trainer._update = breaks
+    with pytest.raises(LossNotFiniteError, match="iteration 1: validation loss nan"):
+        trainer.run(intervals, saved.append, start=Progress(), stop=StopRequest(LAYOUT))
+    assert len(record.steps) == 1
+    assert not saved
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
