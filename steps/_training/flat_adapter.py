@@ -9,7 +9,7 @@ micro batches there are. Being elementwise, AdamW on the flat buffer equals Adam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +86,9 @@ class FlatAdapter:
     def replica_difference(self) -> float:
         """Return by how much the ranks' copies of a factor differ; anything but 0.0 is a defect."""
         values = self.values.detach()
-        return max(
-            _spread(values[: self._num_whole], self._layout.tensor),
-            _spread(values, self._layout.data),
-        )
+        whole = values[: self._num_whole]
+        found = *_spreads(whole, self._layout.tensor), *_spreads(values, self._layout.data)
+        return float(torch.stack([values.new_zeros(()), *found]).max())  # torch's max keeps NaN
 
 
 def _factor(parameter: LoraParameter) -> str:
@@ -102,11 +101,9 @@ def _append(parts: list[slice], part: slice) -> None:
     parts.append(slice(parts.pop().start, part.stop) if is_adjacent else part)
 
 
-def _spread(tensor: Tensor, group: ProcessGroup) -> float:
-    """Return the largest absolute difference to rank 0's copy of ``tensor``."""
-    largest = 0.0
-    for part in tensor.split(_COMPARED_AT_ONCE) if group.size > 1 else ():
+def _spreads(tensor: Tensor, group: ProcessGroup) -> Iterator[Tensor]:
+    """Yield the largest absolute difference to rank 0's copy of each part of ``tensor``."""
+    has_copies = group.size > 1 and tensor.numel() > 0  # a stage may have no factor at all
+    for part in tensor.split(_COMPARED_AT_ONCE) if has_copies else ():
         replicas = all_gather(part, group)
-        difference = float((replicas - replicas[0]).abs().max())
-        largest = max(difference, largest)  # in this order NaN is kept
-    return largest
+        yield (replicas - replicas[0]).abs().max()
