@@ -10,8 +10,8 @@ seconds are what to compare.
 
 A virtual machine may give memory that is free for two seconds back to its host. Where that is so,
 taking it again for the pages of a new file costs two seconds per GB, more than all else. So that no
-side pays for it, 6 GiB are held in memory until a side has imported what it needs, and are free
-when its clock starts. No side meets an output of the round before.
+side pays for it, 6 GiB (a quarter of a small machine) are held in memory until a side has imported
+what it needs, and are free when its clock starts. No side meets an output of the round before.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ base = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
 """
 HOLD = """
-import mmap, time
-held = mmap.mmap(-1, 6 << 30)
+import mmap, os, time
+memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+held = mmap.mmap(-1, min(6 << 30, memory // 4))
 if hasattr(mmap, "MADV_HUGEPAGE"):
     held.madvise(mmap.MADV_HUGEPAGE)
 for start in range(0, len(held), 4096):
