@@ -18,7 +18,6 @@ import socket
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -306,10 +305,10 @@ def _sha256_files(paths: Sequence[Path]) -> list[str]:
     by_size = sorted(paths, key=lambda path: path.stat().st_size, reverse=True)
     rest = iter(by_size[1:])  # shared: each thread takes the next
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        others = [threads.submit(hash_all, rest) for _ in range(min(_NUM_THREADS, len(paths)) - 1)]
-        hash_all(chain(by_size[:1], rest))
-        for each in others:
-            each.result()
+        others = threads.map(hash_all, [rest] * (_NUM_THREADS - 1))
+        hash_all(by_size[:1])
+        hash_all(rest)
+        list(others)  # raises what they raised
     return [digests[path] for path in paths]
 
 

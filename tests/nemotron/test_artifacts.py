@@ -146,6 +146,28 @@ def test_the_calling_thread_hashes_along_and_takes_the_largest_file(
     assert sorted(hashed) == [entry.path for entry in artifact.files]
 
 
+def test_a_file_that_another_thread_cannot_read_is_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with publish(tmp_path / "out") as partial:
+        (partial / "large.bin").write_bytes(bytes(1000))
+        (partial / "small.bin").write_bytes(b"x")
+        artifact = write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+    was_tried = threading.Event()
+
+    def hash_file(path: Path) -> str:
+        if path.name == "large.bin":
+            assert was_tried.wait(timeout=10)
+            return sha256_file(path)
+        was_tried.set()
+        raise OSError("no such luck")
+
+    monkeypatch.setattr(artifacts, "_NUM_THREADS", 2)
+    monkeypatch.setattr(artifacts, "sha256_file", hash_file)
+    with pytest.raises(OSError, match="no such luck"):
+        verify_files(tmp_path / "out", artifact)
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../secret"])
 def test_verify_files_stays_inside_of_the_directory(tmp_path: Path, path: str) -> None:
     artifact = make(tmp_path / "out")

@@ -80,3 +80,18 @@ def test_fingerprint_sees_one_bit_a_name_a_type_and_a_shape_but_not_the_order() 
         digest(x=x),
     ]
     assert len({digest(x=x, y=y), *others}) == 6
+
+
+def test_the_first_difference_is_a_tensor_that_is_another_or_in_one_only() -> None:
+    def taken(**tensors: torch.Tensor) -> Fingerprint:
+        fingerprint = Fingerprint()
+        for name, tensor in tensors.items():
+            fingerprint.add(name, tensor)
+        return fingerprint
+
+    zeros, ones = torch.zeros(2), torch.ones(2)
+    assert taken(a=zeros, b=ones).first_difference(taken(b=ones, a=zeros)) is None
+    assert taken(a=zeros, b=ones).first_difference(taken(a=zeros, b=zeros)) == "b"
+    assert taken(a=zeros).first_difference(taken(a=zeros.view(2, 1))) == "a"
+    assert taken(a=zeros, b=ones).first_difference(taken(b=ones)) == "a"
+    assert taken(b=ones).first_difference(taken(a=zeros, b=ones)) == "a"
