@@ -1,4 +1,4 @@
-"""Convert and merge a 2 GB model against copying the same bytes, and against PEFT's own merge.
+"""Convert, merge and verify a 2 GB model against copying its bytes, PEFT's own merge and sha256.
 
     python benchmarks/convert.py [--layers 16] [--rounds 3] [--keep DIR]
 
@@ -38,6 +38,24 @@ IMPORT_PEFT = "import torch; from peft import PeftModel; from transformers impor
 PEFT_MERGE = """
 base = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
+"""
+VERIFY = """
+from pathlib import Path
+from nemotron.artifacts import read_artifact, verify_files
+root = Path(sys.argv[1])
+verify_files(root, read_artifact(root, "checkpoint_megatron"))
+"""
+# The same files and threads, the largest file first.
+SHA256 = """
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+def digest(path):
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+files = [path for path in Path(sys.argv[1]).rglob("*") if path.is_file()]
+with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
+    list(threads.map(digest, sorted(files, key=lambda path: -path.stat().st_size)))
 """
 HOLD = """
 import mmap, os, time
@@ -136,6 +154,8 @@ def run_sides(root: Path) -> dict[str, Cost]:
         "import ours": run_in_child(IMPORT_OURS),
         "import peft": run_in_child(IMPORT_PEFT),
         "hf -> megatron": run_step(root, "convert.hf_to_megatron", to_megatron),
+        "verify megatron": run_in_child(IMPORT_OURS, VERIFY, str(root / "megatron")),
+        "the same, by sha256": run_in_child(IMPORT_OURS, SHA256, str(root / "megatron")),
         "megatron -> hf": run_step(root, "convert.megatron_to_hf", to_hf),
         "merge, verified": run_step(root, "convert.merge_lora", merge),
         "peft merge_and_unload": run_in_child(

@@ -1,7 +1,7 @@
 """Artifacts: what a step leaves behind, and what the next step checks before it works.
 
 Every artifact is a directory with an ``artifact.json``: its type, what produced it, from which
-inputs, the size and sha256 of each file, and the properties that consumers must match (tokenizer
+inputs, the size and BLAKE3 of each file, and the properties that consumers must match (tokenizer
 digest, pack_size, base fingerprint, ...). A directory gets its final name only when it is complete:
 ``publish`` writes it aside, fsyncs it and renames it, so that a killed step leaves no half output.
 """
@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nemotron.errors import ExitCode, NemotronError
@@ -29,7 +30,11 @@ MANIFEST = "artifact.json"
 TYPES_FILE = Path(__file__).parent / "steps" / "types.toml"
 RESUME_DIR = ".resume"  # in a partial directory: what the next run needs to go on with it
 _KEY_FILE = "key"
-_NUM_THREADS = min(8, os.cpu_count() or 1)  # that hash; hashlib works outside of Python's lock
+_WHY = {
+    "artifact_damaged": "a file was cut short or changed after it was written",
+    "artifact_format": "another version of nemotron wrote it; 1 had sha256 of files, 2 has BLAKE3",
+}
+_NUM_THREADS = min(8, os.cpu_count() or 1)  # that hash; BLAKE3 works outside of Python's lock
 
 
 class _Frozen(BaseModel):
@@ -41,7 +46,7 @@ class FileEntry(_Frozen):
 
     path: str
     size_bytes: int
-    sha256: str
+    blake3: str
 
 
 class Producer(_Frozen):
@@ -57,24 +62,24 @@ class Input(_Frozen):
 
     type: str
     path: str
-    sha256: str | None = None
+    blake3: str | None = None
 
 
 class Artifact(_Frozen):
     """The content of an ``artifact.json``."""
 
     type: str
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     produced_by: Producer
     inputs: tuple[Input, ...] = ()
     properties: dict[str, Any] = {}
     files: tuple[FileEntry, ...] = ()
 
 
-def sha256_file(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file, read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def blake3_file(path: Path) -> str:
+    """Return the hexadecimal BLAKE3 of a file, as ``b3sum`` prints it."""
+    with path.open("rb") as stream:  # not mapped: that is SIGBUS where the file is cut meanwhile
+        return hashlib.file_digest(stream, blake3).hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def sha256_json(value: Any) -> str:
@@ -101,16 +106,16 @@ def is_a(artifact_type: str, wanted: str) -> bool:
 def describe_input(artifact_type: str, path: Path) -> Input:
     """Return the lineage entry of an input; its digest is None where it carries no manifest."""
     manifest = path / MANIFEST
-    digest = sha256_file(manifest) if manifest.is_file() else None
-    return Input(type=artifact_type, path=str(path), sha256=digest)
+    digest = blake3_file(manifest) if manifest.is_file() else None
+    return Input(type=artifact_type, path=str(path), blake3=digest)
 
 
 def read_artifact(directory: Path, wanted: str) -> Artifact:
     """Return the manifest of the artifact in ``directory``.
 
     Raises:
-        NemotronError: ``artifact_missing`` (no directory or no manifest), ``artifact_damaged``
-            (the manifest does not parse), ``artifact_type`` (it is of another type).
+        NemotronError: ``artifact_missing`` (there is none), ``artifact_damaged`` (it does not
+            parse), ``artifact_format`` (of another version), ``artifact_type`` (of another type).
     """
     manifest = directory / MANIFEST
     if not manifest.is_file():
@@ -127,6 +132,9 @@ def read_artifact(directory: Path, wanted: str) -> Artifact:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
+        if place == "format_version":
+            problem = f"{manifest} is of format {first['input']}: {first['msg']}"
+            raise _damaged(directory, problem, code="artifact_format") from None
         raise _damaged(directory, f"{manifest}: {place}: {first['msg']}") from None
     if not is_a(artifact.type, wanted):
         raise NemotronError(
@@ -151,17 +159,15 @@ def verify_files(directory: Path, artifact: Artifact, *, digests: bool = True) -
             raise _damaged(directory, f"{entry.path!r} in artifact.json points outside {directory}")
         if not path.is_file():
             raise _damaged(directory, f"{path} is missing")
-        size_bytes = path.stat().st_size
-        if size_bytes != entry.size_bytes:
+        if (size_bytes := path.stat().st_size) != entry.size_bytes:
             got = f"{path} is {size_bytes} bytes; artifact.json says {entry.size_bytes}"
             raise _damaged(directory, got)
     if not digests:
         return
-    found = _sha256_files([directory / entry.path for entry in artifact.files])
-    for entry, digest in zip(artifact.files, found, strict=True):
-        if digest != entry.sha256:
-            path = directory / entry.path
-            raise _damaged(directory, f"{path} does not have the sha256 that artifact.json says")
+    found = _blake3_files(directory, [entry.path for entry in artifact.files])
+    wrong = [directory / each.path for each in artifact.files if found[each.path] != each.blake3]
+    if wrong:
+        raise _damaged(directory, f"{wrong[0]} does not have the BLAKE3 that artifact.json says")
 
 
 @contextlib.contextmanager
@@ -258,7 +264,7 @@ def write_artifact(
 ) -> Artifact:
     """Write ``artifact.json`` over all files now in ``directory``; call it last, in ``publish``.
 
-    ``digests`` has the sha256 of those files, by relative path, whose writer took it from the bytes
+    ``digests`` has the BLAKE3 of those files, by relative path, whose writer took it from the bytes
     that it wrote; they are not read again.
 
     Raises:
@@ -266,23 +272,17 @@ def write_artifact(
     """
     if artifact_type not in load_types():
         raise ValueError(f"artifact type {artifact_type!r} is not in {TYPES_FILE}")
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    names = [path.relative_to(directory) for path in paths]
+    names = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     files = [name.as_posix() for name in names if name.parts[0] != RESUME_DIR]
     known = dict(digests or {})
-    unknown = [file for file in files if file not in known]
-    known.update(zip(unknown, _sha256_files([directory / file for file in unknown]), strict=True))
+    known |= _blake3_files(directory, [file for file in files if file not in known])
     artifact = Artifact(
         type=artifact_type,
         produced_by=produced_by,
         inputs=tuple(inputs),
         properties=dict(properties or {}),
         files=tuple(
-            FileEntry(
-                path=file,
-                size_bytes=(directory / file).stat().st_size,
-                sha256=known[file],
-            )
+            FileEntry(path=file, size_bytes=(directory / file).stat().st_size, blake3=known[file])
             for file in files
         ),
     )
@@ -290,26 +290,26 @@ def write_artifact(
     return artifact
 
 
-def _sha256_files(paths: Sequence[Path]) -> list[str]:
-    """Return the digests of files, hashed by several threads, of which the calling one is one.
+def _blake3_files(directory: Path, files: Sequence[str]) -> dict[str, str]:
+    """Return the digest of each file, hashed by several threads, of which the calling one is one.
 
     It begins with the largest: a rank whose main thread only waited for the others, minutes for a
     large base, would be taken for one that hangs.
     """
-    digests: dict[Path, str] = {}
+    digests: dict[str, str] = {}
 
-    def hash_all(some: Iterable[Path]) -> None:
-        for path in some:
-            digests[path] = sha256_file(path)
+    def hash_all(some: Iterable[str]) -> None:
+        for file in some:
+            digests[file] = blake3_file(directory / file)
 
-    by_size = sorted(paths, key=lambda path: path.stat().st_size, reverse=True)
+    by_size = sorted(files, key=lambda file: (directory / file).stat().st_size, reverse=True)
     rest = iter(by_size[1:])  # shared: each thread takes the next
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         others = threads.map(hash_all, [rest] * (_NUM_THREADS - 1))
         hash_all(by_size[:1])
         hash_all(rest)
         list(others)  # raises what they raised
-    return [digests[path] for path in paths]
+    return digests
 
 
 def write_text(path: Path, text: str) -> None:
@@ -389,12 +389,12 @@ def _swap(partial: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _damaged(directory: Path, problem: str) -> NemotronError:
+def _damaged(directory: Path, problem: str, *, code: str = "artifact_damaged") -> NemotronError:
     return NemotronError(
-        "artifact_damaged",
+        code,
         problem,
         where=str(directory),
-        why="a file was cut short or changed after it was written",
+        why=_WHY[code],
         fix="write the artifact again with the step that produced it",
         exit_code=ExitCode.DATA,
     )

@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron.artifacts import MANIFEST, read_artifact, sha256_file
+from nemotron.artifacts import MANIFEST, blake3_file, read_artifact
 from nemotron.errors import ExitCode, NemotronError
 
 if TYPE_CHECKING:
@@ -221,8 +221,8 @@ def load_tokenizer(packs: Packs, tokenizer: str | None) -> Tokenizer:
             fix="pass --tokenizer with the directory of the model that was packed for",
             exit_code=ExitCode.DATA,
         )
-    wanted = packs.properties.get("tokenizer_sha256")
-    if wanted and sha256_file(path) != wanted:
+    wanted = packs.properties.get("tokenizer_blake3")
+    if wanted and blake3_file(path) != wanted:
         raise NemotronError(
             "tokenizer_mismatch",
             f"{path} is not the tokenizer that made these packs",

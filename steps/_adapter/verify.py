@@ -42,7 +42,7 @@ def _page(found: dict[str, Any]) -> str:
     base = "its fingerprint is the recorded one"
     if not found["base_is_verified"]:
         base = "names and shapes fit; the adapter records no fingerprint"
-    files = "sha256 as in artifact.json"
+    files = "BLAKE3 as in artifact.json"
     if not found["files_are_verified"]:
         files = "no artifact.json: a changed value that is finite cannot be found"
     loss = found["valid_loss"]

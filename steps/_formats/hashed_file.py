@@ -1,14 +1,15 @@
-"""A file that knows the sha256 of what was written to it, so that nobody has to read it again."""
+"""A file that knows the BLAKE3 of what was written to it, so that nobody has to read it again."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
+
+from blake3 import blake3
 
 _BLOCK_BYTES = 1 << 20  # that are hashed at once; they fit into a core's cache
 _WRITE_OUT_BYTES = 1 << 26  # that are sent to the disk at once
@@ -23,13 +24,13 @@ class HashedFile:
     It may fall behind as far as it likes, so the writer never waits for it; the block's end does.
 
     Attributes:
-        sha256: Hexadecimal digest of the content; after the block.
+        blake3: Hexadecimal digest of the content; after the block.
         size_bytes: Bytes written so far.
     """
 
     def __init__(self, path: Path) -> None:
         self.size_bytes = 0
-        self.sha256 = ""
+        self.blake3 = ""
         self._stream = path.open("w+b", buffering=0)
         self._told_bytes = 0
         self._ends: SimpleQueue[int | None] = SimpleQueue()  # sizes to hash up to, then None
@@ -54,7 +55,7 @@ class HashedFile:
             self._thread.shutdown()
             self._stream.close()
         if kind is None:
-            self.sha256 = self._digest.result()
+            self.blake3 = self._digest.result()
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes; they may change or go when this returns."""
@@ -73,7 +74,7 @@ class HashedFile:
 
     def _follow(self) -> str:
         """Return the digest of all that is written until the end."""
-        digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+        digest, block = blake3(), memoryview(bytearray(_BLOCK_BYTES))
         hashed = sent = 0
         while (end := self._ends.get()) is not None:
             while hashed < end:

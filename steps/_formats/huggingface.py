@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron.artifacts import sha256_file
+from nemotron.artifacts import blake3_file
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.safetensors_file import SafetensorsFile
 from nemotron.steps._formats.weights import (
@@ -139,10 +139,10 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def tokenizer_sha256(directory: Path) -> str | None:
+def tokenizer_blake3(directory: Path) -> str | None:
     """Return the digest of ``tokenizer.json``, or None where the directory has none."""
     path = directory / "tokenizer.json"
-    return sha256_file(path) if path.is_file() else None
+    return blake3_file(path) if path.is_file() else None
 
 
 def read_chat_template(directory: Path) -> str | None:
@@ -164,7 +164,7 @@ def model_properties(directory: Path, config: DecoderConfig, fingerprint: str) -
     """Return the artifact properties of a model: fingerprint, tokenizer digest, size, type."""
     return {
         "base_fingerprint": fingerprint,
-        "tokenizer_sha256": tokenizer_sha256(directory),
+        "tokenizer_blake3": tokenizer_blake3(directory),
         "vocab_size": config.vocab_size,
         "model_type": read_config(directory)["model_type"],
     }

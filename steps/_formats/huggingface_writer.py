@@ -115,13 +115,13 @@ def write_weights(
         digest = write_safetensors(
             directory / file, names=names, shape=weights.shape, dtype=weights.dtype, read=read
         )
-        return {"sha256": digest, "tensors": fingerprint.entries(names)}
+        return {"blake3": digest, "tensors": fingerprint.entries(names)}
 
     receipts = write_files(directory, shards, write)
     fingerprint.restore(*(receipt["tensors"] for receipt in receipts.values()))
     if len(shards) > 1:
         _write_index(directory, shards, weights)
-    digests = {file: receipt["sha256"] for file, receipt in receipts.items()}
+    digests = {file: receipt["blake3"] for file, receipt in receipts.items()}
     return Written(fingerprint, digests)
 
 

@@ -156,7 +156,7 @@ def _write_tensors(root: Path, iteration_dir: Path, weights: Weights) -> Written
                 _write_place(stream, weights, rule, layer, fingerprint)
         names = [name for rule, layer in places for name in _hf_names(rule, layer)]
         return {
-            "sha256": stream.sha256,
+            "blake3": stream.blake3,
             "items": [asdict(item) for item in stream.items],
             "tensors": fingerprint.entries(names),
         }
@@ -168,7 +168,7 @@ def _write_tensors(root: Path, iteration_dir: Path, weights: Weights) -> Written
         (StoredItem(**item) for receipt in receipts.values() for item in receipt["items"]),
     )
     fingerprint.restore(*(receipt["tensors"] for receipt in receipts.values()))
-    return Written(fingerprint, {file: receipt["sha256"] for file, receipt in receipts.items()})
+    return Written(fingerprint, {file: receipt["blake3"] for file, receipt in receipts.items()})
 
 
 def _write_place(

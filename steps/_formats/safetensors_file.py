@@ -108,7 +108,7 @@ def write_safetensors(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Write a safetensors file and return its sha256; two tensors are read while one is written.
+    """Write a safetensors file and return its BLAKE3; two tensors are read while one is written.
 
     Tensors of wider types come first, so that every tensor is aligned to its own width.
 
@@ -141,7 +141,7 @@ def write_safetensors(
                 raise ValueError(f"{name} is not of the shape and type announced")
             stream.write(raw_bytes(tensor))
             del tensor  # before the next one is there
-    return stream.sha256
+    return stream.blake3
 
 
 def _read_ahead(

@@ -68,12 +68,12 @@ class TorchDistFile:
 
     Attributes:
         items: What was written so far.
-        sha256: Digest of the file; after the block.
+        blake3: Digest of the file; after the block.
     """
 
     def __init__(self, path: Path) -> None:
         self.items: list[StoredItem] = []
-        self.sha256 = ""
+        self.blake3 = ""
         self._name = path.name
         self._stream = HashedFile(path)
 
@@ -87,7 +87,7 @@ class TorchDistFile:
         trace: TracebackType | None,
     ) -> None:
         self._stream.__exit__(kind, error, trace)
-        self.sha256 = self._stream.sha256
+        self.blake3 = self._stream.blake3
 
     def write(
         self,

@@ -7,21 +7,23 @@ import os
 import stat
 import threading
 from pathlib import Path
+from random import Random
 
 import pytest
+from blake3 import blake3
 
 from nemotron import artifacts
 from nemotron.artifacts import (
     MANIFEST,
     Artifact,
     Producer,
+    blake3_file,
     describe_input,
     is_a,
     load_types,
     publish,
     read_artifact,
     refuse_overlap,
-    sha256_file,
     sha256_json,
     verify_files,
     write_artifact,
@@ -114,7 +116,7 @@ def test_verify_files_names_a_file_that_is_missing_short_or_changed(tmp_path: Pa
     artifact = make(tmp_path / "out")
     path = tmp_path / "out" / "data" / "a.txt"
     path.write_text("bbb")
-    with pytest.raises(NemotronError, match="does not have the sha256"):
+    with pytest.raises(NemotronError, match="does not have the BLAKE3"):
         verify_files(tmp_path / "out", artifact)
     verify_files(tmp_path / "out", artifact, digests=False)
     path.write_text("a")
@@ -138,9 +140,9 @@ def test_the_calling_thread_hashes_along_and_takes_the_largest_file(
 
     def hash_file(path: Path) -> str:
         hashed[path.name] = threading.current_thread()
-        return sha256_file(path)
+        return blake3_file(path)
 
-    monkeypatch.setattr(artifacts, "sha256_file", hash_file)
+    monkeypatch.setattr(artifacts, "blake3_file", hash_file)
     verify_files(tmp_path / "out", artifact)
     assert hashed["5.bin"] is threading.current_thread()
     assert sorted(hashed) == [entry.path for entry in artifact.files]
@@ -158,12 +160,12 @@ def test_a_file_that_another_thread_cannot_read_is_the_error(
     def hash_file(path: Path) -> str:
         if path.name == "large.bin":
             assert was_tried.wait(timeout=10)
-            return sha256_file(path)
+            return blake3_file(path)
         was_tried.set()
         raise OSError("no such luck")
 
     monkeypatch.setattr(artifacts, "_NUM_THREADS", 2)
-    monkeypatch.setattr(artifacts, "sha256_file", hash_file)
+    monkeypatch.setattr(artifacts, "blake3_file", hash_file)
     with pytest.raises(OSError, match="no such luck"):
         verify_files(tmp_path / "out", artifact)
 
@@ -192,6 +194,28 @@ def test_read_artifact_says_what_is_missing_damaged_or_of_another_type(tmp_path:
         read_artifact(tmp_path / "ours", "checkpoint_hf")
 
 
+def test_an_artifact_of_another_format_is_refused_in_words(tmp_path: Path) -> None:
+    # What a version that recorded sha256 wrote: no file of it is damaged.
+    make(tmp_path / "out")
+    manifest = tmp_path / "out" / MANIFEST
+    text = manifest.read_text().replace('"format_version": 2', '"format_version": 1')
+    manifest.write_text(text.replace('"blake3": ', '"sha256": '))
+    with pytest.raises(NemotronError, match="is of format 1: Input should be 2") as caught:
+        read_artifact(tmp_path / "out", "packed_parquet")
+    assert caught.value.code == "artifact_format"
+    assert caught.value.exit_code is ExitCode.DATA
+    assert "another version of nemotron" in caught.value.why
+    assert "again with the step that produced it" in caught.value.fix
+
+
+def test_a_digest_is_the_blake3_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()  # the first of the specification's test vectors
+    assert blake3_file(tmp_path / "empty").startswith("af1349b9f5f9a1a6a0404dea36dcc949")
+    content = Random(0).randbytes((1 << 19) + 1)  # more than is read at once
+    (tmp_path / "some").write_bytes(content)
+    assert blake3_file(tmp_path / "some") == blake3(content).hexdigest()
+
+
 def test_is_a_follows_the_types_upward_only() -> None:
     assert is_a("raw_jsonl", "training_jsonl")
     assert is_a("training_jsonl", "training_jsonl")
@@ -218,8 +242,8 @@ def test_write_artifact_refuses_an_unknown_type(tmp_path: Path) -> None:
 def test_describe_input_has_the_digest_of_the_manifest_if_there_is_one(tmp_path: Path) -> None:
     make(tmp_path / "out")
     described = describe_input("packed_parquet", tmp_path / "out")
-    assert described.sha256 == sha256_file(tmp_path / "out" / MANIFEST)
-    assert describe_input("training_jsonl", tmp_path / "chat.jsonl").sha256 is None
+    assert described.blake3 == blake3_file(tmp_path / "out" / MANIFEST)
+    assert describe_input("training_jsonl", tmp_path / "chat.jsonl").blake3 is None
 
 
 @pytest.mark.parametrize("output", ["data", "data/inner/x", ".", "data/../data"])

@@ -43,7 +43,7 @@ def test_is_secret_name_knows_names_of_secrets(name: str) -> None:
         "max_doc_tokens",
         "pad_token",
         "eos_token_id",
-        "tokenizer_sha256",
+        "tokenizer_blake3",
         "keys",
         "key",
         "secrets",

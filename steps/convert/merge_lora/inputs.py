@@ -27,7 +27,7 @@ from nemotron.steps._formats.huggingface import (
     HuggingFaceCheckpoint,
     describes,
     read_chat_template,
-    tokenizer_sha256,
+    tokenizer_blake3,
 )
 from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
@@ -172,8 +172,8 @@ def _check_base(
 
 
 def _check_tokenizer(adapter_dir: Path, record: Artifact | None, model_files: Path) -> None:
-    wanted = record.properties.get("tokenizer_sha256") if record else None
-    got = tokenizer_sha256(model_files)
+    wanted = record.properties.get("tokenizer_blake3") if record else None
+    got = tokenizer_blake3(model_files)
     if wanted is not None and got is not None and got != wanted:
         problem = f"{model_files}/tokenizer.json is not what {adapter_dir} was trained with"
         raise step_error(ID, "base_model_mismatch", problem, where=str(model_files))

@@ -64,7 +64,7 @@ def usable_engine(tokenizer: ChatTokenizer, wanted: str) -> str:
         versions = [importlib.metadata.version(name) for name in ("kitoken", "tokenizers")]
     except importlib.metadata.PackageNotFoundError:
         return _fall_back("it is not installed (pip install 'nemotron[fast]')")
-    key = sha256_json([tokenizer.sha256, versions, NUM_STRINGS, _VERSION])
+    key = sha256_json([tokenizer.blake3, versions, NUM_STRINGS, _VERSION])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = root / "nemotron" / "engines" / f"{key}.json"
     if path.is_file():
@@ -72,7 +72,7 @@ def usable_engine(tokenizer: ChatTokenizer, wanted: str) -> str:
     else:
         problem = find_difference(tokenizer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"tokenizer": tokenizer.sha256, "problem": problem}) + "\n")
+        write_text(path, json.dumps({"tokenizer": tokenizer.blake3, "problem": problem}) + "\n")
     return _fall_back(problem) if problem else "kitoken"
 
 

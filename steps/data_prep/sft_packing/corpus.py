@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron.artifacts import sha256_file, sha256_json
+from nemotron.artifacts import blake3_file, sha256_json
 from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP, Dataset
@@ -40,7 +40,7 @@ class InputFile:
 
     path: Path
     size_bytes: int
-    sha256: str
+    blake3: str
 
 
 @dataclass
@@ -101,8 +101,8 @@ def plan_sources(
         "encoder": {**vars(encoder), "tokenizer": ""},
     }
 
-    def task(part: Part, sha256: str, rows: RowSettings) -> TokenizeTask:
-        what = [part.kind, part.start, part.stop, sha256, vars(rows), how]
+    def task(part: Part, blake3: str, rows: RowSettings) -> TokenizeTask:
+        what = [part.kind, part.start, part.stop, blake3, vars(rows), how]
         length = (part.stop or part.path.stat().st_size) - part.start
         if part.kind == "parquet":
             length = size_bytes
@@ -121,7 +121,7 @@ def plan_sources(
             max_rows=dataset.max_rows,
         )
         tasks = (
-            task(part, file.sha256, rows)
+            task(part, file.blake3, rows)
             for file in group
             for part in cut_into_parts(file.path, size_bytes=size_bytes)
         )
@@ -131,7 +131,7 @@ def plan_sources(
 
 def _describe(file: Path) -> InputFile:
     try:
-        return InputFile(file, file.stat().st_size, sha256_file(file))
+        return InputFile(file, file.stat().st_size, blake3_file(file))
     except OSError as error:
         raise unreadable(file, error) from None
 

@@ -140,7 +140,7 @@ def _encoder_settings(
 ) -> EncoderSettings:
     return EncoderSettings(
         tokenizer=str(tokenizer.directory),
-        tokenizer_sha256=tokenizer.sha256,
+        tokenizer_blake3=tokenizer.blake3,
         chat_template=template,
         add_bos=config.tokenizer_options.add_bos,
         add_eos=config.tokenizer_options.add_eos,
@@ -172,7 +172,7 @@ def _properties(config: Config, tokenizer: ChatTokenizer, template: str) -> dict
         "pack_size": config.pack_size,
         "pad_seq_to_mult": config.pad_seq_to_mult,
         "tokenizer": config.tokenizer_options.model,
-        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_blake3": tokenizer.blake3,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,

@@ -160,7 +160,7 @@ def _dataset_report(
     return {
         "name": source.dataset.name,
         "files": [
-            {"path": str(file.path), "size_bytes": file.size_bytes, "sha256": file.sha256}
+            {"path": str(file.path), "size_bytes": file.size_bytes, "blake3": file.blake3}
             for file in source.files
         ],
         "weight": source.dataset.weight,

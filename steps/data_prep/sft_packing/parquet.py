@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from nemotron.steps.data_prep.sft_packing.documents import Documents
 from nemotron.steps.data_prep.sft_packing.packing import Rows
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 MASK_CONVENTION = "shifted: loss_mask[j] is 1 where token j+1 of the same document is trained"
 SCHEMA = pa.schema(
     {

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemotron.artifacts import sha256_file
+from nemotron.artifacts import blake3_file
 
 Receipt = dict[str, Any]
 
@@ -42,7 +42,7 @@ def find_receipt(directory: Path, key: str) -> Receipt | None:
         receipt = read_receipt(directory, key)
         is_whole = receipt["key"] == key and all(
             (directory / name).stat().st_size == entry["size_bytes"]
-            and sha256_file(directory / name) == entry["sha256"]
+            and blake3_file(directory / name) == entry["blake3"]
             for name, entry in receipt["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -60,7 +60,7 @@ def write_receipt(directory: Path, key: str, content: Receipt, *, files: list[st
     entries = {
         name: {
             "size_bytes": (directory / name).stat().st_size,
-            "sha256": sha256_file(directory / name),
+            "blake3": blake3_file(directory / name),
         }
         for name in files
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nemotron.artifacts import sha256_file
+from nemotron.artifacts import blake3_file
 from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
@@ -40,7 +40,7 @@ class ChatTokenizer:
     Attributes:
         backend: Encodes text; neither truncates nor pads.
         directory: Where its files lie.
-        sha256: Digest of ``tokenizer.json``.
+        blake3: Digest of ``tokenizer.json``.
         variables: Special tokens by name (``eos_token``, ...), as chat templates see them.
         special_tokens: Texts of all special tokens.
         chat_template: The tokenizer's own template, or None.
@@ -52,7 +52,7 @@ class ChatTokenizer:
 
     backend: Tokenizer
     directory: Path
-    sha256: str
+    blake3: str
     variables: Mapping[str, str]
     special_tokens: tuple[str, ...]
     chat_template: str | None
@@ -93,7 +93,7 @@ def load_tokenizer(model: str) -> ChatTokenizer:
     return ChatTokenizer(
         backend=backend,
         directory=directory,
-        sha256=sha256_file(path),
+        blake3=blake3_file(path),
         variables=variables,
         special_tokens=tuple(token.content for token in added if token.special),
         chat_template=_own_template(directory, config),

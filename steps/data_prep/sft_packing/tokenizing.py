@@ -37,7 +37,7 @@ class EncoderSettings:
 
     Attributes:
         tokenizer: Directory of the tokenizer.
-        tokenizer_sha256: Digest of the tokenizer.
+        tokenizer_blake3: Digest of the tokenizer.
         chat_template: Text of the template.
         add_bos: See ``masks.Encoder``.
         add_eos: See ``masks.Encoder``.
@@ -48,7 +48,7 @@ class EncoderSettings:
     """
 
     tokenizer: str
-    tokenizer_sha256: str
+    tokenizer_blake3: str
     chat_template: str
     add_bos: bool
     add_eos: bool
@@ -141,7 +141,7 @@ def encoder_of(settings: EncoderSettings, tokenizer: ChatTokenizer | None = None
 
 
 def _build(settings: EncoderSettings, tokenizer: ChatTokenizer) -> Encoder:
-    if tokenizer.sha256 != settings.tokenizer_sha256:
+    if tokenizer.blake3 != settings.tokenizer_blake3:
         problem = "it changed while the run was going on"
         raise step_error(STEP, "tokenizer_mismatch", problem, where=settings.tokenizer)
     return build_encoder(

@@ -150,7 +150,7 @@ def _check_packs(config: Config, packs: Artifact) -> list[NemotronError]:
 
 
 def _check_tokenizer(config: Config, packs: Artifact, base: Artifact) -> list[NemotronError]:
-    of_packs, of_base = (each.properties["tokenizer_sha256"] for each in (packs, base))
+    of_packs, of_base = (each.properties["tokenizer_blake3"] for each in (packs, base))
     if of_packs == of_base:
         return []
     problem = (

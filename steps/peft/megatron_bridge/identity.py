@@ -47,9 +47,9 @@ def run_identity(config: Config, packed_root: Path, base_path: Path) -> dict[str
         identity["checkpoint.load"] = str(config.checkpoint.other_run.resolve())
         identity["checkpoint.ckpt_step"] = config.checkpoint.ckpt_step
     packs = read_artifact(packed_root, "packed_parquet")
-    rows = {f.path: f.sha256 for f in packs.files if f.path.startswith("splits/train/")}
+    rows = {f.path: f.blake3 for f in packs.files if f.path.startswith("splits/train/")}
     identity["train rows"] = sha256_json(rows)[:12]
-    identity["tokenizer"] = packs.properties["tokenizer_sha256"]
+    identity["tokenizer"] = packs.properties["tokenizer_blake3"]
     identity["base"] = _base(base_path)
     return identity
 

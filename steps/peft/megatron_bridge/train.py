@@ -256,7 +256,7 @@ def _properties(packs: Artifact, base: MegatronCheckpoint, lora: LoraTargets) ->
     of_base = base.artifact.properties if base.artifact else {}
     return {
         "base_fingerprint": of_base.get("base_fingerprint"),
-        "tokenizer_sha256": packs.properties["tokenizer_sha256"],
+        "tokenizer_blake3": packs.properties["tokenizer_blake3"],
         "chat_template_sha256": packs.properties["chat_template_sha256"],
         "lora": {
             "dim": lora.spec.dim,

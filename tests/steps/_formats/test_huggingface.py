@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from nemotron.artifacts import sha256_file
+from nemotron.artifacts import blake3_file
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.huggingface import (
     HuggingFaceCheckpoint,
     copy_model_files,
     read_chat_template,
-    tokenizer_sha256,
+    tokenizer_blake3,
 )
 
 SaveLlama = Callable[..., LlamaForCausalLM]
@@ -190,10 +190,10 @@ def test_copy_model_files_takes_config_and_tokenizer_and_nothing_else(tmp_path: 
     assert bare == {"config.json", "generation_config.json"}
 
 
-def test_tokenizer_sha256_is_of_the_file_or_none(tmp_path: Path) -> None:
-    assert tokenizer_sha256(tmp_path) is None
+def test_tokenizer_blake3_is_of_the_file_or_none(tmp_path: Path) -> None:
+    assert tokenizer_blake3(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    assert tokenizer_sha256(tmp_path) == sha256_file(tmp_path / "tokenizer.json")
+    assert tokenizer_blake3(tmp_path) == blake3_file(tmp_path / "tokenizer.json")
 
 
 def test_read_chat_template_prefers_the_jinja_file(tmp_path: Path) -> None:

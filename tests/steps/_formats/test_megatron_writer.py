@@ -191,7 +191,7 @@ def test_publish_megatron_leaves_a_verified_artifact(tmp_path: Path, save_llama:
     verify_files(tmp_path / "out", artifact)
     assert artifact.properties == {
         "base_fingerprint": base_fingerprint(hf),
-        "tokenizer_sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+        "tokenizer_blake3": "6e46dd10defc9b56c29a6ec56b508c21f54c08192194e4df25bf36f0c9c3c279",
         "vocab_size": 61,
         "model_type": "llama",
     }

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from nemotron.artifacts import Producer, publish, write_artifact
 from nemotron.steps._formats.adapter import write_adapter
 from nemotron.steps._formats.fingerprint import base_fingerprint
-from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint, tokenizer_sha256
+from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint, tokenizer_blake3
 from nemotron.steps._formats.megatron_writer import publish_megatron
 
 PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
@@ -120,7 +120,7 @@ def save_adapter() -> SaveAdapter:
             )
             recorded = {
                 "base_fingerprint": base_fingerprint(base),
-                "tokenizer_sha256": tokenizer_sha256(base_hf),
+                "tokenizer_blake3": tokenizer_blake3(base_hf),
                 "chat_template_sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest(),
                 "iteration": 20,
                 "valid_loss": 1.5,

@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nemotron.artifacts import RESUME_DIR, Producer, sha256_file
+from nemotron.artifacts import RESUME_DIR, Producer, blake3_file
 from nemotron.config import Schema
 from nemotron.steps._formats import huggingface_writer, megatron_writer
 
@@ -55,7 +55,7 @@ def finish(step: str, config: Any) -> dict[str, str]:
 def digests(output: Path) -> dict[str, str]:
     """Return every file of a directory with its digest."""
     files = sorted(path for path in output.rglob("*") if path.is_file())
-    return {str(path.relative_to(output)): sha256_file(path) for path in files}
+    return {str(path.relative_to(output)): blake3_file(path) for path in files}
 
 
 def finished_files(partial: Path) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from nemotron.artifacts import Producer, read_artifact, sha256_file
+from nemotron.artifacts import Producer, blake3_file, read_artifact
 from nemotron.errors import NemotronError
 from nemotron.steps._formats import megatron_writer
 from nemotron.steps._formats.torch_dist_writer import TorchDistFile
@@ -122,4 +122,4 @@ def test_what_is_wrong_is_not_gone_on_with(
             run(config, PRODUCER)
     assert _hidden(tmp_path) == {".out.lock"}
     run(config, PRODUCER)
-    assert sha256_file(tmp_path / "out" / "latest_checkpointed_iteration.txt")
+    assert blake3_file(tmp_path / "out" / "latest_checkpointed_iteration.txt")

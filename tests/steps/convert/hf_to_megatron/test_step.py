@@ -90,7 +90,7 @@ def test_the_step_verifies_a_source_that_carries_digests(
     manifest = {
         "type": "checkpoint_hf",
         "produced_by": {"step": "x", "config_sha256": "0", "code_version": "0"},
-        "files": [{"path": "config.json", "size_bytes": 1, "sha256": "0"}],
+        "files": [{"path": "config.json", "size_bytes": 1, "blake3": "0"}],
     }
     (base_hf / "artifact.json").write_text(json.dumps(manifest), encoding="utf-8")
     exit_code, text = _start(tmp_path, capsys, hf_model_path=base_hf, output_dir=tmp_path / "out")

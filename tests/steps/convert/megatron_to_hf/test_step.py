@@ -110,7 +110,7 @@ def test_a_changed_byte_is_found_by_its_digest(tmp_path: Path, base_megatron: Pa
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(NemotronError, match=r"__0_0\.distcp does not have the sha256"):
+    with pytest.raises(NemotronError, match=r"__0_0\.distcp does not have the BLAKE3"):
         convert(base_megatron, tmp_path / "out")
 
 

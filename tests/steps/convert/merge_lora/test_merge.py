@@ -148,7 +148,7 @@ def test_the_output_is_complete_and_its_artifact_tells_where_it_comes_from(
     # The change is taken before it is rounded into the sum: half an ulp of values near 8.
     assert origin["largest_change"] == pytest.approx(max(changes), abs=1e-6)
     assert [entry.type for entry in artifact.inputs] == ["checkpoint_lora", "checkpoint_megatron"]
-    assert all(entry.sha256 for entry in artifact.inputs)
+    assert all(entry.blake3 for entry in artifact.inputs)
 
 
 def test_a_megatron_output_holds_the_same_weights(

@@ -59,7 +59,7 @@ def test_shards_follow_the_contract_of_the_reader(
     verify_files(packed, read_artifact(packed, "packed_parquet"))
     properties = properties_of(packed)
     tokenizer = load_tokenizer(str(tokenizer_dir))
-    assert properties["tokenizer_sha256"] == tokenizer.sha256
+    assert properties["tokenizer_blake3"] == tokenizer.blake3
     assert (properties["vocab_size"], properties["eos_token_id"]) == (320, 2)
     assert properties["pack_size"] == 256
     files = sorted((packed / "splits" / "train").iterdir())
@@ -81,7 +81,7 @@ def test_shards_follow_the_contract_of_the_reader(
             for key, text in (parquet.metadata.metadata or {}).items()
             if key.startswith(b"nemotron.")
         }
-        assert entries["nemotron.format_version"] == "1"
+        assert entries["nemotron.format_version"] == "2"
         assert entries["nemotron.mask_convention"].startswith("shifted")
         assert entries["nemotron.rows"] == str(table.num_rows)
         assert entries["nemotron.documents"] == str(sum(map(len, table["seq_start_id"])))

@@ -47,7 +47,7 @@ def test_load_tokenizer_finds_a_repository_in_the_cache(
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert load_tokenizer("someone/model").sha256 == load_tokenizer(str(copy)).sha256
+    assert load_tokenizer("someone/model").blake3 == load_tokenizer(str(copy)).blake3
     with pytest.raises(NemotronError, match="no tokenizer at someone/other") as caught:
         load_tokenizer("someone/other")
     assert caught.value.code == "missing_tokenizer"

@@ -176,7 +176,7 @@ def write_packs(
             produced_by=PRODUCER,
             properties={
                 "pack_size": pack_size,
-                "tokenizer_sha256": tokenizer,
+                "tokenizer_blake3": tokenizer,
                 "chat_template_sha256": None,
                 "splits": {"train": {"rows": NUM_TRAIN}, "valid": {"rows": num_valid}},
             },

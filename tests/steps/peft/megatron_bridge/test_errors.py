@@ -94,12 +94,12 @@ def test_another_tokenizer_than_the_base_is_refused(world: Any, tmp_path: Path) 
     packs = tmp_path / "packs"
     shutil.copytree(world.packs, packs)
     manifest = packs / "artifact.json"
-    text = manifest.read_text().replace('"tokenizer_sha256": null', '"tokenizer_sha256": "abc"')
+    text = manifest.read_text().replace('"tokenizer_blake3": null', '"tokenizer_blake3": "abc"')
     manifest.write_text(text)
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
     manifest = base / "artifact.json"
-    text = manifest.read_text().replace('"tokenizer_sha256": null', '"tokenizer_sha256": "def"')
+    text = manifest.read_text().replace('"tokenizer_blake3": null', '"tokenizer_blake3": "def"')
     manifest.write_text(text)
     sections = {
         "dataset": {"nano3_packed_sft_dir": str(packs)},

@@ -183,7 +183,7 @@ def test_other_rows_and_another_base_are_refused(
         manifest = json.loads((changed / "artifact.json").read_text())
         manifest["properties"]["base_fingerprint"] = "other"
         for file in manifest["files"]:
-            file["sha256"] = "0" * 64
+            file["blake3"] = "0" * 64
         (changed / "artifact.json").write_text(json.dumps(manifest))
         run = train_here(**PLAN, **{"checkpoint.save": str(resumable), key: str(changed)})
         assert run.error["code"] == "resume_mismatch"
