@@ -128,6 +128,20 @@ def test_verify_files_names_a_file_that_is_missing_short_or_changed(tmp_path: Pa
         verify_files(tmp_path / "out", artifact)
 
 
+def test_verify_files_compares_every_file_of_several(tmp_path: Path) -> None:
+    with publish(tmp_path / "out") as partial:
+        for name in "abc":
+            (partial / name).write_text(name)
+        artifact = write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+    for name in "abc":
+        path = tmp_path / "out" / name
+        path.write_text("x")
+        with pytest.raises(NemotronError, match=rf"out/{name} does not have the BLAKE3"):
+            verify_files(tmp_path / "out", artifact)
+        path.write_text(name)
+    verify_files(tmp_path / "out", artifact)
+
+
 def test_the_calling_thread_hashes_along_and_takes_the_largest_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from nemotron.steps.data_prep.sft_packing.job import Job
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 from nemotron.steps.data_prep.sft_packing.rejects import write_rejects
 from nemotron.steps.data_prep.sft_packing.splits import SPLITS
-from nemotron.steps.data_prep.sft_packing.stages import Packing, shard_paths
+from nemotron.steps.data_prep.sft_packing.stages import Packing, finished_shards
 
 # Not beside the shards: pyarrow takes every file of a directory for Parquet.
 SIDECARS = "packed_metadata"
@@ -35,7 +35,8 @@ def assemble(
 ) -> dict[str, Any]:
     """Put the artifact together in ``directory`` and return its properties, ``report`` among them.
 
-    Shards are linked, not copied, where the file system can: they are there already.
+    Shards are linked, not copied, where the file system can: they are there already, and their
+    receipts have their digests.
 
     Args:
         directory: Where to.
@@ -44,7 +45,8 @@ def assemble(
         receipts: Receipts of that stage's tasks.
         produced_by: What the manifest names as producer.
     """
-    for name, held in shard_paths(job.workspace.packs, receipts).items():
+    shards = finished_shards(job.workspace.packs, receipts)
+    for name, (held, _) in shards.items():
         target = directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(held, target)
@@ -70,6 +72,7 @@ def assemble(
         produced_by=produced_by,
         inputs=[describe_input("training_jsonl", Path(item.dataset.path)) for item in job.sources],
         properties=properties,
+        digests={name: digest for name, (_, digest) in shards.items()},
     )
     return properties
 

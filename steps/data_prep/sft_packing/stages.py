@@ -165,10 +165,10 @@ def _spread(files: list[str], num_groups: int) -> list[tuple[list[str], range]]:
     return [([file], range(cuts[number], cuts[number + 1])) for number, file in enumerate(files)]
 
 
-def shard_paths(packs: Path, receipts: Sequence[Receipt]) -> Mapping[str, Path]:
-    """Return the finished shards by their names in the output."""
+def finished_shards(packs: Path, receipts: Sequence[Receipt]) -> Mapping[str, tuple[Path, str]]:
+    """Return the finished shards, each with its BLAKE3, by their names in the output."""
     return {
-        f"splits/{receipt['split']}/{name}": packs / held
+        f"splits/{receipt['split']}/{name}": (packs / held, receipt["files"][held]["blake3"])
         for receipt in receipts
         for name, held in receipt["names"].items()
     }

@@ -258,6 +258,23 @@ def test_an_interrupted_run_leaves_the_earlier_output_and_nothing_of_its_own(
     assert (packed / "artifact.json").read_bytes() == before
 
 
+def test_a_shard_that_is_spoiled_on_its_way_into_the_output_is_told_by_its_digest(
+    make_rows: MakeRows,
+    write_rows: WriteRows,
+    run_packing: RunPacking,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def spoil(source: Path, target: Path) -> None:
+        content = bytearray(source.read_bytes())
+        content[len(content) // 2] ^= 1
+        target.write_bytes(content)
+
+    monkeypatch.setattr(output_module, "_link", spoil)
+    packed = run_packing(write_rows(make_rows(60)))
+    with pytest.raises(NemotronError, match="does not have the BLAKE3"):
+        verify_files(packed, read_artifact(packed, "packed_parquet"))
+
+
 def test_rows_that_cannot_be_used_are_counted_and_named(
     make_rows: MakeRows,
     write_rows: WriteRows,
