@@ -1,7 +1,8 @@
 """The LoRA core against PEFT + transformers on one machine's CPU: seconds and memory per step.
 
 The same random Llama, the same adapter on all seven projections, the same tokens and AdamW on both
-sides, at tensor-parallel size 1 and 2 over gloo, one thread a rank, fp32:
+sides, at tensor-parallel size 1 and 2 under gloo (past which ours share memory), one thread a rank,
+fp32:
 
 * equal work: documents of one length, every token trained;
 * packed chats: rows of real conversations, where documents end and only answers are trained.

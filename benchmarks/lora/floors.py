@@ -26,6 +26,8 @@ from torch import Tensor
 
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import LORA_TARGETS, weight_rules
+from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_reduce
+from nemotron.steps._training.distributed import make_layout
 
 Work = Callable[[], object]
 
@@ -40,11 +42,12 @@ def main() -> None:
     case = json.loads((arguments.case / "case.json").read_text(encoding="utf-8"))
     values = json.loads((arguments.case / "model" / "config.json").read_text(encoding="utf-8"))
     config, size = DecoderConfig.from_hf(values), arguments.tensor_parallel
+    dist.init_process_group("gloo")
+    group = make_layout(size, size, torch.device("cpu")).tensor
     base = [_base(config, each, size) for each in case["micro_batches"]]
     rest = [_rest(config, each, case["dim"], size) for each in case["micro_batches"]]
-    sent = [_sent(config, each, size) for each in case["micro_batches"]]
+    sent = [_sent(config, each, group) for each in case["micro_batches"]]
     floors = {"gemms": base, "work": [*base, *rest], "sent": [*base, *rest, *sent]}
-    dist.init_process_group("gloo")
     for name, works in floors.items():
         result = measure_steps(_step(works), num_steps=arguments.steps)
         write_result(arguments.case, name, dist.get_rank(), result)
@@ -103,12 +106,10 @@ def _rest(config: DecoderConfig, micro: dict[str, Any], dim: int, size: int) -> 
     return works
 
 
-def _sent(config: DecoderConfig, micro: dict[str, Any], size: int) -> list[Work]:
+def _sent(config: DecoderConfig, micro: dict[str, Any], group: ProcessGroup) -> list[Work]:
     """Four all-reduces of the residual's size a layer, two each way, three without dx; two ends."""
-    if size == 1:
-        return []
     x = torch.zeros(len(micro["tokens"]), config.hidden_size)
-    return [lambda: dist.all_reduce(x)] * (4 * config.num_layers - 1 + 2)
+    return [lambda: all_reduce(x, group)] * (4 * config.num_layers - 1 + 2)
 
 
 def _attention(config: DecoderConfig, cu_seqlens: list[int], size: int) -> list[Work]:

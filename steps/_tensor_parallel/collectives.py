@@ -9,27 +9,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemotron.steps._tensor_parallel.host_exchange import HostExchange
+
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """A process group with this rank's place in it; ``group`` is None where the size is 1."""
+    """A process group with this rank's place in it; ``group`` is None where the size is 1.
+
+    ``host`` takes the place of ``group`` in its collectives where all ranks are on one host's CPU.
+    """
 
     group: dist.ProcessGroup | None = None
     rank: int = 0
     size: int = 1
+    host: HostExchange | None = None
 
 
 Wait = Callable[[], None]
 
 
+def empty_to_sum(like: Tensor, columns: int, group: ProcessGroup) -> Tensor:
+    """Return a tensor, [rows of ``like``, columns], to be filled and given to ``all_reduce`` next.
+
+    Among ranks of one host it lies where the others read it, so the sum is another tensor.
+    """
+    shape = len(like), columns
+    return group.host.empty(shape, like.dtype) if group.host else like.new_empty(shape)
+
+
 def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum ``tensor`` over the group, in place, and return it.
+    """Return the sum of ``tensor`` over the group, in place unless it is from ``empty_to_sum``.
 
     Raises:
         ValueError: The tensor is not contiguous.
@@ -38,7 +54,7 @@ def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def all_reduce_async(tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
-    """Start summing ``tensor`` over the group, in place; call the second result to wait for it.
+    """Start ``all_reduce``; call the second result before using the first, which is the sum.
 
     Raises:
         ValueError: The tensor is not contiguous.
@@ -47,6 +63,9 @@ def all_reduce_async(tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]
         return tensor, _nothing
     if not tensor.is_contiguous():
         raise ValueError(f"all_reduce wants a contiguous tensor, got strides {tensor.stride()}")
+    if group.host is not None:
+        out = torch.empty_like(tensor) if group.host.is_next(tensor) else tensor
+        return out, group.host.start(tensor, partial(_add_up, out=out))
     return tensor, _waiter(dist.all_reduce(tensor, group=group.group, async_op=True))
 
 
@@ -60,6 +79,8 @@ def gather_rows_async(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
     if group.size == 1:
         return rows, _nothing
     gathered = rows.new_empty(group.size * len(rows), *rows.shape[1:])
+    if group.host is not None:
+        return gathered, group.host.start(rows, partial(torch.cat, out=gathered))
     work = _all_gather_single(gathered, rows.contiguous(), group=group.group, async_op=True)
     return gathered, _waiter(work)
 
@@ -74,6 +95,11 @@ def scatter_sum_rows_async(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, W
     if group.size == 1:
         return rows, _nothing
     part = rows.new_empty(len(rows) // group.size, *rows.shape[1:])
+    if group.host is not None:
+        mine = slice(group.rank * len(part), (group.rank + 1) * len(part))
+        return part, group.host.start(
+            rows, lambda tensors: _add_up([each[mine] for each in tensors], out=part)
+        )
     return part, _reduce_scatter(part, rows.contiguous(), group)
 
 
@@ -106,6 +132,13 @@ def _either(name: str, old_name: str) -> Any:
 
 _all_gather_single = _either("all_gather_single", "all_gather_into_tensor")
 _reduce_scatter_single = _either("reduce_scatter_single", "reduce_scatter_tensor")
+
+
+def _add_up(tensors: list[Tensor], *, out: Tensor) -> None:
+    """Add tensors in their order, which makes the sum the same bits on every rank."""
+    torch.add(tensors[0], tensors[1], out=out)
+    for each in tensors[2:]:
+        out.add_(each)
 
 
 def _finished(started: tuple[Tensor, Wait]) -> Tensor:

@@ -29,6 +29,7 @@ from nemotron.steps._tensor_parallel.collectives import (
     ProcessGroup,
     all_reduce,
     all_reduce_async,
+    empty_to_sum,
     gather_rows,
     gather_rows_async,
     scatter_sum_rows,
@@ -119,7 +120,8 @@ class ColumnParallel(torch.autograd.Function):
         in_features = saved[-1].shape[1]
         # Without dx only the R columns of dh are left to compute, and to send.
         columns = ctx.extended if ctx.needs_input_grad[0] else ctx.extended[:, in_features:]
-        dx_dh = dy_SF @ columns
+        dx_dh = empty_to_sum(dy_SF, columns.shape[1], ctx.groups.replicated)
+        torch.mm(dy_SF, columns, out=dx_dh)
         backward = _column_of_rows if ctx.groups.sequence.size > 1 else _column_of_all
         dx_SH, part, da_RH, db_FR = backward(ctx, saved, dy_SF, dx_dh)
         dx_SH = _through_prologue(ctx, dx_SH, saved, part, dresidual_SH)
@@ -136,7 +138,8 @@ def _column_of_all(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Te
         if ctx.groups.replicated.size > 1:
             # dx is sent with dh beside it, R / H more bytes, rather than copied out first.
             dh_SR = dh_SR.clone()
-            _, wait = all_reduce_async(dx_dh, ctx.groups.replicated)
+            dx_dh, wait = all_reduce_async(dx_dh, ctx.groups.replicated)
+            dx_SH = dx_dh[:, : lora_a_RH.shape[1]]
     db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
     da_RH, part = _lora_a_gradient(ctx, dh_SR, x_SH, kept)
     if wait is not None:
@@ -201,7 +204,8 @@ class RowParallel(torch.autograd.Function):
         if prologue is not None:
             input_SH = x_SH.new_empty(len(x_SH), extended.shape[1])
             kept = prologue.apply(x_SH, out=input_SH)
-        y_h = input_SH @ extended.T
+        y_h = empty_to_sum(input_SH, len(extended), groups.replicated)
+        torch.mm(input_SH, extended.T, out=y_h)
         if mask is not None:
             y_h[:, parts[0] :] = dropped(input_SH, mask) @ extended[parts[0] :].T
         y_h = scatter_sum_rows(all_reduce(y_h, groups.replicated), groups.sequence)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nemotron.errors import NemotronError
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
+from nemotron.steps._tensor_parallel.host_exchange import open_exchange
 from nemotron.steps._training.host_memory import keep_freed_memory
 
 
@@ -123,10 +124,11 @@ def make_layout(tensor_size: int, stage_size: int, device: torch.device) -> Layo
     world_size = dist.get_world_size()
     stages = [range(first, first + stage_size) for first in range(0, world_size, stage_size)]
     world = ProcessGroup(dist.group.WORLD, dist.get_rank(), world_size)
+    tensor = _join(range(first, first + tensor_size) for first in range(0, world_size, tensor_size))
+    if tensor.group is not None and device.type == "cpu":
+        tensor = replace(tensor, host=open_exchange(tensor.group))
     return Layout(
-        tensor=_join(
-            range(first, first + tensor_size) for first in range(0, world_size, tensor_size)
-        ),
+        tensor=tensor,
         data=_join(stage[rank::tensor_size] for stage in stages for rank in range(tensor_size)),
         stage=_join(stages) if len(stages) > 1 else world,
         pipeline=_join(range(rank, world_size, stage_size) for rank in range(stage_size)),

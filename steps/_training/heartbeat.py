@@ -25,13 +25,17 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._entry import origin, report
-from nemotron.steps._tensor_parallel import collectives
+from nemotron.steps._tensor_parallel import collectives, host_exchange
 from nemotron.steps._training.distributed import Layout
 
 _LEFT = "left"
 _TORCH = f"{os.sep}torch{os.sep}"
 _PYTHON = sysconfig.get_path("stdlib")
-_WHERE_RANKS_WAIT = (collectives.__file__, str(Path(dist.__file__).parent))
+_WHERE_RANKS_WAIT = (
+    collectives.__file__,
+    host_exchange.__file__,
+    str(Path(dist.__file__).parent),
+)
 # Of the CPU between two beats: more than the interpreter's own housekeeping takes.
 _IDLE_SECONDS = 1e-3
 _LAST_WORDS_SECONDS = 2.0

@@ -65,6 +65,9 @@ def test_a_micro_batch_has_the_layers_collectives_and_few_at_its_ends(
 ) -> None:
     counted = traffic[f"{mode} step"]["micro batches"]
     assert counted["all"] == NUM_MICRO_BATCHES * (of_layers + of_ends)
+    on_one_host = traffic[f"{mode} step on one host"]["micro batches"]
+    assert on_one_host["start"] == counted["all"]
+    assert on_one_host["all"] == 0
 
 
 @pytest.mark.parametrize("mode", ["tensor", "sequence"])

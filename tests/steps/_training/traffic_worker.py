@@ -10,7 +10,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.gpt import GPTModel, LoraTargets
 from nemotron.steps._tensor_parallel import collectives
+from nemotron.steps._tensor_parallel.host_exchange import HostExchange
 from nemotron.steps._tensor_parallel.linear import LoraSpec
 from nemotron.steps._training.batches import MicroBatch
 from nemotron.steps._training.distributed import Layout, make_layout
@@ -48,7 +51,9 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     size = dist.get_world_size()
-    layout = make_layout(size, size, torch.device("cpu"))
+    on_host = make_layout(size, size, torch.device("cpu"))
+    assert on_host.tensor.host is not None
+    layout = replace(on_host, tensor=replace(on_host.tensor, host=None))  # as between hosts
     report = {}
     for sequence_parallel in (False, True):
         name = "sequence" if sequence_parallel else "tensor"
@@ -56,6 +61,7 @@ def main() -> None:
             kind = "lora" if lora else "base"
             report[f"{name} {kind}"] = layer_traffic(layout, sequence_parallel, lora=lora)
         report[f"{name} step"] = step_traffic(layout, sequence_parallel)
+        report[f"{name} step on one host"] = step_traffic(on_host, sequence_parallel)
     if layout.is_first:
         Path(sys.argv[-1]).write_text(json.dumps(report), encoding="utf-8")
     dist.destroy_process_group()
@@ -104,7 +110,7 @@ def step_traffic(layout: Layout, sequence_parallel: bool) -> Traffic:
     )
     tokens = torch.arange(TOKENS)
     micro = MicroBatch(tokens, tokens[:7], tokens[:7], (0, 10, TOKENS), (TOKENS,))
-    with watched() as batches:
+    with watched(layout.tensor.host) as batches:
         stage.train([WeightedBatch(micro)] * NUM_MICRO_BATCHES)
     with watched() as end:
         adapter.reduce_gradients()
@@ -112,14 +118,17 @@ def step_traffic(layout: Layout, sequence_parallel: bool) -> Traffic:
 
 
 @contextmanager
-def watched() -> Iterator[Counter[str]]:
-    """Count calls by kind, their bytes on a ring, and every collective that torch itself saw."""
+def watched(host: HostExchange | None = None) -> Iterator[Counter[str]]:
+    """Count calls by kind, their bytes on a ring, and every collective that torch itself saw.
+
+    Those that a host's ranks do in shared memory are of the kind ``start``.
+    """
     seen: Counter[str] = Counter()
     size = dist.get_world_size()
-    names = ("all_reduce", "_all_gather_single", "_reduce_scatter")
-    places = (collectives.dist, collectives, collectives)
+    names = ("all_reduce", "_all_gather_single", "_reduce_scatter", "start")
+    places = (collectives.dist, collectives, collectives, host or SimpleNamespace(start=None))
     # Of the tensor given first a ring sends this share per rank: see the reference of each.
-    shares = (2 * (size - 1) / size, (size - 1) / size, (size - 1))
+    shares = (2 * (size - 1) / size, (size - 1) / size, (size - 1), 1)
     originals = [getattr(place, name) for place, name in zip(places, names, strict=True)]
 
     def counting(name: str, original: Callable[..., Any], share: float) -> Callable[..., Any]:

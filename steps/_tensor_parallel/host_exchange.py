@@ -1,0 +1,214 @@
+"""Tensors shown to the other ranks of one host through shared memory, for ranks on the CPU.
+
+gloo sends a tensor through sockets, also to the process next door: the kernel copies it twice, and
+threads of its own add it up. Here each rank writes its tensor once into memory that all of them
+map, and reads the others' there. What is left to send is that it is there: 8 bytes in a pipe, whose
+end also tells that a rank has gone.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_SIZE_BYTES = 8  # of a message in a pipe: the size of the tensor that is there
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
+Receive = Callable[[list[Tensor]], object]
+
+
+class HostExchange:
+    """Shows tensors to all ranks of a group on one host; every rank makes the same calls.
+
+    A tensor lies in one of a rank's two slots, in turn. A rank shows the next one when it has read
+    the last one of all others: so once they show message n, they have read message n - 1, and its
+    slot is free for message n + 1.
+
+    Args:
+        rank: Of this process in the group.
+        slots: Two of each rank.
+        readers: Pipes that the other ranks write to, by rank.
+        writers: Pipes that they read, by rank.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        slots: Sequence[Sequence[_Slot]],
+        readers: dict[int, int],
+        writers: dict[int, int],
+    ) -> None:
+        self._rank, self._slots, self._readers, self._writers = rank, slots, readers, writers
+        self._number = 0
+        self._finish: Callable[[], object] | None = None
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the memory of the next tensor that is shown, so that it need not be copied."""
+        self._finish_last()
+        return self._next_slot().grown(torch.Size(shape), dtype)
+
+    def is_next(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is what ``empty`` returned last."""
+        return tensor.data_ptr() == self._next_slot().address()
+
+    def start(self, tensor: Tensor, receive: Receive) -> Callable[[], None]:
+        """Show a tensor to the others; the result waits for theirs, and gives them to ``receive``.
+
+        Args:
+            tensor: Of the same size and type on every rank. It may change once this returns,
+                unless it is from ``empty``: then it is gone.
+            receive: Called once, by the result or by the next ``start``, with the tensors of all
+                ranks, in the order of the ranks; they are gone when it returns.
+
+        Raises:
+            DistNetworkError: Here or by the result: another rank has gone, or shows another size.
+        """
+        self._finish_last()
+        shape, dtype = tensor.shape, tensor.dtype
+        if not self.is_next(tensor):
+            self.empty(shape, dtype).copy_(tensor.detach())
+        self._number += 1
+        number = self._number
+        message = tensor.nbytes.to_bytes(_SIZE_BYTES, "little")
+        for rank, pipe in self._writers.items():
+            try:
+                os.write(pipe, message)
+            except BrokenPipeError:
+                _lost(rank)
+
+        def finish() -> None:
+            for rank, pipe in self._readers.items():
+                if (told := os.read(pipe, _SIZE_BYTES)) != message:
+                    _lost(rank, told, message)
+            receive([slots[number % 2].tensor(shape, dtype) for slots in self._slots])
+
+        def wait() -> None:
+            if number == self._number:
+                self._finish_last()
+
+        self._finish = finish
+        return wait
+
+    def _next_slot(self) -> _Slot:
+        return self._slots[self._rank][(self._number + 1) % 2]
+
+    def _finish_last(self) -> None:
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+
+
+def open_exchange(group: dist.ProcessGroup) -> HostExchange | None:
+    """Return the exchange of a gloo group; None where its ranks share no memory. A collective.
+
+    They share it where they are one user's processes on one Linux host, in one PID namespace. What
+    is opened for it stays open until the process ends.
+    """
+    if sys.platform != "linux":
+        return None
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    others = [other for other in range(size) if other != rank]
+    with ExitStack() as offered, ExitStack() as opened:
+        slots = [_close_with(offered, os.memfd_create("tensors")) for _ in range(2)]
+        readers, writers = [-1] * size, {}
+        for other in others:
+            reader, writer = os.pipe()
+            readers[other] = _close_with(offered, reader)
+            writers[other] = _close_with(opened, writer)
+        host = _host()
+        offers = _gather([*host, os.getpid(), *slots, *readers], group)
+        exchange = None
+        if any(host) and all(offer[: len(host)] == host for offer in offers):
+            with suppress(OSError):  # whatever a container forbids
+                exchange = _accept(rank, [offer[len(host) :] for offer in offers], writers, opened)
+        if [0] in _gather([int(exchange is not None)], group):
+            return None
+        opened.pop_all()
+        return exchange
+
+
+def _accept(
+    rank: int, offers: list[list[int]], writers: dict[int, int], opened: ExitStack
+) -> HostExchange:
+    """Open what the ranks offer: process, descriptors of its slots, and of its pipes by rank."""
+
+    def open_descriptor(process: int, descriptor: int, flags: int) -> int:
+        return _close_with(opened, os.open(f"/proc/{process}/fd/{descriptor}", flags))
+
+    slots = [
+        [_Slot(open_descriptor(process, each, os.O_RDWR)) for each in offer[:2]]
+        for process, *offer in offers
+    ]
+    readers = {
+        other: open_descriptor(process, offer[2 + rank], os.O_RDONLY)
+        for other, (process, *offer) in enumerate(offers)
+        if other != rank
+    }
+    return HostExchange(rank, slots, readers, writers)
+
+
+def _gather(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+    """Return the numbers of every rank, in the order of the ranks."""
+    sent = torch.tensor(numbers, dtype=torch.int64)
+    gathered = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, sent, group=group)
+    return [each.tolist() for each in gathered]
+
+
+def _host() -> list[int]:
+    """Return numbers that are the same for processes that see each other; 0 if nothing tells."""
+    try:
+        boot_id = uuid.UUID(_BOOT_ID.read_text(encoding="ascii").strip())
+        return [boot_id.int >> 65, _PID_NAMESPACE.stat().st_ino]
+    except (OSError, ValueError):
+        return [0, 0]
+
+
+def _close_with(stack: ExitStack, descriptor: int) -> int:
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+class _Slot:
+    """Memory that all ranks map, as large as the largest tensor that was in it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def grown(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return it as a tensor that this rank may write."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self._bytes):
+            os.ftruncate(self._descriptor, size)
+        return self.tensor(shape, dtype)
+
+    def address(self) -> int:
+        """Return where it begins."""
+        return self._bytes.data_ptr()
+
+    def tensor(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return what it holds, as it lies there."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self._bytes):
+            self._bytes = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(shape)
+
+
+def _lost(rank: int, told: bytes = b"", wanted: bytes = b"") -> NoReturn:
+    if told:
+        sizes = [int.from_bytes(size, "little") for size in (told, wanted)]
+        problem = "rank {} of the group shows another tensor: {} bytes, not {}"
+        raise dist.DistNetworkError(problem.format(rank, *sizes))
+    raise dist.DistNetworkError(f"connection closed by peer: rank {rank} of the group has gone")

@@ -1,0 +1,111 @@
+"""Ranks of test_host_exchange.py: ``exchange_worker.py sums | lost | whether REPORT``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemotron.steps._tensor_parallel.collectives import (
+    ProcessGroup,
+    all_reduce,
+    empty_to_sum,
+    gather_rows,
+    gather_rows_async,
+    scatter_sum_rows,
+)
+from nemotron.steps._tensor_parallel.host_exchange import open_exchange
+
+# Rows, in this order: each slot grows, and then holds less than it could.
+SIZES = (6, 3000, 60_000, 12, 90_000, 3, 0)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    world = dist.group.WORLD
+    assert world is not None
+    group = ProcessGroup(world, dist.get_rank(), dist.get_world_size(), open_exchange(world))
+    report = {"sums": sums, "lost": lost, "whether": whether}[sys.argv[1]](group)
+    if group.rank == 0:
+        Path(sys.argv[-1]).write_text(json.dumps(report), encoding="utf-8")
+
+
+def drawn(rank: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Return what a rank shows; any rank can draw it."""
+    generator = torch.Generator().manual_seed(1000 * rank + rows)
+    return (100 * torch.randn(rows, 2, generator=generator)).to(dtype)
+
+
+def sums(group: ProcessGroup) -> dict[str, bool]:
+    """Every collective against the same made of the tensors of all ranks, bit for bit."""
+    assert group.host is not None
+    report = {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64):
+        for rows in SIZES:
+            every = [drawn(rank, rows, dtype) for rank in range(group.size)]
+            mine, total = every[group.rank].clone(), every[0].clone()
+            for each in every[1:]:
+                total += each
+            part = slice(group.rank * rows // group.size, (group.rank + 1) * rows // group.size)
+            placed = empty_to_sum(mine, 2, group)
+            placed.copy_(mine)
+            report[f"{dtype} {rows} placed"] = torch.equal(all_reduce(placed, group), total)
+            strided = torch.cat([mine, mine], dim=1)[:, :2]
+            report[f"{dtype} {rows}"] = all(
+                (
+                    torch.equal(gather_rows(strided, group), torch.cat(every)),
+                    torch.equal(scatter_sum_rows(mine, group), total[part]),
+                    torch.equal(all_reduce(mine, group), total),
+                    torch.equal(mine, total),
+                )
+            )
+    return report | several_at_once(group)
+
+
+def several_at_once(group: ProcessGroup) -> dict[str, bool]:
+    """Start three before the first is waited for, last first, and change what was shown."""
+    every = [drawn(rank, 50, torch.float32) for rank in range(group.size)]
+    shown = [every[group.rank] * factor for factor in (1, 2, 3)]
+    started = [gather_rows_async(each, group) for each in shown]
+    for each in shown:
+        each.zero_()
+    for _, wait in reversed(started):
+        wait()
+    right = [
+        torch.equal(got, factor * torch.cat(every)) for factor, (got, _) in enumerate(started, 1)
+    ]
+    return {"several at once": all(right)}
+
+
+def lost(group: ProcessGroup) -> dict[str, str]:
+    """What a rank is told when another shows something else, and when one has gone."""
+    assert group.group is not None
+    another = replace(group, host=open_exchange(group.group))
+    told = {"other size": error_of(group, rows=4 + (group.rank == 1))}
+    if group.rank == group.size - 1:
+        os._exit(0)
+    return told | {"gone": error_of(another, rows=4)}
+
+
+def error_of(group: ProcessGroup, *, rows: int) -> str:
+    try:
+        all_reduce(torch.zeros(rows), group)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def whether(group: ProcessGroup) -> dict[str, object]:
+    """Whether there is an exchange, and the sum of the ranks' numbers either way."""
+    total = all_reduce(torch.tensor([float(group.rank + 1)]), group)
+    return {"exchange": group.host is not None, "total": total.item()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Collectives through a host's shared memory, by real ranks (exchange_worker.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("exchange_worker.py")
+OWN_PIDS = ["unshare", "--pid", "--fork", "--mount-proc"]
+
+
+def test_sums_and_rows_are_exact_for_tensors_of_any_type_and_size_one_after_the_other(
+    run_ranks: Callable[..., Any],
+) -> None:
+    right = run_ranks(WORKER, 3, "sums")
+    assert len(right) == 4 * 7 * 2 + 1
+    assert all(right.values()), right
+
+
+def test_a_rank_that_shows_another_size_or_has_gone_is_named(run_ranks: Callable[..., Any]) -> None:
+    told = run_ranks(WORKER, 3, "lost")
+    assert told["other size"] == (
+        "DistNetworkError: rank 1 of the group shows another tensor: 20 bytes, not 16"
+    )
+    # As gloo words it: what says so waits for the rank that can tell why.
+    assert told["gone"].startswith("DistNetworkError: connection closed by peer: rank ")
+
+
+@pytest.mark.parametrize(("prefix", "has_exchange"), [([], True), (OWN_PIDS, False)])
+def test_ranks_that_do_not_see_each_other_go_on_without_shared_memory(
+    prefix: list[str], has_exchange: bool, tmp_path: Path
+) -> None:
+    if prefix:
+        _need_own_pids()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(WORKER), "whether", str(tmp_path / "report.json")]
+        ranks.append(subprocess.Popen([*(prefix if rank else []), *command], env=environment))
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report == {"exchange": has_exchange, "total": 3.0}
+
+
+def _need_own_pids() -> None:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*OWN_PIDS, "true"], check=False).returncode
+    ):
+        pytest.skip("this machine does not let us make a PID namespace")
