@@ -108,10 +108,10 @@ def _load_layer(layer: TransformerLayer, index: int, reader: WeightReader) -> No
         else:
             columns = linear.local_columns()
             linear.load_weight(reader.read(on_disk, layer=index, columns=columns))
-    _load_attention_extras(attention, index, reader)
+    load_attention_extras(attention, index, reader)
 
 
-def _load_attention_extras(attention: SelfAttention, index: int, reader: WeightReader) -> None:
+def load_attention_extras(attention: SelfAttention, index: int, reader: WeightReader) -> None:
     """Load what only some families have: the bias of q, k and v, the norms of queries and keys."""
     on_disk = "decoder.layers.self_attention"
     if attention.qkv_bias is not None:

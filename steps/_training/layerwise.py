@@ -1,32 +1,41 @@
-"""Logits of a model that need not fit in memory: one layer at a time is read, applied, forgotten.
+"""Logits of a model that need not fit in memory: one layer at a time is mapped, applied, forgotten.
 
-What a merge is proved with. The layers are those that the trainer computes with, in fp32; beside
-one layer only the embedding or the output layer is held, in its own type.
+What a merge is proved with. Attention, norms and activations are the trainer's own modules, in
+fp32. The weights of its linears stay in their own type, where they lie: each is widened a few rows
+at a time, in a core's cache, where they are multiplied at once.
 
-S tokens, H hidden, V vocabulary.
+S tokens, H input features, F output features, R LoRA rank, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+from threading import Event
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron.steps._formats.as_megatron import AsMegatron
 from nemotron.steps._formats.lora import LoraAdapter, fused_factors
 from nemotron.steps._formats.weights import Weights
-from nemotron.steps._models.gpt import GPTModel, LoraTargets
+from nemotron.steps._models.attention import rotary_tables
+from nemotron.steps._models.gpt import Split, TransformerLayer
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
-from nemotron.steps._tensor_parallel.linear import LoraSpec
-from nemotron.steps._tensor_parallel.prologue import rms_norm
-from nemotron.steps._training.base_model import load_base_model, load_weights
+from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from nemotron.steps._tensor_parallel.prologue import Prologue, RMSNormPrologue, rms_norm
+from nemotron.steps._training.base_model import load_attention_extras
 
-_LENGTHS = (1, 11, 20)  # of the documents, tokens
-_ROWS_AT_A_TIME = 8192  # of the output layer, in fp32
-Factors = Mapping[str, tuple[Tensor, Tensor]]
+# Of the documents, tokens: one whose only token attends to itself, and two in which positions and
+# attention matter. A difference in a weight goes unseen only where all inputs are orthogonal to it:
+# after 16 of them, and 16 V logits of which the largest difference counts, more prove no more.
+_LENGTHS = (1, 4, 11)
+_ELEMENTS_AT_A_TIME = 1 << 19  # of a weight, widened: 2 MiB, as much as a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -54,23 +63,20 @@ class LogitComparison:
 def compare_merged(base: Weights, adapter: LoraAdapter, merged: Weights) -> LogitComparison:
     """Return how far merged weights are from their base with its adapter.
 
-    Every tensor of ``merged`` is read once, a tied embedding twice.
+    Every tensor of ``merged`` is read once, a tied embedding twice, in a thread of its own.
     """
     config = base.config
     tokens_S = fixed_tokens(config.vocab_size)
-    dtype = torch.promote_types(base.dtype("model.embed_tokens.weight"), torch.float32)
-    readers = AsMegatron(base), AsMegatron(merged)
-    before, of_merged = (_embed(weights, tokens_S, dtype) for weights in (base, merged))
-    both = before
-    layers = _LayerByLayer(dtype)
-    for layer in range(config.num_layers):
-        factors = fused_factors(adapter, layer)
-        before = _apply(layers.load(readers[0], layer, factors), tokens_S, before)
-        both = _apply(layers.add(layer, factors), tokens_S, both)
-        of_merged = _apply(layers.load(readers[1], layer, factors), tokens_S, of_merged)
-    del layers
-    without, wanted = _logits(base, torch.cat([before, both])).chunk(2)
-    got = _logits(merged, of_merged)
+    stopped = Event()
+    follow = partial(logits, merged, tokens_S, _LENGTHS, stopped=stopped)
+    with _one_torch_thread(), ThreadPoolExecutor(1) as thread:
+        # Settings of torch are the caller's, whichever way torch keeps them.
+        of_merged = thread.submit(copy_context().run, follow)
+        try:
+            without, wanted = logits(base, tokens_S, _LENGTHS, adapter=adapter).chunk(2)
+            got = of_merged.result()
+        finally:
+            stopped.set()  # whoever is told to stop waits for one more layer at most
     eps = torch.finfo(base.dtype("model.layers.0.mlp.down_proj.weight")).eps
     return LogitComparison(
         num_tokens=len(tokens_S),
@@ -86,6 +92,47 @@ def fixed_tokens(vocab_size: int) -> Tensor:
     return torch.randint(0, vocab_size, (sum(_LENGTHS),), generator=generator)
 
 
+@torch.no_grad()
+def logits(
+    weights: Weights,
+    tokens_S: Tensor,
+    lengths: Sequence[int],
+    *,
+    adapter: LoraAdapter | None = None,
+    stopped: Event | None = None,
+) -> Tensor:
+    """Return the logits of every token in fp32 (fp64 of weights in fp64), [S, V].
+
+    Args:
+        weights: The model; one layer of it is held at a time.
+        tokens_S: Token ids, int64.
+        lengths: Of the documents that they are, one after the other.
+        adapter: If given, two rows come for a token: all without it, then all with it, [2 S, V]. So
+            each weight is widened once for both.
+        stopped: Ends this with ``CancelledError`` once it is set.
+    """
+    config = weights.config
+    embedding_VH = weights.read("model.embed_tokens.weight")
+    dtype = torch.promote_types(embedding_VH.dtype, torch.float32)
+    hidden_SH = embedding_VH[tokens_S].to(dtype)
+    del embedding_VH
+    if adapter is not None:
+        hidden_SH, lengths = hidden_SH.repeat(2, 1), [*lengths, *lengths]
+    cu_seqlens = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
+    rotary = rotary_tables(config, cu_seqlens, dtype=dtype, device=hidden_SH.device)
+    for index in range(config.num_layers):
+        if stopped is not None and stopped.is_set():
+            raise CancelledError
+        layer = _load_layer(weights, index, dtype, adapter)
+        hidden_SH = layer(hidden_SH, rotary, cu_seqlens, None)
+        del layer  # before the next one is there
+    norm_H = weights.read("model.norm.weight").to(dtype)
+    hidden_SH = rms_norm(hidden_SH, norm_H, config.layernorm_epsilon)
+    is_tied = config.share_embeddings_and_output_weights
+    output_VH = weights.read("model.embed_tokens.weight" if is_tied else "lm_head.weight")
+    return _product(hidden_SH, [output_VH])
+
+
 def _tolerance(eps: float, spread: float, *, num_layers: int) -> float:
     """Return how far rounding may move a logit.
 
@@ -96,88 +143,88 @@ def _tolerance(eps: float, spread: float, *, num_layers: int) -> float:
     return spread * math.sqrt(2.0 * num_layers) * (8.0 * eps / math.sqrt(12.0) + 2e-5)
 
 
-def _cu_seqlens() -> list[int]:
-    return [sum(_LENGTHS[:count]) for count in range(len(_LENGTHS) + 1)]
+def _load_layer(
+    weights: Weights, index: int, dtype: torch.dtype, adapter: LoraAdapter | None
+) -> TransformerLayer:
+    """Return one of the trainer's layers, its linears on the weights where they lie."""
+    reader = AsMegatron(weights)
+    split = Split(group=ProcessGroup(), dtype=dtype, sequence_parallel=False)
+    layer = TransformerLayer(index, weights.config, None, split)
+    load_attention_extras(layer.self_attention, index, reader)
+    # Its linears' own weights go before anything is written there, and have taken no memory.
+    factors = fused_factors(adapter, index) if adapter is not None else {}
+    for block in (layer.self_attention, layer.mlp):
+        for name, linear in list(block.named_children()):
+            assert isinstance(linear, ColumnParallelLinear | RowParallelLinear)
+            in_place = _Linear(linear, reader, index, dtype, factors.get(linear.name))
+            setattr(block, name, in_place)
+    return layer
 
 
-def _embed(weights: Weights, tokens_S: Tensor, dtype: torch.dtype) -> Tensor:
-    return weights.read("model.embed_tokens.weight")[tokens_S].to(dtype)
+class _Linear(nn.Module):
+    """What a linear of the trainer computes, ``W x + B A x``, with W where it lies.
 
+    A and B, where there are any, act on the second half of the tokens.
+    """
 
-class _OneLayer:
-    """A reader of a model that has one layer of another, as neither its first nor its last."""
-
-    def __init__(self, reader: AsMegatron, layer: int) -> None:
-        self.config = replace(reader.config, num_layers=3)
-        self._reader, self._layer = reader, layer
-
-    def read(
+    def __init__(
         self,
-        name: str,
-        *,
-        layer: int | None = None,
-        rows: slice | None = None,
-        columns: slice | None = None,
-    ) -> Tensor:
-        return self._reader.read(name, layer=self._layer, rows=rows, columns=columns)
+        linear: ColumnParallelLinear | RowParallelLinear,
+        reader: AsMegatron,
+        layer: int,
+        dtype: torch.dtype,
+        factors: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        super().__init__()
+        on_disk = linear.name.replace(f"layers.{layer}.", "layers.")
+        self.is_column = isinstance(linear, ColumnParallelLinear)
+        self.prologue: Prologue | None
+        if isinstance(linear, ColumnParallelLinear):
+            norm_H = reader.read(f"{on_disk}.layer_norm_weight", layer=layer).to(dtype)
+            assert linear.norm_epsilon is not None
+            self.prologue = RMSNormPrologue(norm_H, linear.norm_epsilon)
+            segments = linear.local_rows()  # apart: gate and up need not be put together
+        else:
+            self.prologue, segments = linear.activation, [slice(None)]
+        name = f"{on_disk}.weight"
+        self.parts = [reader.read(name, layer=layer, rows=rows) for rows in segments]
+        self.factors = factors and tuple(factor.to(dtype) for factor in factors)
+
+    def forward(
+        self, x_SH: Tensor, dropout: None = None, residual_SF: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        input_SH = x_SH
+        if self.prologue is not None:
+            input_SH = x_SH.new_empty(len(x_SH), self.parts[0].shape[1])
+            self.prologue.apply(x_SH, out=input_SH)
+        y_SF = _product(input_SH, self.parts)
+        if self.factors is not None:
+            lora_a_RH, lora_b_FR = self.factors
+            adapted = slice(len(x_SH) // 2, None)
+            y_SF[adapted].addmm_(input_SH[adapted] @ lora_a_RH.T, lora_b_FR.T)
+        if residual_SF is not None:
+            y_SF.add_(residual_SF)
+        return (y_SF, x_SH) if self.is_column else y_SF
 
 
-class _LayerByLayer:
-    """One layer of any model at a time, all in the same memory while their adapters are alike."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._ranks: dict[str, int] = {}
-        self._model: GPTModel | None = None
-
-    def load(self, reader: AsMegatron, layer: int, factors: Factors) -> GPTModel:
-        """Return a model that is one layer, with room for its factors, which add nothing yet."""
-        one = _OneLayer(reader, layer)
-        ranks = {_inner(name, layer): len(lora_a) for name, (lora_a, _) in factors.items()}
-        if self._model is not None and self._ranks == ranks:
-            load_weights(self._model, one)
-            for linear in self._model.adapted_linears():
-                linear.lora_b.detach().zero_()
-            return self._model
-        self._model = None  # before the next one takes its memory
-        lora = LoraTargets(list(ranks), LoraSpec(dim=1, alpha=1.0), ranks, dict(ranks))
-        self._ranks, self._model = (
-            ranks,
-            load_base_model(
-                one,
-                lora=lora if ranks else None,
-                group=ProcessGroup(),
-                dtype=self._dtype,
-                device=torch.device("cpu"),
-                layers=range(1, 2),
-            ),
-        )
-        return self._model
-
-    def add(self, layer: int, factors: Factors) -> GPTModel:
-        """Return the layer that was loaded last, with its adapter."""
-        assert self._model is not None
-        own = {_inner(name, layer): pair for name, pair in factors.items()}
-        for linear in self._model.adapted_linears():
-            linear.load_lora(*own[linear.name])
-        return self._model
+def _product(x_SH: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Return ``x W^T``, [S, F], of the parts of W, [F, H], one below the other in any type."""
+    num_rows = max(1, _ELEMENTS_AT_A_TIME // x_SH.shape[1])
+    wide = x_SH.new_empty(num_rows, x_SH.shape[1])
+    # As W x^T, which a CPU computes faster for so few tokens.
+    y_FS = x_SH.new_empty(sum(map(len, parts)), len(x_SH))
+    rows = [block for part in parts for block in part.split(num_rows)]
+    for block, y in zip(rows, y_FS.split([len(block) for block in rows]), strict=True):
+        torch.mm(wide[: len(block)].copy_(block), x_SH.T, out=y)
+    return y_FS.T.contiguous()
 
 
-def _inner(name: str, layer: int) -> str:
-    return name.replace(f"decoder.layers.{layer}.", "decoder.layers.1.", 1)
-
-
-@torch.no_grad()
-def _apply(model: GPTModel, tokens_S: Tensor, hidden_SH: Tensor) -> Tensor:
-    return model(tokens_S, _cu_seqlens(), received_SH=hidden_SH)
-
-
-@torch.no_grad()
-def _logits(weights: Weights, hidden_SH: Tensor) -> Tensor:
-    """Return the logits of the last layer's output, [S, V]."""
-    norm_H = weights.read("model.norm.weight").to(hidden_SH.dtype)
-    hidden_SH = rms_norm(hidden_SH, norm_H, weights.config.layernorm_epsilon)
-    is_tied = weights.config.share_embeddings_and_output_weights
-    output_VH = weights.read("model.embed_tokens.weight" if is_tied else "lm_head.weight")
-    blocks = output_VH.split(_ROWS_AT_A_TIME)
-    return torch.cat([hidden_SH @ block.to(hidden_SH.dtype).T for block in blocks], dim=1)
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Have torch compute where it is called: its own threads would spin in the way of ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
