@@ -18,6 +18,7 @@ from nemotron.artifacts import Producer
 from nemotron.steps._entry import step_error
 from nemotron.steps._formats.huggingface_writer import publish_huggingface
 from nemotron.steps._formats.lora import LoraAdapter
+from nemotron.steps._formats.mapped_bytes import fresh_tensor
 from nemotron.steps._formats.megatron_writer import publish_megatron
 from nemotron.steps._formats.weights import Weights, all_finite
 from nemotron.steps._training.layerwise import compare_merged
@@ -68,7 +69,7 @@ def add_delta(
     Returns:
         The merged weight, and the largest absolute value of the scaled product before the cast.
     """
-    merged = torch.empty_like(weight)
+    merged = fresh_tensor(tuple(weight.shape), weight.dtype)
     lora_a, lora_b = lora_a.float(), lora_b.float()
     num_rows = max(1, _ELEMENTS_AT_A_TIME // weight.shape[1])
     blocks = zip(*(each.split(num_rows) for each in (weight, lora_b, merged)), strict=True)
@@ -78,8 +79,7 @@ def add_delta(
     for weight_rows, lora_b_rows, merged_rows in blocks:
         delta, total = delta[: len(weight_rows)], total[: len(weight_rows)]
         torch.mm(lora_b_rows, lora_a, out=delta).mul_(scale)
-        smallest, greatest = torch.aminmax(delta)
-        largest = max(largest, -smallest.item(), greatest.item())
+        largest = max(largest, delta.amax().item(), -delta.amin().item())  # faster than aminmax
         merged_rows.copy_(total.copy_(weight_rows).add_(delta))
     return merged, largest
 
