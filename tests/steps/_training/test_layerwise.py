@@ -129,8 +129,9 @@ def test_a_merge_with_any_tensor_out_of_order_differs(tmp_path: Path, family: st
     adapter: Any = RandomAdapter(base, ("_proj",))
     merged = MergedWeights(base, adapter)
     assert compare_merged(base, adapter, merged).is_equal
-    assert len(merged.names) >= 21
-    for name in merged.names:
+    names = [name for name in merged.names if "layers.1." not in name]  # every kind once
+    assert len(names) >= 12
+    for name in names:
         assert not compare_merged(base, adapter, Changed(merged, name)).is_equal, name
 
 
