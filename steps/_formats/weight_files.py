@@ -69,7 +69,7 @@ def write_files(
         return json.loads(text)  # as it will be found: pickle tells equal strings from the same
 
     files = list(files)
-    with _one_torch_thread(), ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:
+    with one_torch_thread(), ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:
         # Settings of torch are the caller's, whichever way torch keeps them.
         running = [threads.submit(copy_context().run, write_or_find, file) for file in files]
         try:
@@ -80,7 +80,7 @@ def write_files(
 
 
 @contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Have torch compute where it is called: its own threads would spin in the way of ours."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
