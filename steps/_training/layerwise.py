@@ -24,7 +24,7 @@ from nemotron.steps._formats.as_megatron import AsMegatron
 from nemotron.steps._formats.lora import LoraAdapter, fused_factors
 from nemotron.steps._formats.weight_files import one_torch_thread
 from nemotron.steps._formats.weights import Weights
-from nemotron.steps._models.attention import rotary_tables
+from nemotron.steps._models.attention import Rotary, rotary_tables
 from nemotron.steps._models.gpt import Split, TransformerLayer
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -65,38 +65,59 @@ def compare_merged(base: Weights, adapter: LoraAdapter, merged: Weights) -> Logi
 
     Every tensor of ``merged`` is read once, a tied embedding twice, in a thread of its own.
     """
-    config = base.config
-    tokens_S = fixed_tokens(config.vocab_size)
+    # Before there are two threads: of two that ask torch for their first cosine at the same time,
+    # one may get it in fast mode, off by 1e-4 (MKL's vector functions; 6 of 13,000 processes).
+    documents = fixed_documents(base)
     stopped = Event()
-    follow = partial(logits, merged, tokens_S, _LENGTHS, stopped=stopped)
+    follow = partial(logits, merged, documents, stopped=stopped)
     with one_torch_thread(), ThreadPoolExecutor(1) as thread:
         # Settings of torch are the caller's, whichever way torch keeps them.
         of_merged = thread.submit(copy_context().run, follow)
         try:
-            without, wanted = logits(base, tokens_S, _LENGTHS, adapter=adapter).chunk(2)
+            without, wanted = logits(base, documents, adapter=adapter).chunk(2)
             got = of_merged.result()
         finally:
             stopped.set()  # whoever is told to stop waits for one more layer at most
     eps = torch.finfo(base.dtype("model.layers.0.mlp.down_proj.weight")).eps
     return LogitComparison(
-        num_tokens=len(tokens_S),
+        num_tokens=len(got),
         largest_change=(wanted - without).abs().max().item(),
         largest_difference=(wanted - got).abs().max().item(),
-        tolerance=_tolerance(eps, wanted.std().item(), num_layers=config.num_layers),
+        tolerance=_tolerance(eps, wanted.std().item(), num_layers=base.config.num_layers),
     )
 
 
-def fixed_tokens(vocab_size: int) -> Tensor:
-    """Return the tokens that models are compared on, [S] int64; the same for a vocabulary."""
+@dataclass(frozen=True)
+class Documents:
+    """Tokens, [S] int64, of documents one after the other, and the angles of their positions."""
+
+    tokens: Tensor
+    cu_seqlens: list[int]
+    rotary: Rotary
+
+    def twice(self) -> Documents:
+        """Return all documents and, after them, all of them again."""
+        end = self.cu_seqlens[-1]
+        cos, sin = (table.repeat(2, 1, 1, 1) for table in self.rotary)
+        again = [end + bound for bound in self.cu_seqlens[1:]]
+        return Documents(self.tokens.repeat(2), self.cu_seqlens + again, (cos, sin))
+
+
+def fixed_documents(weights: Weights) -> Documents:
+    """Return the documents that models are compared on; the same for a vocabulary."""
+    config = weights.config
     generator = torch.Generator().manual_seed(20)
-    return torch.randint(0, vocab_size, (sum(_LENGTHS),), generator=generator)
+    tokens_S = torch.randint(0, config.vocab_size, (sum(_LENGTHS),), generator=generator)
+    cu_seqlens = [sum(_LENGTHS[:count]) for count in range(len(_LENGTHS) + 1)]
+    dtype = _computing_dtype(weights)
+    rotary = rotary_tables(config, cu_seqlens, dtype=dtype, device=tokens_S.device)
+    return Documents(tokens_S, cu_seqlens, rotary)
 
 
 @torch.no_grad()
 def logits(
     weights: Weights,
-    tokens_S: Tensor,
-    lengths: Sequence[int],
+    documents: Documents,
     *,
     adapter: LoraAdapter | None = None,
     stopped: Event | None = None,
@@ -105,26 +126,20 @@ def logits(
 
     Args:
         weights: The model; one layer of it is held at a time.
-        tokens_S: Token ids, int64.
-        lengths: Of the documents that they are, one after the other.
+        documents: Of ``fixed_documents``.
         adapter: If given, two rows come for a token: all without it, then all with it, [2 S, V]. So
             each weight is widened once for both.
         stopped: Ends this with ``CancelledError`` once it is set.
     """
-    config = weights.config
-    embedding_VH = weights.read("model.embed_tokens.weight")
-    dtype = torch.promote_types(embedding_VH.dtype, torch.float32)
-    hidden_SH = embedding_VH[tokens_S].to(dtype)
-    del embedding_VH
+    config, dtype = weights.config, _computing_dtype(weights)
     if adapter is not None:
-        hidden_SH, lengths = hidden_SH.repeat(2, 1), [*lengths, *lengths]
-    cu_seqlens = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
-    rotary = rotary_tables(config, cu_seqlens, dtype=dtype, device=hidden_SH.device)
+        documents = documents.twice()
+    hidden_SH = weights.read("model.embed_tokens.weight")[documents.tokens].to(dtype)
     for index in range(config.num_layers):
         if stopped is not None and stopped.is_set():
             raise CancelledError
         layer = _load_layer(weights, index, dtype, adapter)
-        hidden_SH = layer(hidden_SH, rotary, cu_seqlens, None)
+        hidden_SH = layer(hidden_SH, documents.rotary, documents.cu_seqlens, None)
         del layer  # before the next one is there
     norm_H = weights.read("model.norm.weight").to(dtype)
     hidden_SH = rms_norm(hidden_SH, norm_H, config.layernorm_epsilon)
@@ -133,13 +148,17 @@ def logits(
     return _product(hidden_SH, [output_VH])
 
 
+def _computing_dtype(weights: Weights) -> torch.dtype:
+    return torch.promote_types(weights.dtype("model.embed_tokens.weight"), torch.float32)
+
+
 def _tolerance(eps: float, spread: float, *, num_layers: int) -> float:
     """Return how far rounding may move a logit.
 
     Each weight is off by up to eps / 2 of itself, uniformly; the errors of the 2 L branches add up
     as a random walk. Of 12 random models right merges came to 8 of its standard deviations at most,
-    so 12 are allowed. On top the rounding of fp32, which adds up likewise: a random adapter of large
-    factors made 1e-5 of the logits' spread with two layers.
+    so 12 are allowed. On top the rounding of fp32, which adds up likewise: a random adapter of
+    large factors made 1e-5 of the logits' spread with two layers.
     """
     return spread * math.sqrt(2.0 * num_layers) * (12.0 * eps / math.sqrt(12.0) + 2e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -20,12 +21,11 @@ from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import LoraSpec
 from nemotron.steps._training import layerwise
 from nemotron.steps._training.base_model import load_base_model
-from nemotron.steps._training.layerwise import compare_merged, fixed_tokens, logits
+from nemotron.steps._training.layerwise import compare_merged, fixed_documents, logits
 from nemotron.steps.convert.merge_lora.merge import MergedWeights
 from tests.peers.families import MODELS, make_model
 
-LENGTHS = (1, 4, 11)  # the window of Mistral's model is 7
-CU_SEQLENS = (0, 1, 5, 16)
+CU_SEQLENS = [0, 1, 5, 16]  # the window of Mistral's model is 7
 
 
 class RandomAdapter:
@@ -113,13 +113,14 @@ def test_logits_of_mapped_weights_are_the_trainers_in_every_family(
     weights = save(family, tmp_path, tied=tied, dtype=dtype)
     adapter: Any = RandomAdapter(weights, ("q_proj", "v_proj", "o_proj", "up_proj", "1.mlp.down"))
     nothing: Any = RandomAdapter(weights, ())
-    tokens_S = fixed_tokens(weights.config.vocab_size)
-    without, with_adapter = logits(weights, tokens_S, LENGTHS, adapter=adapter).chunk(2)
+    documents = fixed_documents(weights)
+    assert documents.cu_seqlens == CU_SEQLENS
+    without, with_adapter = logits(weights, documents, adapter=adapter).chunk(2)
     # fp32, in another order of sums; logits are below 20.
     for got, of in ((without, nothing), (with_adapter, adapter)):
-        wanted = trainers_logits(weights, of, tokens_S)
+        wanted = trainers_logits(weights, of, documents.tokens)
         torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
-    torch.testing.assert_close(logits(weights, tokens_S, LENGTHS), without, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(weights, documents), without, rtol=0, atol=2e-5)
     assert (with_adapter - without).abs().max() > 0.5
 
 
@@ -133,6 +134,22 @@ def test_a_merge_with_any_tensor_out_of_order_differs(tmp_path: Path, family: st
     assert len(names) >= 12
     for name in names:
         assert not compare_merged(base, adapter, Changed(merged, name)).is_equal, name
+
+
+def test_angles_of_positions_are_computed_before_there_is_a_second_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save("llama-3.1", tmp_path, tied=False, dtype=torch.float32)
+    adapter: Any = RandomAdapter(base, ("_proj",))
+    num_threads, tables = [], layerwise.rotary_tables
+
+    def computed(*arguments: Any, **options: Any) -> Any:
+        num_threads.append(threading.active_count())
+        return tables(*arguments, **options)
+
+    monkeypatch.setattr(layerwise, "rotary_tables", computed)
+    compare_merged(base, adapter, MergedWeights(base, adapter))
+    assert num_threads == [threading.active_count()]
 
 
 def test_a_comparison_that_is_interrupted_ends_after_the_layer_it_is_in(
