@@ -148,7 +148,8 @@ def _verify(inputs: MergeInputs, written: Weights) -> dict[str, Any]:
     if not found.is_equal:
         problem = (
             f"logits of the merged weights differ by {difference:.3e} from those of base and "
-            f"adapter; rounding explains {found.tolerance:.3e}"
+            f"adapter, and by {found.rounded_difference:.3e} where their sum is rounded alike; "
+            f"allowed are {found.tolerance:.3e}"
         )
         raise step_error(ID, "merged_differs", problem)
     print(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemotron.steps._formats.as_megatron import AsMegatron
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
@@ -134,6 +135,28 @@ def test_a_merge_with_any_tensor_out_of_order_differs(tmp_path: Path, family: st
     assert len(names) >= 12
     for name in names:
         assert not compare_merged(base, adapter, Changed(merged, name)).is_equal, name
+
+
+def test_a_right_merge_that_rounding_moves_far_is_told_from_a_wrong_one(tmp_path: Path) -> None:
+    torch.manual_seed(3)  # the worst of 20: rounding moves a logit by 55 standard deviations
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    base = HuggingFaceCheckpoint(tmp_path)
+    adapter: Any = RandomAdapter(base, ("_proj",))
+    merged = MergedWeights(base, adapter)
+    right = compare_merged(base, adapter, merged)
+    assert right.largest_difference > right.tolerance
+    assert right.is_equal
+    wrong = compare_merged(base, adapter, Changed(merged, "model.layers.1.mlp.up_proj.weight"))
+    assert not wrong.is_equal
 
 
 def test_angles_of_positions_are_computed_before_there_is_a_second_thread(
