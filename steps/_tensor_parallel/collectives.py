@@ -35,17 +35,17 @@ class ProcessGroup:
 Wait = Callable[[], None]
 
 
-def empty_to_sum(like: Tensor, columns: int, group: ProcessGroup) -> Tensor:
-    """Return a tensor, [rows of ``like``, columns], to be filled and given to ``all_reduce`` next.
+def empty_to_send(like: Tensor, columns: int, group: ProcessGroup) -> Tensor:
+    """Return a tensor, [rows of ``like``, columns], to be filled and given to a collective next.
 
-    Among ranks of one host it lies where the others read it, so the sum is another tensor.
+    Among ranks of one host it lies where the others read it, and is gone once it is given.
     """
     shape = len(like), columns
     return group.host.empty(shape, like.dtype) if group.host else like.new_empty(shape)
 
 
 def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the sum of ``tensor`` over the group, in place unless it is from ``empty_to_sum``.
+    """Return the sum of ``tensor`` over the group, in place unless it is from ``empty_to_send``.
 
     Raises:
         ValueError: The tensor is not contiguous.

@@ -29,7 +29,7 @@ from nemotron.steps._tensor_parallel.collectives import (
     ProcessGroup,
     all_reduce,
     all_reduce_async,
-    empty_to_sum,
+    empty_to_send,
     gather_rows,
     gather_rows_async,
     scatter_sum_rows,
@@ -50,6 +50,11 @@ class Groups:
 
     replicated: ProcessGroup = field(default_factory=ProcessGroup)
     sequence: ProcessGroup = field(default_factory=ProcessGroup)
+
+    @property
+    def tensor(self) -> ProcessGroup:
+        """Whichever of them it is."""
+        return self.sequence if self.sequence.size > 1 else self.replicated
 
 
 class ColumnParallel(torch.autograd.Function):
@@ -99,7 +104,7 @@ class ColumnParallel(torch.autograd.Function):
         # the copy changes no value within a step, but would look like a change.
         extended[:, parts[0] :] = lora_b_FR * scale
         lora_a_RH = lora_a_RH.to(x_SH.dtype)
-        x_h = x_SH.new_empty(len(x_SH), sum(parts))
+        x_h = empty_to_send(x_SH, sum(parts), groups.sequence)
         input_SH, h_SR = x_h.split(parts, dim=1)
         if prologue is None:
             kept = x_SH.new_empty(0)
@@ -120,7 +125,7 @@ class ColumnParallel(torch.autograd.Function):
         in_features = saved[-1].shape[1]
         # Without dx only the R columns of dh are left to compute, and to send.
         columns = ctx.extended if ctx.needs_input_grad[0] else ctx.extended[:, in_features:]
-        dx_dh = empty_to_sum(dy_SF, columns.shape[1], ctx.groups.replicated)
+        dx_dh = empty_to_send(dy_SF, columns.shape[1], ctx.groups.tensor)
         torch.mm(dy_SF, columns, out=dx_dh)
         backward = _column_of_rows if ctx.groups.sequence.size > 1 else _column_of_all
         dx_SH, part, da_RH, db_FR = backward(ctx, saved, dy_SF, dx_dh)
@@ -204,7 +209,7 @@ class RowParallel(torch.autograd.Function):
         if prologue is not None:
             input_SH = x_SH.new_empty(len(x_SH), extended.shape[1])
             kept = prologue.apply(x_SH, out=input_SH)
-        y_h = empty_to_sum(input_SH, len(extended), groups.replicated)
+        y_h = empty_to_send(input_SH, len(extended), groups.tensor)
         torch.mm(input_SH, extended.T, out=y_h)
         if mask is not None:
             y_h[:, parts[0] :] = dropped(input_SH, mask) @ extended[parts[0] :].T
@@ -243,7 +248,8 @@ def _gather_beside(
     """Start gathering the rows of both in one collective; the third result waits for them."""
     if group.size == 1:
         return dy_SF, dh_SR, lambda: None
-    dy_dh, wait = gather_rows_async(torch.cat([dy_SF, dh_SR], dim=1), group)
+    dy_dh = empty_to_send(dy_SF, dy_SF.shape[1] + dh_SR.shape[1], group)
+    dy_dh, wait = gather_rows_async(torch.cat([dy_SF, dh_SR], dim=1, out=dy_dh), group)
     dy_all_SF, dh_all_SR = dy_dh.split([dy_SF.shape[1], dh_SR.shape[1]], dim=1)
     return dy_all_SF, dh_all_SR, wait
 

@@ -65,6 +65,8 @@ class HostExchange:
     def start(self, tensor: Tensor, receive: Receive) -> Callable[[], None]:
         """Show a tensor to the others; the result waits for theirs, and gives them to ``receive``.
 
+        The result waits for all that were started since as well.
+
         Args:
             tensor: Of the same size and type on every rank. It may change once this returns,
                 unless it is from ``empty``: then it is gone.
@@ -93,12 +95,8 @@ class HostExchange:
                     _lost(rank, told, message)
             receive([slots[number % 2].tensor(shape, dtype) for slots in self._slots])
 
-        def wait() -> None:
-            if number == self._number:
-                self._finish_last()
-
         self._finish = finish
-        return wait
+        return self._finish_last
 
     def _next_slot(self) -> _Slot:
         return self._slots[self._rank][(self._number + 1) % 2]

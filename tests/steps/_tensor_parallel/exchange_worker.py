@@ -1,21 +1,25 @@
-"""Ranks of test_host_exchange.py: ``exchange_worker.py sums | lost | whether REPORT``."""
+"""Ranks of test_host_exchange.py: ``exchange_worker.py WHAT REPORT``, WHAT a function in here."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemotron.steps._tensor_parallel import host_exchange
 from nemotron.steps._tensor_parallel.collectives import (
     ProcessGroup,
     all_reduce,
-    empty_to_sum,
+    empty_to_send,
     gather_rows,
     gather_rows_async,
     scatter_sum_rows,
@@ -31,7 +35,8 @@ def main() -> None:
     world = dist.group.WORLD
     assert world is not None
     group = ProcessGroup(world, dist.get_rank(), dist.get_world_size(), open_exchange(world))
-    report = {"sums": sums, "lost": lost, "whether": whether}[sys.argv[1]](group)
+    modes = {each.__name__: each for each in (sums, lost, whether, forbidden, unknown)}
+    report = modes[sys.argv[1]](group)
     if group.rank == 0:
         Path(sys.argv[-1]).write_text(json.dumps(report), encoding="utf-8")
     dist.destroy_process_group()  # else its threads may outlive what they use, and the rank crashes
@@ -54,9 +59,14 @@ def sums(group: ProcessGroup) -> dict[str, bool]:
             for each in every[1:]:
                 total += each
             part = slice(group.rank * rows // group.size, (group.rank + 1) * rows // group.size)
-            placed = empty_to_sum(mine, 2, group)
-            placed.copy_(mine)
-            report[f"{dtype} {rows} placed"] = torch.equal(all_reduce(placed, group), total)
+            for collective, wanted in (
+                (all_reduce, total),
+                (gather_rows, torch.cat(every)),
+                (scatter_sum_rows, total[part]),
+            ):
+                placed = empty_to_send(mine, 2, group).copy_(mine)
+                name = f"{dtype} {rows} placed for {collective.__name__}"
+                report[name] = torch.equal(collective(placed, group), wanted)
             strided = torch.cat([mine, mine], dim=1)[:, :2]
             report[f"{dtype} {rows}"] = all(
                 (
@@ -66,22 +76,39 @@ def sums(group: ProcessGroup) -> dict[str, bool]:
                     torch.equal(mine, total),
                 )
             )
-    return report | several_at_once(group)
+    return report | several_at_once(group) | {"a slow reader": before_a_slow_reader(group)}
 
 
 def several_at_once(group: ProcessGroup) -> dict[str, bool]:
     """Start three before the first is waited for, last first, and change what was shown."""
-    every = [drawn(rank, 50, torch.float32) for rank in range(group.size)]
-    shown = [every[group.rank] * factor for factor in (1, 2, 3)]
-    started = [gather_rows_async(each, group) for each in shown]
+    assert group.group is not None
+    new = replace(group, host=open_exchange(group.group))  # with no memory yet
+    every = [[drawn(rank, rows, torch.float32) for rank in range(group.size)] for rows in (50, 0)]
+    every.append([2 * each for each in every[0]])
+    shown = [each[group.rank].clone() for each in every]
+    started = [gather_rows_async(each, new) for each in shown]
     for each in shown:
         each.zero_()
     for _, wait in reversed(started):
         wait()
     right = [
-        torch.equal(got, factor * torch.cat(every)) for factor, (got, _) in enumerate(started, 1)
+        torch.equal(got, torch.cat(each)) for each, (got, _) in zip(every, started, strict=True)
     ]
     return {"several at once": all(right)}
+
+
+def before_a_slow_reader(group: ProcessGroup) -> bool:
+    """Whether a rank that reads late has read what was shown, not what comes after the next."""
+    gathered, wait = gather_rows_async(torch.ones(4, 2), group)
+    if group.rank == 1:
+        time.sleep(0.5)
+    wait()
+    _, wait = gather_rows_async(torch.ones(4, 2), group)
+    placed = empty_to_send(gathered[:4], 2, group).fill_(2.0)
+    wait()
+    all_reduce(placed, group)
+    num_wrong = (gathered != 1.0).sum().unsqueeze(0)
+    return all_reduce(num_wrong, group).item() == 0
 
 
 def lost(group: ProcessGroup) -> dict[str, str]:
@@ -100,6 +127,24 @@ def error_of(group: ProcessGroup, *, rows: int) -> str:
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def forbidden(group: ProcessGroup) -> dict[str, object]:
+    """As ``whether``, where one rank may not open what the others offer."""
+    hindrance = patch.object(os, "open", side_effect=PermissionError)
+    with hindrance if group.rank == 1 else nullcontext():
+        return _opened_again(group)
+
+
+def unknown(group: ProcessGroup) -> dict[str, object]:
+    """As ``whether``, where nothing tells the hosts apart."""
+    with patch.object(host_exchange, "_BOOT_ID", Path("/does/not/exist")):
+        return _opened_again(group)
+
+
+def _opened_again(group: ProcessGroup) -> dict[str, object]:
+    assert group.group is not None
+    return whether(replace(group, host=open_exchange(group.group)))
 
 
 def whether(group: ProcessGroup) -> dict[str, object]:

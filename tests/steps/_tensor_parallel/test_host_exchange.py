@@ -22,7 +22,7 @@ def test_sums_and_rows_are_exact_for_tensors_of_any_type_and_size_one_after_the_
     run_ranks: Callable[..., Any],
 ) -> None:
     right = run_ranks(WORKER, 3, "sums")
-    assert len(right) == 4 * 7 * 2 + 1
+    assert len(right) == 4 * 7 * (3 + 1) + 2
     assert all(right.values()), right
 
 
@@ -33,6 +33,13 @@ def test_a_rank_that_shows_another_size_or_has_gone_is_named(run_ranks: Callable
     )
     # As gloo words it: what says so waits for the rank that can tell why.
     assert told["gone"].startswith("DistNetworkError: connection closed by peer: rank ")
+
+
+@pytest.mark.parametrize("hindrance", ["forbidden", "unknown"])
+def test_ranks_that_may_not_or_cannot_tell_go_on_without_shared_memory(
+    hindrance: str, run_ranks: Callable[..., Any]
+) -> None:
+    assert run_ranks(WORKER, 2, hindrance) == {"exchange": False, "total": 3.0}
 
 
 @pytest.mark.parametrize(("prefix", "has_exchange"), [([], True), (OWN_PIDS, False)])
