@@ -30,6 +30,7 @@ from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, damaged
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _NUM_READERS = min(2, os.cpu_count() or 1)
+_BYTES_AHEAD = 1 << 27  # that may be read before they are written; more where a tensor is larger
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def write_safetensors(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Write a safetensors file and return its BLAKE3; two tensors are read while one is written.
+    """Write a safetensors file and return its BLAKE3; tensors are read while others are written.
 
     Tensors of wider types come first, so that every tensor is aligned to its own width.
 
@@ -120,11 +121,15 @@ def write_safetensors(
         read: Returns a tensor; called once per name, by other threads.
         metadata: Text entries beside the obligatory ``format``.
     """
+
+    def size_bytes(name: str) -> int:
+        return math.prod(shape(name)) * dtype(name).itemsize
+
     ordered = sorted(names, key=lambda name: -dtype(name).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in ordered:
-        end = offset + math.prod(shape(name)) * dtype(name).itemsize
+        end = offset + size_bytes(name)
         kind = DTYPE_NAMES[dtype(name)]
         header[name] = {
             "dtype": kind,
@@ -136,7 +141,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with HashedFile(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in _read_ahead(ordered, read):
+        for name, tensor in _read_ahead(ordered, read, size_bytes):
             if tuple(tensor.shape) != shape(name) or tensor.dtype != dtype(name):
                 raise ValueError(f"{name} is not of the shape and type announced")
             stream.write(raw_bytes(tensor))
@@ -145,16 +150,22 @@ def write_safetensors(
 
 
 def _read_ahead(
-    names: Iterable[str], read: Callable[[str], Tensor]
+    names: Iterable[str], read: Callable[[str], Tensor], size_bytes: Callable[[str], int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every name with its tensor, which a thread reads while those before are used."""
+    """Yield every name with its tensor, which threads read while those before are used.
+
+    By bytes, not by number: a reader need not wait for another's large tensor after small ones.
+    """
     with ThreadPoolExecutor(_NUM_READERS) as threads:
         coming: deque[tuple[str, Future[Tensor]]] = deque()
+        bytes_ahead = 0
         for name in names:
             # Settings of torch are the caller's, whichever way torch keeps them.
             coming.append((name, threads.submit(copy_context().run, read, name)))
-            if len(coming) > _NUM_READERS:
+            bytes_ahead += size_bytes(name)
+            while len(coming) > _NUM_READERS and bytes_ahead > _BYTES_AHEAD:
                 ready, tensor = coming.popleft()
+                bytes_ahead -= size_bytes(ready)
                 yield ready, tensor.result()
                 del tensor
         for ready, tensor in coming:

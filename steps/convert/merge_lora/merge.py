@@ -5,6 +5,7 @@ merged = W + scale * lora_b @ lora_a, product and sum in fp32, cast once to the 
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -25,20 +26,20 @@ from nemotron.steps._training.layerwise import compare_merged
 from nemotron.steps.convert.merge_lora.checks import ID
 from nemotron.steps.convert.merge_lora.inputs import MergeInputs
 
-_ELEMENTS_AT_A_TIME = 1 << 17  # bounds the fp32 product to what a cache holds
+_ELEMENTS_AT_A_TIME = 1 << 17  # bounds the fp32 sum to what a cache holds
 
 
 class MergedWeights:
     """A base with an adapter added to it, one tensor at a time; see ``Weights``.
 
     Attributes:
-        deltas: Largest absolute change by tensor, of the adapted tensors read so far.
+        changes: Root mean square of the change by tensor, of the adapted tensors read so far.
     """
 
     def __init__(self, base: Weights, adapter: LoraAdapter) -> None:
         self.config, self.names = base.config, base.names
         self.shape, self.dtype = base.shape, base.dtype
-        self.deltas: dict[str, float] = {}
+        self.changes: dict[str, float] = {}
         self._base = base
         self._adapter = adapter
         self._modules = frozenset(adapter.modules)
@@ -49,39 +50,41 @@ class MergedWeights:
         if module in self._modules:
             lora_a, lora_b = self._adapter.read(module)
             scale = self._adapter.scale(module)
-            weight, self.deltas[name] = add_delta(weight, lora_a, lora_b, scale=scale)
+            weight = add_delta(weight, lora_a, lora_b, scale=scale)
+            self.changes[name] = rms_change(lora_a, lora_b, scale=scale)
         if not all_finite(weight):
             raise step_error(ID, "merged_not_finite", f"{name} holds values that are not finite")
         return weight
 
 
-def add_delta(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float
-) -> tuple[Tensor, float]:
-    """Return ``weight + scale * lora_b @ lora_a`` in its type, and the largest change.
+def add_delta(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> Tensor:
+    """Return ``weight + scale * lora_b @ lora_a``, [F, H], in its type.
 
     Args:
         weight: [F, H].
         lora_a: [R, H].
         lora_b: [F, R].
         scale: Of the adapter in this module, such as alpha / dim.
-
-    Returns:
-        The merged weight, and the largest absolute value of the scaled product before the cast.
     """
     merged = fresh_tensor(tuple(weight.shape), weight.dtype)
     lora_a, lora_b = lora_a.float(), lora_b.float()
     num_rows = max(1, _ELEMENTS_AT_A_TIME // weight.shape[1])
+    wide = torch.empty(min(num_rows, len(weight)), weight.shape[1])
     blocks = zip(*(each.split(num_rows) for each in (weight, lora_b, merged)), strict=True)
-    shape = min(num_rows, len(weight)), weight.shape[1]
-    delta, total = torch.empty(shape), torch.empty(shape)
-    largest = 0.0
     for weight_rows, lora_b_rows, merged_rows in blocks:
-        delta, total = delta[: len(weight_rows)], total[: len(weight_rows)]
-        torch.mm(lora_b_rows, lora_a, out=delta).mul_(scale)
-        largest = max(largest, delta.amax().item(), -delta.amin().item())  # faster than aminmax
-        merged_rows.copy_(total.copy_(weight_rows).add_(delta))
-    return merged, largest
+        sum_rows = wide[: len(weight_rows)].copy_(weight_rows)
+        merged_rows.copy_(sum_rows.addmm_(lora_b_rows, lora_a, alpha=scale))
+    return merged
+
+
+def rms_change(lora_a: Tensor, lora_b: Tensor, *, scale: float) -> float:
+    """Return the root mean square of ``scale * lora_b @ lora_a``, without computing the product.
+
+    The sum of its squares is that of the elements of ``(B^T B) * (A A^T)``, of which there are R^2.
+    """
+    lora_a, lora_b = lora_a.double(), lora_b.double()
+    squares = (lora_b.T @ lora_b).mul_(lora_a @ lora_a.T).sum().clamp(min=0.0)
+    return abs(scale) * math.sqrt(squares.item() / (len(lora_b) * lora_a.shape[1]))
 
 
 def publish_merged(
@@ -102,7 +105,7 @@ def publish_merged(
         output_megatron_path: Megatron checkpoint, or None.
         has_tokenizer: Whether tokenizer and chat template go into ``output_hf_path``.
         show_progress: Print a line every few seconds.
-        debug: Print the largest change of each adapted tensor.
+        debug: Print the change of each adapted tensor.
         produced_by: Goes into ``artifact.json``.
 
     Raises:
@@ -175,15 +178,16 @@ def _describe_merge(inputs: MergeInputs, merged: MergedWeights) -> dict[str, Any
             "rank_pattern": dict(inputs.adapter.rank_pattern),
             "alpha_pattern": dict(inputs.adapter.alpha_pattern),
             "target_modules": list(inputs.adapter.target_modules),
-            "largest_change": max(merged.deltas.values()),
+            "largest_rms_change": max(merged.changes.values()),
         }
     }
 
 
 def _report(inputs: MergeInputs, merged: MergedWeights, *, debug: bool) -> None:
-    for name, delta in merged.deltas.items() if debug else ():
-        print(f"{name}: largest change {delta:.3e}")
+    for name, change in merged.changes.items() if debug else ():
+        print(f"{name}: root mean square change {change:.3e}")
     print(
-        f"{len(merged.deltas)} of {len(merged.names)} tensors merged (r {inputs.adapter.dim}, "
-        f"alpha {inputs.adapter.alpha:g}), largest change {max(merged.deltas.values()):.3e}"
+        f"{len(merged.changes)} of {len(merged.names)} tensors merged (r {inputs.adapter.dim}, "
+        f"alpha {inputs.adapter.alpha:g}), root mean square change up to "
+        f"{max(merged.changes.values()):.3e}"
     )

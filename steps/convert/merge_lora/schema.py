@@ -50,7 +50,7 @@ class Config(Schema):
         default=False, description="merge an adapter without a held-out loss"
     )
     show_progress: bool = Field(default=True, description="print progress of long merges")
-    debug: bool = Field(default=False, description="print the largest change of each tensor")
+    debug: bool = Field(default=False, description="print the change of each tensor")
 
     trust_remote_code: Literal[False] = Field(
         default=False, description="code from a checkpoint is never run"

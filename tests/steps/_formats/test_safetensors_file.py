@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats import safetensors_file
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
 from nemotron.steps._formats.weights import DTYPES
 
@@ -138,26 +139,31 @@ def test_read_refuses_types_that_no_model_has(tmp_path: Path) -> None:
     assert caught.value.code == "weights_dtype"
 
 
-def test_no_more_than_three_tensors_are_held_while_writing(tmp_path: Path) -> None:
-    held, counts = WeakSet[Tensor](), []
+@pytest.mark.parametrize(("bytes_ahead", "most_held"), [(1, 12_000), (9_000, 13_000)])
+def test_no_more_is_held_while_writing_than_three_tensors_or_what_may_be_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_ahead: int, most_held: int
+) -> None:
+    monkeypatch.setattr(safetensors_file, "_BYTES_AHEAD", bytes_ahead)
+    held, sums = WeakSet[Tensor](), []
+    shapes = {str(number): (1000 if number % 3 else 10,) for number in range(30)}
 
     def read(name: str) -> Tensor:
-        tensor = torch.full((1000,), float(name))
+        tensor = torch.full(shapes[name], float(name))
         held.add(tensor)
-        counts.append(len(held))
+        sums.append(sum(each.nbytes for each in held))
         return tensor
 
-    names = [str(number) for number in range(30)]
     write_safetensors(
         tmp_path / "a.safetensors",
-        names=names,
-        shape=lambda _: (1000,),
+        names=list(shapes),
+        shape=shapes.__getitem__,
         dtype=lambda _: torch.float32,
         read=read,
     )
-    assert max(counts) <= 3
+    assert max(sums) <= most_held
     written = load_file(tmp_path / "a.safetensors")
-    assert [written[name][0].item() for name in names] == list(range(30))
+    assert {name: tuple(tensor.shape) for name, tensor in written.items()} == shapes
+    assert all(tensor[0].item() == float(name) for name, tensor in written.items())
 
 
 def test_what_fails_to_be_read_is_the_error_of_the_writer(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapt
 from nemotron.steps._formats.megatron_writer import publish_megatron
 from nemotron.steps._models.families import in_both_spellings
 from nemotron.steps.convert.merge_lora import merge
-from nemotron.steps.convert.merge_lora.merge import add_delta
+from nemotron.steps.convert.merge_lora.merge import add_delta, rms_change
 from nemotron.steps.convert.merge_lora.schema import Config
 from nemotron.steps.convert.merge_lora.step import run
 from tests.steps._formats.harm import HARMS, resign
@@ -142,11 +142,15 @@ def test_the_output_is_complete_and_its_artifact_tells_where_it_comes_from(
     assert origin["base_fingerprint"] == base_fingerprint(HuggingFaceCheckpoint(base_hf))
     assert (origin["dim"], origin["alpha"]) == (3, 6.0)
     changes = [
-        (merged.read(name) - HuggingFaceCheckpoint(base_hf).read(name)).abs().max().item()
+        (merged.read(name) - HuggingFaceCheckpoint(base_hf).read(name))
+        .square()
+        .mean()
+        .sqrt()
+        .item()
         for name in merged.names
     ]
     # The change is taken before it is rounded into the sum: half an ulp of values near 8.
-    assert origin["largest_change"] == pytest.approx(max(changes), abs=1e-6)
+    assert origin["largest_rms_change"] == pytest.approx(max(changes), abs=1e-6)
     assert [entry.type for entry in artifact.inputs] == ["checkpoint_lora", "checkpoint_megatron"]
     assert all(entry.blake3 for entry in artifact.inputs)
 
@@ -186,11 +190,12 @@ def test_add_delta_gives_the_same_in_blocks_of_rows() -> None:
     weight = torch.randn(2500, 6, generator=generator, dtype=torch.float64)
     lora_a = torch.randn(2, 6, generator=generator)
     lora_b = torch.randn(2500, 2, generator=generator)
-    merged, largest = add_delta(weight.float(), lora_a, lora_b, scale=0.5)
-    delta = 0.5 * lora_b.double() @ lora_a.double()
+    merged = add_delta(weight.float(), lora_a, lora_b, scale=0.3)
+    delta = 0.3 * lora_b.double() @ lora_a.double()
     # fp32 against fp64: rounding of sums of values below 16.
     torch.testing.assert_close(merged.double(), weight + delta, rtol=0, atol=2e-6)
-    assert largest == pytest.approx(delta.abs().max().item(), rel=1e-6)
+    rms = delta.square().mean().sqrt().item()
+    assert rms_change(lora_a, lora_b, scale=-0.3) == pytest.approx(rms, rel=1e-12)
 
 
 def test_an_adapter_brings_the_chat_template_that_it_was_trained_with(
@@ -215,7 +220,7 @@ def test_debug_prints_the_change_of_every_adapted_tensor(
 ) -> None:
     _merge(adapter, base_hf, tmp_path / "out", debug=True)
     out = capsys.readouterr().out
-    assert out.count("largest change") == 14 + 1
+    assert out.count("root mean square change") == 14 + 1
     assert "14 of 21 tensors merged (r 3, alpha 6)" in out
 
 
