@@ -43,7 +43,8 @@ def rotary_tables(
     """
     lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
     positions_S = torch.cat([torch.arange(length, device=device) for length in lengths])
-    angles = positions_S.float().unsqueeze(1) * rotary_frequencies(config).to(device)
+    frequencies = rotary_frequencies(config).to(device, non_blocking=True)
+    angles = positions_S.float().unsqueeze(1) * frequencies
     cos, sin = (table.to(dtype)[:, None, None] for table in (angles.cos(), angles.sin()))
     return torch.cat([cos, cos], dim=-1), sin
 
@@ -158,21 +159,29 @@ def packed_attention(
     exact, and several times faster than one call with a mask, which also computes what it masks.
     """
     if query_SND.is_cuda and query_SND.dtype in (torch.bfloat16, torch.float16):
-        bounds, longest = _bounds(tuple(cu_seqlens), query_SND.device)
-        heads, options = (query_SND, key_SGD, value_SGD), _causal(query_SND, key_SGD)
-        out = varlen_attn(*heads, bounds, bounds, longest, longest, **options)
-        assert isinstance(out, Tensor)
-        return out
+        return flash_on_gpu(query_SND, key_SGD, value_SGD, cu_seqlens)
     if query_SND.is_cuda:
         return _attention_by_document(query_SND, key_SGD, value_SGD, cu_seqlens)
     return _FlashOnCpu.apply(query_SND, key_SGD, value_SGD, cu_seqlens)
+
+
+def flash_on_gpu(
+    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
+) -> Tensor:
+    """Return the same by torch's one kernel for all documents, of bf16 or fp16 on a GPU."""
+    bounds, longest = _bounds(tuple(cu_seqlens), query_SND.device)
+    heads, options = (query_SND, key_SGD, value_SGD), _causal(query_SND, key_SGD)
+    out = varlen_attn(*heads, bounds, bounds, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out
 
 
 @lru_cache(maxsize=8)
 def _bounds(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
     """Return the boundaries on the device, and the longest document; one copy for all layers."""
     longest = max(stop - start for start, stop in pairwise(cu_seqlens))
-    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device), longest
+    bounds = torch.tensor(cu_seqlens, dtype=torch.int32)
+    return bounds.to(device, non_blocking=True), longest  # else it waits for all before it
 
 
 def _causal(query_SND: Tensor, key_SGD: Tensor) -> dict[str, Any]:

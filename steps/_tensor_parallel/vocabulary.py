@@ -67,8 +67,9 @@ class VocabParallelEmbedding(nn.Module):
             return self.weight[tokens_S]
         local_S = tokens_S - self.rows.start
         mine_S = (local_S >= 0) & (local_S < len(self.weight))
-        out_SH = self.weight.new_zeros(len(tokens_S), self.weight.shape[1])
-        out_SH[mine_S] = self.weight[local_S[mine_S]]
+        # Indexing by a mask would have a GPU's host wait for how many there are.
+        out_SH = self.weight[local_S.clamp(0, len(self.weight) - 1)]
+        out_SH.masked_fill_(~mine_S.unsqueeze(1), 0.0)
         if self.sequence_parallel:
             return scatter_sum_rows(out_SH, self.group)
         return all_reduce(out_SH, self.group)
@@ -169,9 +170,8 @@ def _loss_of_chunk(
 
     The second result, [C], scales those to the softmax over all ranks.
     """
-    mine_C = (local_C >= 0) & (local_C < logits_CV.shape[1])
-    index_C = local_C.clamp(0, logits_CV.shape[1] - 1).unsqueeze(1)
-    label_C = logits_CV.gather(1, index_C).squeeze(1) * mine_C
+    mine_C, index_C1 = _own_labels(local_C, logits_CV)
+    label_C = logits_CV.gather(1, index_C1).squeeze(1) * mine_C
     max_C = logits_CV.amax(dim=1)
     sum_C = logits_CV.sub_(max_C.unsqueeze(1)).exp_().sum(dim=1)
     stats = all_gather(torch.stack([max_C, sum_C, label_C]), group)
@@ -184,6 +184,11 @@ def _loss_of_chunk(
 def _softmax_minus_onehot(exponentials_CV: Tensor, scale_C: Tensor, local_C: Tensor) -> Tensor:
     """Turn ``exponentials_CV`` into the softmax minus the onehot of the label, in place."""
     dlogits_CV = exponentials_CV.mul_(scale_C.unsqueeze(1))
-    mine = ((local_C >= 0) & (local_C < dlogits_CV.shape[1])).nonzero().squeeze(1)
-    dlogits_CV[mine, local_C[mine]] -= 1.0
-    return dlogits_CV
+    mine_C, index_C1 = _own_labels(local_C, dlogits_CV)
+    return dlogits_CV.scatter_add_(1, index_C1, -mine_C.to(dlogits_CV).unsqueeze(1))
+
+
+def _own_labels(local_C: Tensor, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which labels are among this rank's columns, [C], and the column, [C, 1]; 0 if not."""
+    mine_C = (local_C >= 0) & (local_C < logits_CV.shape[1])
+    return mine_C, (local_C * mine_C).unsqueeze(1)
