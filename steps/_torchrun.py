@@ -53,16 +53,22 @@ _LEAVE_LAST_SECONDS = 1
 class _Ranks(SubprocessContext):
     """The ranks of this host: told to stop when this process is, and not waited for when lost."""
 
-    was_told = False
+    told_by: signal.Signals | None = None
     was_interrupted = False
     left_early: tuple[int, ...] = ()
     last_words: ClassVar[dict[str, LastWords]] = {}
 
     def start(self) -> None:
         super().start()
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def _start(self) -> None:
+        # Now, after torch has set its own and before the first rank runs.
         for number in _STOP:
             signal.signal(number, self._tell)
-        signal.signal(signal.SIGINT, self._interrupt)
+        super()._start()
+        if _Ranks.told_by is not None:  # meanwhile: nobody was there to be told
+            self._tell(_Ranks.told_by, None)
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         codes = {rank: each.proc.poll() for rank, each in self.subprocess_handlers.items()}
@@ -84,7 +90,7 @@ class _Ranks(SubprocessContext):
                 _Ranks.last_words.setdefault(environment["RANK"], words)
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
-        _Ranks.was_told = True
+        _Ranks.told_by = signal.Signals(number)
         for pid in self.pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -112,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_known() -> bool:
     """Return whether the job was stopped or a rank has said what went wrong: no news for a log."""
-    return _Ranks.was_told or _Ranks.was_interrupted or _reported() is not None
+    return _Ranks.told_by is not None or _Ranks.was_interrupted or _reported() is not None
 
 
 def _leave_last(self: SimpleElasticAgent) -> None:
@@ -128,7 +134,7 @@ _pass_exit_barrier = SimpleElasticAgent._exit_barrier
 
 def _report(failed: ChildFailedError) -> int:
     """Return the exit code of the rank that failed first; report what that rank could not."""
-    if _Ranks.was_told and _was_stopped(failed):
+    if _Ranks.told_by is not None and _was_stopped(failed):
         return int(ExitCode.PREEMPTED)
     lost = _first_lost(failed)
     reported = _reported()
