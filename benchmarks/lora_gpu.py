@@ -73,9 +73,9 @@ def measure(
         operations = step_operations(case, shape.dim, micro_batches)
         for _ in range(arguments.rounds):
             for side, script in (("ours", "ours.py"), ("peft", "peft_transformers.py")):
-                options = {"--steps": arguments.steps, "--dtype": "bfloat16"}
+                options = ["--steps", str(arguments.steps), "--dtype", "bfloat16"]
                 if side == "peft":
-                    options["--attention"] = arguments.attention
+                    options += ["--attention", arguments.attention]
                 run_side(case, Path(sys.executable), script, options, num_ranks=1, on_gpu=True)
                 got = json.loads((case / f"{side}.0.json").read_text(encoding="utf-8"))
                 if side not in figures or got["seconds"] < figures[side]["seconds"]:

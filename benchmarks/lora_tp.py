@@ -2,7 +2,7 @@
 
 The same random Llama, the same adapter on all seven projections, the same tokens and AdamW on both
 sides, at tensor-parallel size 1 and 2 under gloo (past which ours share memory), one thread a rank,
-fp32:
+fp32; at size 2 ours with sequence parallelism as well:
 
 * equal work: documents of one length, every token trained;
 * packed chats: rows of real conversations, where documents end and only answers are trained.
@@ -84,15 +84,17 @@ def compare(
 ) -> dict[str, Figures]:
     """Run the sides in turns and return the best figures of each (the worst rank's)."""
     turns = defaultdict(list)
+    own, num_ranks = Path(sys.executable), tensor_parallel
+    scripts = [(own, ["floors.py"]), (own, ["ours.py"]), (peers, ["peft_transformers.py"])]
+    sides = [*FLOORS, "ours", "peft"]
+    if num_ranks > 1:
+        scripts.append((own, ["ours.py", "--sequence-parallel"]))
+        sides.append("ours-sp")
     for _ in range(rounds):
-        for python, script in (
-            (Path(sys.executable), "floors.py"),
-            (Path(sys.executable), "ours.py"),
-            (peers, "peft_transformers.py"),
-        ):
-            options = {"--steps": steps, "--tensor-parallel": tensor_parallel}
-            run_side(case, python, script, options, num_ranks=tensor_parallel, on_gpu=False)
-        for side in (*FLOORS, "ours", "peft"):
+        for python, (script, *flags) in scripts:
+            options = ["--steps", str(steps), "--tensor-parallel", str(num_ranks), *flags]
+            run_side(case, python, script, options, num_ranks=num_ranks, on_gpu=False)
+        for side in sides:
             of_ranks = [json.loads(path.read_text()) for path in case.glob(f"{side}.*.json")]
             turns[side].append({key: max(each[key] for each in of_ranks) for key in of_ranks[0]})
     return {
@@ -122,20 +124,28 @@ def show(figures: dict[str, Figures]) -> None:
         "work": "floor: + attention, adapters",
         "sent": "floor: + collectives",
         "ours": "nemotron",
+        "ours-sp": "nemotron, SP as well",
         "peft": "PEFT + transformers",
     }
-    for side, name in names.items():
-        each = figures[side]
+    for side in [side for side in names if side in figures]:
+        name, each = names[side], figures[side]
         cells = f"{each['cpu_seconds']:12.3f}{each['seconds']:12.3f}"
-        if side in ("ours", "peft"):
+        if side not in FLOORS:
             losses = f"{each['first_loss']:.6f} -> {each['last_loss']:.6f}"
             cells += f"{each['peak_mb']:16.0f}{losses:>22}"
         print(f"{name:28}{cells}")
-    ours, peft = figures["ours"], figures["peft"]
+    for side in ("ours", "ours-sp"):
+        if side in figures:
+            print(f"{names[side]}: {compared(figures[side], figures)}")
+
+
+def compared(ours: Figures, figures: dict[str, Figures]) -> str:
+    """Return what a side of ours is beside PEFT and the floors."""
+    peft = figures["peft"]
     of_work, of_sent = (ours["cpu_seconds"] / figures[floor]["cpu_seconds"] for floor in FLOORS[1:])
-    print(
-        f"nemotron is {peft['cpu_seconds'] / ours['cpu_seconds']:.2f}x as fast with "
-        f"{ours['peak_mb'] / peft['peak_mb']:.2f}x the memory, and takes {of_work:.2f}x the second "
+    return (
+        f"{peft['cpu_seconds'] / ours['cpu_seconds']:.2f}x as fast as PEFT with "
+        f"{ours['peak_mb'] / peft['peak_mb']:.2f}x the memory, takes {of_work:.2f}x the second "
         f"floor, {of_sent:.2f}x the third"
     )
 

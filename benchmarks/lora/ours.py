@@ -1,6 +1,7 @@
 """This project's side of a case: the parts of its trainer that make an optimizer step.
 
-Run by torchrun: ``ours.py CASE --steps N``; every rank writes ``CASE/ours.RANK.json``.
+Run by torchrun: ``ours.py CASE --steps N``; every rank writes ``CASE/ours.RANK.json``, with
+``--sequence-parallel`` ``CASE/ours-sp.RANK.json``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("case", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -48,6 +50,7 @@ def main() -> None:
             group=layout.tensor,
             dtype=getattr(torch, arguments.dtype),
             device=layout.device,
+            sequence_parallel=arguments.sequence_parallel,
         )
         stage = PipelineStage([model], group=layout.pipeline, device=layout.device)
         load_adapter(arguments.case / "adapter", stage)
@@ -68,7 +71,8 @@ def main() -> None:
             return float(loss)
 
         result = measure_steps(step, num_steps=arguments.steps)
-        write_result(arguments.case, "ours", layout.world.rank, result)
+        side = "ours-sp" if arguments.sequence_parallel else "ours"
+        write_result(arguments.case, side, layout.world.rank, result)
 
 
 def _micro_batch(values: dict[str, Any], device: torch.device) -> WeightedBatch:

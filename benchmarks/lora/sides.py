@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ def run_side(
     case: Path,
     python: Path,
     script: str,
-    options: Mapping[str, object],
+    options: Sequence[str],
     *,
     num_ranks: int,
     on_gpu: bool,
@@ -28,8 +28,7 @@ def run_side(
         str(Path(__file__).with_name(script)),
         str(case),
     ]
-    for option, value in options.items():
-        command += [option, str(value)]
+    command += options
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if not on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
