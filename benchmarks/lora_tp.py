@@ -84,16 +84,16 @@ def compare(
 ) -> dict[str, Figures]:
     """Run the sides in turns and return the best figures of each (the worst rank's)."""
     turns = defaultdict(list)
-    own, num_ranks = Path(sys.executable), tensor_parallel
+    own = Path(sys.executable)
     scripts = [(own, ["floors.py"]), (own, ["ours.py"]), (peers, ["peft_transformers.py"])]
     sides = [*FLOORS, "ours", "peft"]
-    if num_ranks > 1:
+    if tensor_parallel > 1:
         scripts.append((own, ["ours.py", "--sequence-parallel"]))
         sides.append("ours-sp")
     for _ in range(rounds):
         for python, (script, *flags) in scripts:
-            options = ["--steps", str(steps), "--tensor-parallel", str(num_ranks), *flags]
-            run_side(case, python, script, options, num_ranks=num_ranks, on_gpu=False)
+            options = ["--steps", str(steps), "--tensor-parallel", str(tensor_parallel), *flags]
+            run_side(case, python, script, options, num_ranks=tensor_parallel, on_gpu=False)
         for side in sides:
             of_ranks = [json.loads(path.read_text()) for path in case.glob(f"{side}.*.json")]
             turns[side].append({key: max(each[key] for each in of_ranks) for key in of_ranks[0]})

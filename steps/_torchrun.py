@@ -58,15 +58,12 @@ class _Ranks(SubprocessContext):
     left_early: tuple[int, ...] = ()
     last_words: ClassVar[dict[str, LastWords]] = {}
 
-    def start(self) -> None:
-        super().start()
-        signal.signal(signal.SIGINT, self._interrupt)
-
     def _start(self) -> None:
         # Now, after torch has set its own and before the first rank runs.
         for number in _STOP:
             signal.signal(number, self._tell)
         super()._start()
+        signal.signal(signal.SIGINT, self._interrupt)
         if _Ranks.told_by is not None:  # meanwhile: nobody was there to be told
             self._tell(_Ranks.told_by, None)
 

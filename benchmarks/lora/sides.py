@@ -27,8 +27,8 @@ def run_side(
         str(num_ranks),
         str(Path(__file__).with_name(script)),
         str(case),
+        *options,
     ]
-    command += options
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if not on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
