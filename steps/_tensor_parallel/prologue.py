@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Returns the dropout mask of an input, scaled by 1 / (1 - p): 0 where it is dropped.
@@ -42,10 +41,10 @@ class Prologue(Protocol):
         part: Tensor | None = None,
         added_SH: Tensor | None = None,
     ) -> Tensor:
-        """Return the gradient of the input for ``dy_SH``, that of the output; destroys ``dy_SH``.
+        """Return the gradient of the input for ``dy_SH``, that of the output.
 
         ``part`` is what ``product`` returned, or None where nobody called it; ``added_SH`` is a
-        gradient of the input from elsewhere, to be added.
+        gradient of the input from elsewhere, to be added. ``dy_SH`` and ``part`` are destroyed.
         """
         ...
 
@@ -109,8 +108,11 @@ class SwiGLUPrologue:
         self, left_SR: Tensor, x_SH: Tensor, kept: Tensor, mask: Mask | None
     ) -> tuple[Tensor, Tensor]:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
-        silu_SF = F.silu(gate_SF)
-        return left_SR.T @ dropped(silu_SF * up_SF, mask), silu_SF
+        computed_SH = x_SH.new_empty(x_SH.shape)  # where the gradient will be
+        silu_SF, product_SF = computed_SH.chunk(2, dim=1)
+        torch.ops.aten.silu.out(gate_SF, out=silu_SF)
+        torch.mul(silu_SF, up_SF, out=product_SF)
+        return left_SR.T @ dropped(product_SF, mask), computed_SH
 
     def gradient(
         self,
@@ -121,9 +123,11 @@ class SwiGLUPrologue:
         added_SH: Tensor | None = None,
     ) -> Tensor:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
-        dx_SH = x_SH.new_empty(x_SH.shape)
+        dx_SH = x_SH.new_empty(x_SH.shape) if part is None else part
         dgate_SF, dup_SF = dx_SH.chunk(2, dim=1)
-        torch.mul(dy_SH, F.silu(gate_SF) if part is None else part, out=dup_SF)
+        if part is None:
+            torch.ops.aten.silu.out(gate_SF, out=dgate_SF)
+        torch.mul(dy_SH, dgate_SF, out=dup_SF)  # where silu(gate) still is
         torch.ops.aten.silu_backward.grad_input(dy_SH.mul_(up_SF), gate_SF, grad_input=dgate_SF)
         return dx_SH if added_SH is None else dx_SH.add_(added_SH)
 
