@@ -33,6 +33,8 @@ class ProcessGroup:
 
 
 Wait = Callable[[], None]
+# Takes a part of the rows of all ranks, [.., C], gone when it returns, and where in [S, C] it is.
+UseRows = Callable[[Tensor, slice], object]
 
 
 def empty_to_send(like: Tensor, columns: int, group: ProcessGroup) -> Tensor:
@@ -83,6 +85,27 @@ def gather_rows_async(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
         return gathered, group.host.start(rows, partial(torch.cat, out=gathered))
     work = _all_gather_single(gathered, rows.contiguous(), group=group.group, async_op=True)
     return gathered, _waiter(work)
+
+
+def use_rows(rows: Tensor, group: ProcessGroup, use: UseRows) -> Wait:
+    """Start gathering the rows of all ranks; the result waits, and gives them to ``use``.
+
+    Among ranks of one host each rank's rows are used where they lie, and nothing is put together.
+    """
+    if group.host is not None:
+        return group.host.start(rows, partial(_use_each, use=use))
+    gathered, wait = gather_rows_async(rows, group)
+
+    def finish() -> None:
+        wait()
+        use(gathered, slice(0, len(gathered)))
+
+    return finish
+
+
+def _use_each(parts: list[Tensor], *, use: UseRows) -> None:
+    for rank, part in enumerate(parts):
+        use(part, slice(rank * len(part), (rank + 1) * len(part)))
 
 
 def scatter_sum_rows(rows: Tensor, group: ProcessGroup) -> Tensor:

@@ -30,10 +30,9 @@ from nemotron.steps._tensor_parallel.collectives import (
     all_reduce,
     all_reduce_async,
     empty_to_send,
-    gather_rows,
-    gather_rows_async,
     scatter_sum_rows,
     scatter_sum_rows_async,
+    use_rows,
 )
 from nemotron.steps._tensor_parallel.prologue import Mask, Prologue, dropped
 
@@ -105,18 +104,25 @@ class ColumnParallel(torch.autograd.Function):
         extended[:, parts[0] :] = lora_b_FR * scale
         lora_a_RH = lora_a_RH.to(x_SH.dtype)
         x_h = empty_to_send(x_SH, sum(parts), groups.sequence)
-        input_SH, h_SR = x_h.split(parts, dim=1)
+        input_SH, own_h_SR = x_h.split(parts, dim=1)
         if prologue is None:
             kept = x_SH.new_empty(0)
             input_SH.copy_(x_SH)
         else:
             kept = prologue.apply(x_SH, out=input_SH)
-        torch.mm(dropped(input_SH, mask), lora_a_RH.T, out=h_SR)
-        x_h = gather_rows(x_h, groups.sequence)
-        _save(ctx, x_SH, kept, x_h[:, parts[0] :], lora_a_RH, prologue, mask)
+        torch.mm(dropped(input_SH, mask), lora_a_RH.T, out=own_h_SR)
+        num_tokens = len(x_SH) * groups.sequence.size
+        y_SF, h_SR = (x_SH.new_empty(num_tokens, size) for size in (len(extended), parts[1]))
+
+        def multiply(x_h: Tensor, rows: slice) -> None:
+            torch.mm(x_h, extended.T, out=y_SF[rows])
+            h_SR[rows] = x_h[:, parts[0] :]
+
+        use_rows(x_h, groups.sequence, multiply)()
+        _save(ctx, x_SH, kept, h_SR, lora_a_RH, prologue, mask)
         ctx.extended, ctx.scale, ctx.groups = extended, scale, groups
         ctx.master_dtype = lora_b_FR.dtype
-        return x_h @ extended.T, x_SH
+        return y_SF, x_SH
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
@@ -229,29 +235,40 @@ class RowParallel(torch.autograd.Function):
         saved = ctx.saved_tensors
         x_SH, kept, h_SR, lora_b_FR = saved
         dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
-        dy_all_SF, dh_all_SR, wait = _gather_beside(dy_SF, dh_SR, ctx.groups.sequence)
+        dx_SH, dh_all_SR, wait = _dgrad_of_all(ctx, dy_SF, dh_SR)
         db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
         wait()
         da_RH, part = _lora_a_gradient(ctx, dh_all_SR, x_SH, kept)
-        dx_SH = None
-        if ctx.needs_input_grad[0]:
-            weight_FH, lora_a_RH = ctx.extended.split([dy_SF.shape[1], dh_SR.shape[1]])
-            dx_SH = _add_lora(dy_all_SF @ weight_FH, dh_all_SR, lora_a_RH, ctx.mask)
+        if dx_SH is not None:
+            dx_SH = _add_lora(dx_SH, dh_all_SR, ctx.extended[dy_SF.shape[1] :], ctx.mask)
         dx_SH = _through_prologue(ctx, dx_SH, saved, part)
         dresidual_SF = dy_SF if ctx.needs_input_grad[3] else None
         return dx_SH, da_RH, db_FR, dresidual_SF, None, None, None, None, None
 
 
-def _gather_beside(
-    dy_SF: Tensor, dh_SR: Tensor, group: ProcessGroup
-) -> tuple[Tensor, Tensor, Callable[[], None]]:
-    """Start gathering the rows of both in one collective; the third result waits for them."""
+def _dgrad_of_all(
+    ctx: Any, dy_SF: Tensor, dh_SR: Tensor
+) -> tuple[Tensor | None, Tensor, Callable[[], None]]:
+    """Return ``dy W`` of all rows, where it is wanted, and dh of all; the third result is awaited.
+
+    The rows of dy and dh are gathered in one collective.
+    """
+    group, parts = ctx.groups.sequence, [dy_SF.shape[1], dh_SR.shape[1]]
+    weight_FH = ctx.extended[: parts[0]]
     if group.size == 1:
-        return dy_SF, dh_SR, lambda: None
-    dy_dh = empty_to_send(dy_SF, dy_SF.shape[1] + dh_SR.shape[1], group)
-    dy_dh, wait = gather_rows_async(torch.cat([dy_SF, dh_SR], dim=1, out=dy_dh), group)
-    dy_all_SF, dh_all_SR = dy_dh.split([dy_SF.shape[1], dh_SR.shape[1]], dim=1)
-    return dy_all_SF, dh_all_SR, wait
+        return (dy_SF @ weight_FH if ctx.needs_input_grad[0] else None), dh_SR, lambda: None
+    dy_dh = torch.cat([dy_SF, dh_SR], dim=1, out=empty_to_send(dy_SF, sum(parts), group))
+    num_tokens = group.size * len(dy_SF)
+    dh_all_SR = dh_SR.new_empty(num_tokens, parts[1])
+    dx_SH = dy_SF.new_empty(num_tokens, weight_FH.shape[1]) if ctx.needs_input_grad[0] else None
+
+    def multiply(dy_dh: Tensor, rows: slice) -> None:
+        dy_part, dh_part = dy_dh.split(parts, dim=1)
+        dh_all_SR[rows] = dh_part
+        if dx_SH is not None:
+            torch.mm(dy_part, weight_FH, out=dx_SH[rows])
+
+    return dx_SH, dh_all_SR, use_rows(dy_dh, group, multiply)
 
 
 def _save(

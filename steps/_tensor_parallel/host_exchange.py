@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_SHAPES_KEPT = 64  # of tensors in a slot; a layer has four, each of which three views make
 _SIZE_BYTES = 8  # of a message in a pipe: the size of the tensor that is there
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
@@ -184,6 +185,7 @@ class _Slot:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._tensors: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
     def grown(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return it as a tensor that this rank may write."""
@@ -198,10 +200,18 @@ class _Slot:
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return what it holds, as it lies there."""
+        known = self._tensors.get((shape, dtype))
+        if known is not None:
+            return known
         size = math.prod(shape) * dtype.itemsize
         if size > len(self._bytes):
             self._bytes = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
-        return self._bytes[:size].view(dtype).view(shape)
+            self._tensors.clear()  # else what was mapped before stays mapped
+        elif len(self._tensors) == _SHAPES_KEPT:
+            self._tensors.clear()
+        tensor = self._bytes[:size].view(dtype).view(shape)
+        self._tensors[shape, dtype] = tensor
+        return tensor
 
 
 def _lost(rank: int, told: bytes = b"", wanted: bytes = b"") -> NoReturn:
