@@ -181,7 +181,11 @@ class GPTModel(nn.Module):
         if not self.is_last:
             return x_SH
         x_SH = rms_norm(x_SH, self.final_layernorm, self.config.layernorm_epsilon)
-        return gather_sequence(x_SH, self.group)[:num_tokens] if self.sequence_parallel else x_SH
+        if not self.sequence_parallel:
+            return x_SH
+        whole_SH = gather_sequence(x_SH, self.group)
+        # A slice's gradient is a copy, also where nothing is cut off.
+        return whole_SH if len(whole_SH) == num_tokens else whole_SH[:num_tokens]
 
     def loss(self, hidden_SH: Tensor, labels_S: Tensor) -> Tensor:
         """Return the cross entropy of every token given, [S] fp32."""
