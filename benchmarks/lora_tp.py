@@ -2,7 +2,7 @@
 
 The same random Llama, the same adapter on all seven projections, the same tokens and AdamW on both
 sides, at tensor-parallel size 1 and 2 under gloo (past which ours share memory), one thread a rank,
-fp32; at size 2 ours with sequence parallelism as well:
+fp32; ours at size 2 as it is by default, with the sequence split, and without:
 
 * equal work: documents of one length, every token trained;
 * packed chats: rows of real conversations, where documents end and only answers are trained.
@@ -88,8 +88,8 @@ def compare(
     scripts = [(own, ["floors.py"]), (own, ["ours.py"]), (peers, ["peft_transformers.py"])]
     sides = [*FLOORS, "ours", "peft"]
     if tensor_parallel > 1:
-        scripts.append((own, ["ours.py", "--sequence-parallel"]))
-        sides.append("ours-sp")
+        scripts.append((own, ["ours.py", "--no-sequence-parallel"]))
+        sides.append("ours-whole")
     for _ in range(rounds):
         for python, (script, *flags) in scripts:
             options = ["--steps", str(steps), "--tensor-parallel", str(tensor_parallel), *flags]
@@ -124,7 +124,7 @@ def show(figures: dict[str, Figures]) -> None:
         "work": "floor: + attention, adapters",
         "sent": "floor: + collectives",
         "ours": "nemotron",
-        "ours-sp": "nemotron, SP as well",
+        "ours-whole": "nemotron, without SP",
         "peft": "PEFT + transformers",
     }
     for side in [side for side in names if side in figures]:
@@ -134,7 +134,7 @@ def show(figures: dict[str, Figures]) -> None:
             losses = f"{each['first_loss']:.6f} -> {each['last_loss']:.6f}"
             cells += f"{each['peak_mb']:16.0f}{losses:>22}"
         print(f"{name:28}{cells}")
-    for side in ("ours", "ours-sp"):
+    for side in ("ours", "ours-whole"):
         if side in figures:
             print(f"{names[side]}: {compared(figures[side], figures)}")
 

@@ -1,7 +1,7 @@
 """This project's side of a case: the parts of its trainer that make an optimizer step.
 
 Run by torchrun: ``ours.py CASE --steps N``; every rank writes ``CASE/ours.RANK.json``, with
-``--sequence-parallel`` ``CASE/ours-sp.RANK.json``.
+``--no-sequence-parallel`` (``recipe.sequence_parallel=false``) ``CASE/ours-whole.RANK.json``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("case", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def main() -> None:
             return float(loss)
 
         result = measure_steps(step, num_steps=arguments.steps)
-        side = "ours-sp" if arguments.sequence_parallel else "ours"
+        side = "ours" if arguments.sequence_parallel else "ours-whole"
         write_result(arguments.case, side, layout.world.rank, result)
 
 

@@ -116,8 +116,8 @@ class Config(Schema):
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether activations between the linears are split over the sequence."""
-        return bool(self._stated("sequence_parallel", False))
+        """Whether activations between the linears are split over the sequence; of one rank, not."""
+        return bool(self._stated("sequence_parallel", True))
 
     @property
     def lr_decay_iters(self) -> int:

@@ -57,7 +57,10 @@ class RecipeConfig(Schema):
     )
     sequence_parallel: bool | None = Field(
         default=None,
-        description="split activations between the linears over the sequence",
+        description=(
+            "split activations between the linears over the sequence; null: yes, wherever "
+            "tensor_model_parallel_size is more than 1"
+        ),
     )
     data_parallel_size: PositiveInt = 1
 

@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_in_the_second_epoch_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     "sharded",
     [
-        {"recipe.tensor_model_parallel_size": 2, "recipe.sequence_parallel": True},
+        {"recipe.tensor_model_parallel_size": 2},
         {"recipe.pipeline_model_parallel_size": 2},
     ],
     ids=["tensor and sequence", "pipeline"],

@@ -58,6 +58,23 @@ def test_a_floor_above_the_learning_rate_is_refused() -> None:
         Config.model_validate({"optimizer": {"lr": 0.01, "min_lr": 0.1}})
 
 
+@pytest.mark.parametrize(
+    ("sections", "is_split"),
+    [
+        ({}, True),
+        ({"recipe": {"sequence_parallel": False}}, False),
+        ({"model": {"sequence_parallel": False}}, False),
+        ({"model": {"sequence_parallel": True}}, True),
+    ],
+)
+def test_the_sequence_is_split_unless_the_config_says_otherwise(
+    sections: dict[str, Any], is_split: bool
+) -> None:
+    recipe = {"tensor_model_parallel_size": 2} | sections.get("recipe", {})
+    stated = Config.model_validate(sections | {"recipe": recipe})
+    assert settings.model(stated).sequence_parallel == is_split
+
+
 def test_what_the_config_says_reaches_the_trainer() -> None:
     optimizer = {"lr": 0.5, "min_lr": 0.25, "clip_grad": 3.0, "weight_decay": 0.75}
     optimizer |= {"adam_beta1": 0.125, "adam_beta2": 0.375, "adam_eps": 0.0625}
