@@ -10,7 +10,8 @@ fp32; ours at size 2 as it is by default, with the sequence split, and without:
 Both sides' first losses agree, or the figures mean nothing; later ones drift apart, because here
 the parts of a fused linear (q, k and v; gate and up) share one lora_a. Floors of the same shapes
 say how far it could go: the base's GEMMs; those, attention and the adapters' GEMMs; and those and
-the collectives.
+the collectives. Ours and they take turns step by step, so that a machine whose speed changes by the
+minute changes them alike.
 
     python benchmarks/lora_tp.py [--chats FILE] [--rounds N] [--json FILE]
 """
@@ -85,11 +86,13 @@ def compare(
     """Run the sides in turns and return the best figures of each (the worst rank's)."""
     turns = defaultdict(list)
     own = Path(sys.executable)
-    scripts = [(own, ["floors.py"]), (own, ["ours.py"]), (peers, ["peft_transformers.py"])]
-    sides = [*FLOORS, "ours", "peft"]
+    scripts = [(own, ["ours.py", "--floors"]), (peers, ["peft_transformers.py"])]
+    ours = ["ours"]
     if tensor_parallel > 1:
-        scripts.append((own, ["ours.py", "--no-sequence-parallel"]))
-        sides.append("ours-whole")
+        scripts.append((own, ["ours.py", "--floors", "--no-sequence-parallel"]))
+        ours.append("ours-whole")
+    beside = [f"{side} {each}" for side in ours for each in ("beside floors", *FLOORS)]
+    sides = [*ours, "peft", *beside]
     for _ in range(rounds):
         for python, (script, *flags) in scripts:
             options = ["--steps", str(steps), "--tensor-parallel", str(tensor_parallel), *flags]
@@ -120,9 +123,10 @@ def show(figures: dict[str, Figures]) -> None:
     """Print a row a side, and the ratios."""
     print(f"{'':28}{'CPU s/step':>12}{'wall s/step':>12}{'MB above model':>16}{'loss':>22}")
     names = {
-        "gemms": "floor: base GEMMs",
-        "work": "floor: + attention, adapters",
-        "sent": "floor: + collectives",
+        "ours gemms": "floor: base GEMMs",
+        "ours work": "floor: + attention, adapters",
+        "ours sent": "floor: + collectives",
+        "ours beside floors": "nemotron, in turns with them",
         "ours": "nemotron",
         "ours-whole": "nemotron, without SP",
         "peft": "PEFT + transformers",
@@ -130,19 +134,21 @@ def show(figures: dict[str, Figures]) -> None:
     for side in [side for side in names if side in figures]:
         name, each = names[side], figures[side]
         cells = f"{each['cpu_seconds']:12.3f}{each['seconds']:12.3f}"
-        if side not in FLOORS:
+        if "first_loss" in each:
             losses = f"{each['first_loss']:.6f} -> {each['last_loss']:.6f}"
             cells += f"{each['peak_mb']:16.0f}{losses:>22}"
         print(f"{name:28}{cells}")
     for side in ("ours", "ours-whole"):
         if side in figures:
-            print(f"{names[side]}: {compared(figures[side], figures)}")
+            print(f"{names[side]}: {compared(side, figures)}")
 
 
-def compared(ours: Figures, figures: dict[str, Figures]) -> str:
+def compared(side: str, figures: dict[str, Figures]) -> str:
     """Return what a side of ours is beside PEFT and the floors."""
-    peft = figures["peft"]
-    of_work, of_sent = (ours["cpu_seconds"] / figures[floor]["cpu_seconds"] for floor in FLOORS[1:])
+    ours, peft, beside = figures[side], figures["peft"], figures[f"{side} beside floors"]
+    of_work, of_sent = (
+        beside["cpu_seconds"] / figures[f"{side} {floor}"]["cpu_seconds"] for floor in FLOORS[1:]
+    )
     return (
         f"{peft['cpu_seconds'] / ours['cpu_seconds']:.2f}x as fast as PEFT with "
         f"{ours['peak_mb'] / peft['peak_mb']:.2f}x the memory, takes {of_work:.2f}x the second "

@@ -3,55 +3,36 @@
 ``gemms``: the frozen base's forward and dgrad, and those of the output layer on supervised tokens.
 ``work``: those, attention within each document, and the adapters' GEMMs. ``sent``: those, and the
 all-reduces that tensor parallelism cannot do without. Nothing else is computed: no norm,
-activation, rotation, residual, softmax or optimizer.
-
-Run by torchrun: ``floors.py CASE --steps N``; every rank computes its share at the same time as the
-others, and writes ``CASE/FLOOR.RANK.json``.
+activation, rotation, residual, softmax or optimizer. Every rank computes its share.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from measure import measure_steps, write_result
 from torch import Tensor
 
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import LORA_TARGETS, weight_rules
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_reduce
-from nemotron.steps._training.distributed import make_layout
 
 Work = Callable[[], object]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", type=Path)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    case = json.loads((arguments.case / "case.json").read_text(encoding="utf-8"))
-    values = json.loads((arguments.case / "model" / "config.json").read_text(encoding="utf-8"))
-    config, size = DecoderConfig.from_hf(values), arguments.tensor_parallel
-    dist.init_process_group("gloo")
-    group = make_layout(size, size, torch.device("cpu")).tensor
-    base = [_base(config, each, size) for each in case["micro_batches"]]
-    rest = [_rest(config, each, case["dim"], size) for each in case["micro_batches"]]
-    sent = [_sent(config, each, group) for each in case["micro_batches"]]
+def floor_steps(
+    config: DecoderConfig, case: dict[str, Any], group: ProcessGroup
+) -> dict[str, Callable[[], float]]:
+    """Return what computes each floor once, for a rank of a tensor-parallel group."""
+    micro_batches = case["micro_batches"]
+    base = [_base(config, each, group.size) for each in micro_batches]
+    rest = [_rest(config, each, case["dim"], group.size) for each in micro_batches]
+    sent = [_sent(config, each, group) for each in micro_batches]
     floors = {"gemms": base, "work": [*base, *rest], "sent": [*base, *rest, *sent]}
-    for name, works in floors.items():
-        result = measure_steps(_step(works), num_steps=arguments.steps)
-        write_result(arguments.case, name, dist.get_rank(), result)
-    dist.destroy_process_group()
+    return {name: _step(works) for name, works in floors.items()}
 
 
 def _step(works: list[list[Work]]) -> Callable[[], float]:
@@ -141,7 +122,3 @@ def _linears(config: DecoderConfig, size: int) -> dict[str, tuple[int, int]]:
             shape = out_features // size, in_features
             shapes[target] = shape if is_column else (out_features, in_features // size)
     return shapes
-
-
-if __name__ == "__main__":
-    main()

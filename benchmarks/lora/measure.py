@@ -9,7 +9,7 @@ import ctypes
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,21 +27,44 @@ def measure_steps(step: Callable[[], float], *, num_steps: int) -> dict[str, flo
         ``first_loss`` and ``last_loss``: what the first and the last step returned.
     """
     before = start_peak_memory()
-    cpu, wall, losses = [], [], []
+    spent, losses = [], []
     for _ in range(num_steps):
-        started = time.perf_counter(), time.process_time()
-        losses.append(step())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        wall.append(time.perf_counter() - started[0])
-        cpu.append(time.process_time() - started[1])
-    return {
-        "cpu_seconds": min(cpu[1:]),
-        "seconds": min(wall[1:]),
+        used, loss = _spent(step)
+        spent.append(used)
+        losses.append(loss)
+    return _fastest(spent) | {
         "peak_mb": peak_memory() - before,
         "first_loss": losses[0],
         "last_loss": losses[-1],
     }
+
+
+def measure_in_turns(
+    steps: Mapping[str, Callable[[], float]], *, num_steps: int
+) -> dict[str, dict[str, float]]:
+    """Run ``steps`` one after the other, ``num_steps`` times, and return each one's seconds.
+
+    What takes turns so closely can be compared on a machine whose speed changes by the minute.
+    """
+    spent = {name: [] for name in steps}
+    for _ in range(num_steps):
+        for name, step in steps.items():
+            spent[name].append(_spent(step)[0])
+    return {name: _fastest(each) for name, each in spent.items()}
+
+
+def _spent(step: Callable[[], float]) -> tuple[tuple[float, float], float]:
+    """Return the process time and the wall clock of a step, seconds, and what it returned."""
+    started = time.process_time(), time.perf_counter()
+    loss = step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.process_time() - started[0], time.perf_counter() - started[1]), loss
+
+
+def _fastest(spent: Sequence[tuple[float, float]]) -> dict[str, float]:
+    cpu, wall = zip(*spent[1:], strict=True)
+    return {"cpu_seconds": min(cpu), "seconds": min(wall)}
 
 
 def start_peak_memory() -> float:

@@ -1,7 +1,9 @@
 """This project's side of a case: the parts of its trainer that make an optimizer step.
 
 Run by torchrun: ``ours.py CASE --steps N``; every rank writes ``CASE/ours.RANK.json``, with
-``--no-sequence-parallel`` (``recipe.sequence_parallel=false``) ``CASE/ours-whole.RANK.json``.
+``--no-sequence-parallel`` (``recipe.sequence_parallel=false``) ``CASE/ours-whole.RANK.json``. With
+``--floors`` it then takes turns with the floors, and writes the seconds of each, such as
+``CASE/ours beside floors.RANK.json`` and ``CASE/ours work.RANK.json``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import measure_steps, write_result
+from floors import floor_steps
+from measure import measure_in_turns, measure_steps, write_result
 
 from nemotron.steps._formats.as_megatron import AsMegatron
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--floors", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     case = json.loads((arguments.case / "case.json").read_text(encoding="utf-8"))
@@ -73,6 +77,11 @@ def main() -> None:
         result = measure_steps(step, num_steps=arguments.steps)
         side = "ours" if arguments.sequence_parallel else "ours-whole"
         write_result(arguments.case, side, layout.world.rank, result)
+        if arguments.floors:
+            floors = floor_steps(model.config, case, layout.tensor)
+            sides = {"beside floors": step} | floors
+            for name, each in measure_in_turns(sides, num_steps=arguments.steps).items():
+                write_result(arguments.case, f"{side} {name}", layout.world.rank, each)
 
 
 def _micro_batch(values: dict[str, Any], device: torch.device) -> WeightedBatch:
