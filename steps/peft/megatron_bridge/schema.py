@@ -7,7 +7,7 @@ the properties at the end of ``Config``, so that there is one truth.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -117,7 +117,12 @@ class Config(Schema):
     @property
     def sequence_parallel(self) -> bool:
         """Whether activations between the linears are split over the sequence; of one rank, not."""
-        return bool(self._stated("sequence_parallel", True))
+        return self._stated("sequence_parallel", True)
+
+    @property
+    def recompute_granularity(self) -> str | None:
+        """What the backward pass computes again: "full" for whole layers, None for nothing."""
+        return self._stated("recompute_granularity", None)
 
     @property
     def lr_decay_iters(self) -> int:
@@ -144,11 +149,11 @@ class Config(Schema):
         shards = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         return shards * self.recipe.data_parallel_size
 
-    def _stated(self, name: str, default: int) -> int:
+    def _stated(self, name: str, default: Any) -> Any:
         values = self._spellings()[name].values()
-        return next((int(value) for value in values if value is not None), default)
+        return next((value for value in values if value is not None), default)
 
-    def _spellings(self) -> dict[str, dict[str, int | None]]:
+    def _spellings(self) -> dict[str, dict[str, Any]]:
         sections = {"recipe": self.recipe, "model": self.model, "dataset": self.dataset}
         names = (
             "seq_length",
@@ -157,6 +162,7 @@ class Config(Schema):
             "context_parallel_size",
             "expert_model_parallel_size",
             "sequence_parallel",
+            "recompute_granularity",
         )
         spellings = {
             name: {

@@ -63,6 +63,10 @@ class RecipeConfig(Schema):
         ),
     )
     data_parallel_size: PositiveInt = 1
+    recompute_granularity: Literal["full"] | None = Field(
+        default=None,
+        description="full: keep only each layer's input, compute the rest again backward",
+    )
 
 
 class ModelConfig(Schema):
@@ -100,8 +104,7 @@ class ModelConfig(Schema):
         description="mean over the global batch's supervised tokens; false: over its micro batches",
     )
     recompute_granularity: Literal["full"] | None = Field(
-        default=None,
-        description="full: keep only each layer's input, compute the rest again backward",
+        default=None, description="as recipe.recompute_granularity"
     )
     recompute_method: Literal["uniform"] | None = Field(
         default=None, description="uniform: every layer alike; with recompute_granularity"

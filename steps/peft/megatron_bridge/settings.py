@@ -32,7 +32,7 @@ def model(config: Config) -> ModelSettings:
     return ModelSettings(
         dtype=torch.bfloat16 if config.mixed_precision == "bf16_mixed" else torch.float32,
         sequence_parallel=config.sequence_parallel,
-        recompute=values.recompute_granularity == "full",
+        recompute=config.recompute_granularity == "full",
         num_chunks=values.virtual_pipeline_model_parallel_size or 1,
         num_layers_in_first_stage=values.num_layers_in_first_pipeline_stage,
         num_layers_in_last_stage=values.num_layers_in_last_pipeline_stage,

@@ -206,7 +206,7 @@ def test_memory_that_runs_out_is_no_defect_and_names_what_makes_room(train_here:
     run = train_here(**{"peft.dim": 10**11})
     assert (run.exit_code, run.error["code"]) == (ExitCode.FAILED, "out_of_memory")
     assert run.error["problem"].startswith("after step 0: ")
-    assert "model.recompute_granularity=full" in run.error["fix"]
+    assert "recipe.recompute_granularity=full" in run.error["fix"]
 
 
 def test_a_rerun_keeps_the_earlier_run_beside_it(train_here: Train, tmp_path: Path) -> None:

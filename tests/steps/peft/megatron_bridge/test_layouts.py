@@ -68,7 +68,7 @@ def test_sequence_parallelism_changes_no_loss_and_no_adapter(
     [
         {"recipe.pipeline_model_parallel_size": 4},
         {"model.virtual_pipeline_model_parallel_size": 2},
-        {"model.num_layers_in_first_pipeline_stage": 1, "model.recompute_granularity": "full"},
+        {"model.num_layers_in_first_pipeline_stage": 1, "recipe.recompute_granularity": "full"},
     ],
     ids=["four stages", "interleaved", "uneven and recomputed"],
 )

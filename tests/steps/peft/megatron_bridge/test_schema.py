@@ -75,6 +75,13 @@ def test_the_sequence_is_split_unless_the_config_says_otherwise(
     assert settings.model(stated).sequence_parallel == is_split
 
 
+@pytest.mark.parametrize("section", ["recipe", "model"])
+def test_recomputation_is_asked_for_in_either_section(section: str) -> None:
+    asked = Config.model_validate({section: {"recompute_granularity": "full"}})
+    assert settings.model(asked).recompute
+    assert not settings.model(Config()).recompute
+
+
 def test_what_the_config_says_reaches_the_trainer() -> None:
     optimizer = {"lr": 0.5, "min_lr": 0.25, "clip_grad": 3.0, "weight_decay": 0.75}
     optimizer |= {"adam_beta1": 0.125, "adam_beta2": 0.375, "adam_eps": 0.0625}
