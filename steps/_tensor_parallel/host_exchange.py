@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SHAPES_KEPT = 64  # of tensors in a slot; a layer has four, each of which three views make
+_SHAPES_KEPT = 64  # of tensors in a slot: all layers have the same, rows of other lengths others
 _SIZE_BYTES = 8  # of a message in a pipe: the size of the tensor that is there
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
@@ -206,7 +206,7 @@ class _Slot:
         size = math.prod(shape) * dtype.itemsize
         if size > len(self._bytes):
             self._bytes = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
-            self._tensors.clear()  # else what was mapped before stays mapped
+            self._tensors.clear()  # they lie where it was mapped before
         elif len(self._tensors) == _SHAPES_KEPT:
             self._tensors.clear()
         tensor = self._bytes[:size].view(dtype).view(shape)

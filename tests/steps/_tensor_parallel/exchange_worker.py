@@ -86,7 +86,8 @@ def sums(group: ProcessGroup) -> dict[str, bool]:
                     torch.equal(mine, total),
                 )
             )
-    return report | several_at_once(group) | {"a slow reader": before_a_slow_reader(group)}
+    report |= {"a slow reader": before_a_slow_reader(group), "after it grew": after_it_grew(group)}
+    return report | several_at_once(group)
 
 
 def several_at_once(group: ProcessGroup) -> dict[str, bool]:
@@ -118,6 +119,25 @@ def before_a_slow_reader(group: ProcessGroup) -> bool:
     wait()
     all_reduce(placed, group)
     num_wrong = (gathered != 1.0).sum().unsqueeze(0)
+    return all_reduce(num_wrong, group).item() == 0
+
+
+@patch.object(host_exchange, "_SHAPES_KEPT", 64)
+def after_it_grew(group: ProcessGroup) -> bool:
+    """Whether a sum of a shape from before the memory grew is the rank's own, and stays."""
+    assert group.group is not None
+    new = replace(group, host=open_exchange(group.group))
+
+    def sum_of(rows: int, value: float) -> Tensor:
+        placed = empty_to_send(torch.empty(rows, 2), 2, new)
+        return all_reduce(placed.fill_(value), new)
+
+    for rows in (3, 3, 50_000, 50_000):  # in either slot
+        sum_of(rows, 1.0)
+    first = sum_of(3, 1.0)
+    for _ in range(2):
+        sum_of(3, 2.0)
+    num_wrong = (first != new.size).sum().unsqueeze(0)
     return all_reduce(num_wrong, group).item() == 0
 
 
