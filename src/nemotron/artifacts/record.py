@@ -1,22 +1,12 @@
-"""Artifacts: what a step leaves behind, and what the next step checks before it works.
-
-Every artifact is a directory with an ``artifact.json``: its type, what produced it, from which
-inputs, the size and BLAKE3 of each file, and the properties that consumers must match (tokenizer
-digest, pack_size, base fingerprint, ...). A directory gets its final name only when it is complete:
-``publish`` writes it aside, fsyncs it and renames it, so that a killed step leaves no half output.
-"""
+"""``artifact.json``: what it says, how it is written, and how files are checked against it."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-import socket
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +14,10 @@ from typing import Any, Literal
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from nemotron.artifacts.publishing import MANIFEST, RESUME_DIR, write_text
 from nemotron.errors import ExitCode, NemotronError
 
-MANIFEST = "artifact.json"
-TYPES_FILE = Path(__file__).parent / "steps" / "types.toml"
-RESUME_DIR = ".resume"  # in a partial directory: what the next run needs to go on with it
-_KEY_FILE = "key"
+TYPES_FILE = Path(__file__).parents[1] / "steps" / "types.toml"
 _WHY = {
     "artifact_damaged": "a file was cut short or changed after it was written",
     "artifact_format": "another version of nemotron wrote it; 1 had sha256 of files, 2 has BLAKE3",
@@ -170,89 +158,6 @@ def verify_files(directory: Path, artifact: Artifact, *, digests: bool = True) -
         raise _damaged(directory, f"{wrong[0]} does not have the BLAKE3 that artifact.json says")
 
 
-@contextlib.contextmanager
-def publish(directory: Path, *, resume_key: str | None = None) -> Iterator[Path]:
-    """Yield a directory beside ``directory``; give it that name when the block ended well.
-
-    An earlier artifact under that name stays readable until the swap and is then removed; when the
-    block raises, or the process is killed, it is untouched.
-
-    The directory is empty, unless ``resume_key`` is given and an earlier run with that key was
-    killed: then it holds what that run left, and ``RESUME_DIR`` in it what the block noted there.
-    With a key, only a ``NemotronError`` takes the work away: going on would meet it again.
-
-    Raises:
-        NemotronError: ``output_not_ours`` (the directory holds something that no step wrote),
-            ``output_locked`` (another process is writing the same output).
-    """
-    directory = directory.absolute()
-    _refuse_foreign(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with hold(directory):
-        partial = directory.with_name(f".{directory.name}.partial")
-        notes = directory.with_name(f".{directory.name}{RESUME_DIR}")
-        _prepare(partial, notes, resume_key)
-        try:
-            yield partial
-            _make_durable(partial)
-            if resume_key is not None:
-                (partial / RESUME_DIR).rename(notes)
-            _swap(partial, directory)
-            shutil.rmtree(notes, ignore_errors=True)
-        except BaseException as error:
-            if resume_key is None or isinstance(error, NemotronError):
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def _prepare(partial: Path, notes: Path, resume_key: str | None) -> None:
-    """Make the directory, or keep it as it is where it was left by a run with the same key.
-
-    Of a run that was killed when all was done but the name, the notes lie beside the directory.
-    """
-    if partial.is_dir() and notes.is_dir() and not (partial / RESUME_DIR).exists():
-        notes.rename(partial / RESUME_DIR)
-    shutil.rmtree(notes, ignore_errors=True)
-    key_file = partial / RESUME_DIR / _KEY_FILE
-    if resume_key is not None and key_file.is_file() and key_file.read_text() == resume_key:
-        for name in (MANIFEST, f".{MANIFEST}.partial"):
-            (partial / name).unlink(missing_ok=True)
-        return
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    if resume_key is not None:
-        key_file.parent.mkdir()
-        write_text(key_file, resume_key)
-
-
-@contextlib.contextmanager
-def hold(directory: Path) -> Iterator[None]:
-    """Hold the writer's lock of an output directory; the kernel frees it when the holder dies.
-
-    Raises:
-        NemotronError: ``output_locked``: another process is writing the same output.
-    """
-    path = directory.with_name(f".{directory.name}.lock")
-    with path.open("a+", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            raise NemotronError(
-                "output_locked",
-                f"another run is writing {directory} ({stream.read().strip() or 'holder unknown'})",
-                where=str(path),
-                fix="wait for it to end, or choose another output directory",
-                exit_code=ExitCode.LOCKED,
-            ) from None
-        stream.truncate(0)
-        job = os.environ.get("NEMOTRON_JOB", "")
-        name = f"job {job}, " if job else ""
-        stream.write(f"{name}pid {os.getpid()} on {socket.gethostname()}")
-        stream.flush()
-        yield
-
-
 def write_artifact(
     directory: Path,
     *,
@@ -310,83 +215,6 @@ def _blake3_files(directory: Path, files: Sequence[str]) -> dict[str, str]:
         hash_all(rest)
         list(others)  # raises what they raised
     return digests
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it appears complete or not at all: aside, fsync, rename."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
-
-
-def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
-    """Refuse an output directory that is, holds, or lies in one of the inputs.
-
-    Raises:
-        NemotronError: ``output_path_overlaps_inputs``.
-    """
-    resolved = output.resolve()
-    for key, path in inputs.items():
-        source = path.resolve()
-        if resolved == source or resolved in source.parents or source in resolved.parents:
-            raise NemotronError(
-                "output_path_overlaps_inputs",
-                f"the output {output} overlaps the input {key}={path}",
-                where=str(output),
-                fix="choose an output directory outside of every input",
-            )
-
-
-def _refuse_foreign(directory: Path) -> None:
-    if directory.is_file() or directory.is_symlink():
-        held = "is not a directory"
-    elif directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
-        held = "holds files that no step of nemotron wrote"
-    else:
-        return
-    raise NemotronError(
-        "output_not_ours",
-        f"{directory} {held}; it would be replaced",
-        where=str(directory),
-        fix="choose another output directory, or empty this one yourself",
-        exit_code=ExitCode.IO,
-    )
-
-
-def _make_durable(directory: Path) -> None:
-    """Fsync every file and directory, with the permissions that the umask asks for.
-
-    safetensors writes 0600 whatever the umask, which hides an adapter on shared storage.
-    """
-    umask = os.umask(0)
-    os.umask(umask)
-    for root, _, names in os.walk(directory):
-        for name in names:
-            path = Path(root) / name
-            path.chmod(0o666 & ~umask)
-            _fsync(path)
-        _fsync(Path(root))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap(partial: Path, directory: Path) -> None:
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    _fsync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _damaged(directory: Path, problem: str, *, code: str = "artifact_damaged") -> NemotronError:

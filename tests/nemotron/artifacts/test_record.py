@@ -1,10 +1,8 @@
-"""nemotron.artifacts: a directory appears complete, and is checked before it is used."""
+"""nemotron.artifacts.record: what an artifact says of itself, and is checked for."""
 
 from __future__ import annotations
 
 import json
-import os
-import stat
 import threading
 from pathlib import Path
 from random import Random
@@ -12,7 +10,6 @@ from random import Random
 import pytest
 from blake3 import blake3
 
-from nemotron import artifacts
 from nemotron.artifacts import (
     MANIFEST,
     Artifact,
@@ -23,11 +20,10 @@ from nemotron.artifacts import (
     load_types,
     publish,
     read_artifact,
-    refuse_overlap,
+    record,
     sha256_json,
     verify_files,
     write_artifact,
-    write_text,
 )
 from nemotron.errors import ExitCode, NemotronError
 
@@ -54,62 +50,6 @@ def test_a_published_artifact_is_read_back_whole(tmp_path: Path) -> None:
     assert [(entry.path, entry.size_bytes) for entry in artifact.files] == [("data/a.txt", 3)]
     verify_files(tmp_path / "out", artifact)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
-
-
-def test_publish_leaves_nothing_when_the_block_fails_and_keeps_the_earlier_one(
-    tmp_path: Path,
-) -> None:
-    def fail() -> None:
-        with publish(tmp_path / "out") as partial:
-            (partial / "half").touch()
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert not (tmp_path / "out").exists()
-    make(tmp_path / "out")
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert (tmp_path / "out" / "data" / "a.txt").read_text() == "aaa"
-
-
-def test_publish_replaces_an_earlier_artifact_as_a_whole(tmp_path: Path) -> None:
-    make(tmp_path / "out")
-    with publish(tmp_path / "out") as partial:
-        (partial / "b.txt").touch()
-        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [MANIFEST, "b.txt"]
-
-
-def test_publish_refuses_what_no_step_wrote(tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").touch()
-    with pytest.raises(NemotronError, match="no step of nemotron wrote") as caught:
-        make(tmp_path / "thesis")
-    assert caught.value.code == "output_not_ours"
-    (tmp_path / "file").touch()
-    with pytest.raises(NemotronError, match="is not a directory"):
-        make(tmp_path / "file")
-
-
-def test_publish_refuses_a_second_writer_and_names_the_first(tmp_path: Path) -> None:
-    with publish(tmp_path / "out") as partial:
-        with pytest.raises(NemotronError, match=f"pid {os.getpid()}") as caught:
-            make(tmp_path / "out")
-        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
-    assert caught.value.exit_code is ExitCode.LOCKED
-    make(tmp_path / "out")
-
-
-def test_published_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
-    with publish(tmp_path / "out") as partial:
-        private = partial / "private"
-        private.touch(mode=0o600)
-        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
-    umask = os.umask(0)
-    os.umask(umask)
-    mode = stat.S_IMODE((tmp_path / "out" / "private").stat().st_mode)
-    assert mode == 0o666 & ~umask
 
 
 def test_verify_files_names_a_file_that_is_missing_short_or_changed(tmp_path: Path) -> None:
@@ -156,7 +96,7 @@ def test_the_calling_thread_hashes_along_and_takes_the_largest_file(
         hashed[path.name] = threading.current_thread()
         return blake3_file(path)
 
-    monkeypatch.setattr(artifacts, "blake3_file", hash_file)
+    monkeypatch.setattr(record, "blake3_file", hash_file)
     verify_files(tmp_path / "out", artifact)
     assert hashed["5.bin"] is threading.current_thread()
     assert sorted(hashed) == [entry.path for entry in artifact.files]
@@ -178,8 +118,8 @@ def test_a_file_that_another_thread_cannot_read_is_the_error(
         was_tried.set()
         raise OSError("no such luck")
 
-    monkeypatch.setattr(artifacts, "_NUM_THREADS", 2)
-    monkeypatch.setattr(artifacts, "blake3_file", hash_file)
+    monkeypatch.setattr(record, "_NUM_THREADS", 2)
+    monkeypatch.setattr(record, "blake3_file", hash_file)
     with pytest.raises(OSError, match="no such luck"):
         verify_files(tmp_path / "out", artifact)
 
@@ -258,29 +198,6 @@ def test_describe_input_has_the_digest_of_the_manifest_if_there_is_one(tmp_path:
     described = describe_input("packed_parquet", tmp_path / "out")
     assert described.blake3 == blake3_file(tmp_path / "out" / MANIFEST)
     assert describe_input("training_jsonl", tmp_path / "chat.jsonl").blake3 is None
-
-
-@pytest.mark.parametrize("output", ["data", "data/inner/x", ".", "data/../data"])
-def test_refuse_overlap_refuses_equal_inner_and_outer_paths(tmp_path: Path, output: str) -> None:
-    (tmp_path / "data" / "inner").mkdir(parents=True)
-    with pytest.raises(NemotronError, match="overlaps the input packs=") as caught:
-        refuse_overlap(tmp_path / output, {"packs": tmp_path / "data" / "inner"})
-    assert caught.value.code == "output_path_overlaps_inputs"
-
-
-def test_refuse_overlap_looks_through_links_and_allows_neighbours(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "data")
-    with pytest.raises(NemotronError):
-        refuse_overlap(tmp_path / "link", {"packs": tmp_path / "data"})
-    refuse_overlap(tmp_path / "data2", {"packs": tmp_path / "data"})
-
-
-def test_write_text_leaves_no_partial_file(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.txt", "one")
-    write_text(tmp_path / "a.txt", "two")
-    assert (tmp_path / "a.txt").read_text() == "two"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_sha256_json_does_not_depend_on_the_order_of_keys() -> None:

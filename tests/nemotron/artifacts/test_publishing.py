@@ -1,0 +1,158 @@
+"""nemotron.artifacts.publishing: a directory appears complete or not at all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from nemotron.artifacts import (
+    MANIFEST,
+    Producer,
+    publish,
+    refuse_overlap,
+    write_artifact,
+    write_text,
+)
+from nemotron.errors import ExitCode, NemotronError
+
+PRODUCER = Producer(step="demo/make", config_sha256="0" * 64, code_version="1")
+
+
+def make(directory: Path, text: str = "aaa") -> None:
+    with publish(directory) as partial:
+        (partial / "a.txt").write_text(text)
+        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+
+
+def test_publish_leaves_nothing_when_the_block_fails_and_keeps_the_earlier_one(
+    tmp_path: Path,
+) -> None:
+    def fail() -> None:
+        with publish(tmp_path / "out") as partial:
+            (partial / "half").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not (tmp_path / "out").exists()
+    make(tmp_path / "out")
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (tmp_path / "out" / "a.txt").read_text() == "aaa"
+
+
+def test_publish_replaces_an_earlier_artifact_as_a_whole(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    with publish(tmp_path / "out") as partial:
+        (partial / "b.txt").touch()
+        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [MANIFEST, "b.txt"]
+
+
+def test_publish_refuses_what_no_step_wrote(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    with pytest.raises(NemotronError, match="no step of nemotron wrote") as caught:
+        make(tmp_path / "thesis")
+    assert caught.value.code == "output_not_ours"
+    (tmp_path / "file").touch()
+    with pytest.raises(NemotronError, match="is not a directory"):
+        make(tmp_path / "file")
+
+
+def test_publish_refuses_what_is_neither_directory_nor_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # as a device would be, such as /dev/null
+    with pytest.raises(NemotronError, match="is not a directory") as caught:
+        make(tmp_path / "pipe")
+    assert caught.value.code == "output_not_ours"
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_publish_puts_back_what_a_kill_in_the_midst_of_the_swap_left(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    killed = multiprocessing.get_context("fork").Process(target=die_in_the_swap, args=[tmp_path])
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ZeroDivisionError), publish(tmp_path / "out"):
+        raise ZeroDivisionError
+    assert (tmp_path / "out" / "a.txt").read_text() == "aaa"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+
+
+def die_in_the_swap(root: Path) -> None:
+    rename = Path.rename
+
+    def rename_and_die(path: Path, target: Path) -> None:
+        rename(path, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pytest.MonkeyPatch().setattr(Path, "rename", rename_and_die)
+    make(root / "out", "bbb")
+
+
+def test_publish_puts_back_the_earlier_artifact_where_the_swap_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "out")
+    rename = Path.rename
+
+    def fail_for_the_new_one(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out", "bbb")
+    assert (tmp_path / "out" / "a.txt").read_text() == "aaa"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+
+
+def test_publish_refuses_a_second_writer_and_names_the_first(tmp_path: Path) -> None:
+    with publish(tmp_path / "out") as partial:
+        with pytest.raises(NemotronError, match=f"pid {os.getpid()}") as caught:
+            make(tmp_path / "out")
+        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+    assert caught.value.exit_code is ExitCode.LOCKED
+    make(tmp_path / "out")
+
+
+def test_published_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    with publish(tmp_path / "out") as partial:
+        private = partial / "private"
+        private.touch(mode=0o600)
+        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = stat.S_IMODE((tmp_path / "out" / "private").stat().st_mode)
+    assert mode == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("output", ["data", "data/inner/x", ".", "data/../data"])
+def test_refuse_overlap_refuses_equal_inner_and_outer_paths(tmp_path: Path, output: str) -> None:
+    (tmp_path / "data" / "inner").mkdir(parents=True)
+    with pytest.raises(NemotronError, match="overlaps the input packs=") as caught:
+        refuse_overlap(tmp_path / output, {"packs": tmp_path / "data" / "inner"})
+    assert caught.value.code == "output_path_overlaps_inputs"
+
+
+def test_refuse_overlap_looks_through_links_and_allows_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    with pytest.raises(NemotronError):
+        refuse_overlap(tmp_path / "link", {"packs": tmp_path / "data"})
+    refuse_overlap(tmp_path / "data2", {"packs": tmp_path / "data"})
+
+
+def test_write_text_leaves_no_partial_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "one")
+    write_text(tmp_path / "a.txt", "two")
+    assert (tmp_path / "a.txt").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
