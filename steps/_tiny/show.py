@@ -24,7 +24,7 @@ from nemotron.steps._models.gpt import GPTModel
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tiny.corpus import END, START
 from nemotron.steps._training.base_model import load_base_model
-from nemotron.steps._training.metrics import METRICS_FILE
+from nemotron.steps._training.run_directory import METRICS_FILE
 
 TINY = Path(__file__).parent
 MAX_NEW_TOKENS = 40

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from nemotron.artifacts import Input, Producer, hold, publish, write_artifact, write_text
-from nemotron.errors import NemotronError
 from nemotron.steps._formats.adapter import write_adapter
 from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, TOKENIZER_FILES, copy_files
 from nemotron.steps._training.distributed import Layout, gather_tensors
 from nemotron.steps._training.pipeline import PipelineStage
-from nemotron.steps._training.resume import list_saves, save_name, verify_save
+from nemotron.steps._training.resume import save_name
+from nemotron.steps._training.run_directory import TRACKER
 from nemotron.steps._training.trainer_state import write_trainer_state
 
 
 class SaveFailedError(OSError):
     """A save could not be written, such as on a full disk; the earlier ones are untouched."""
-
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @contextlib.contextmanager
@@ -39,58 +35,6 @@ def hold_output(layout: Layout, directory: Path) -> Iterator[None]:
             directory.absolute().parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold(directory.absolute()))
         yield
-
-
-def start_directory(directory: Path) -> Path | None:
-    """Make an empty directory for a run; return where the earlier run that was there went, if any.
-
-    An earlier run is kept beside it, as ``NAME.previous``: what it took hours to train is not
-    overwritten by a rerun. One is kept, and one as ``NAME.unsaved`` that ended before its first
-    save: a job that is preempted there and started again does not cost the run before.
-    """
-    previous = None
-    if directory.exists() and any(directory.iterdir()):
-        has_saves = any(list_saves(directory))
-        name = f"{directory.name}.previous" if has_saves else f"{directory.name}.unsaved"
-        previous = directory.with_name(name)
-        shutil.rmtree(previous, ignore_errors=True)
-        directory.rename(previous)
-    directory.mkdir(parents=True, exist_ok=True)
-    return previous
-
-
-def resume_directory(directory: Path, iteration: int, damaged: Sequence[Path]) -> None:
-    """Make a run's directory ready to go on: damaged saves aside, leftovers of killed saves gone.
-
-    A damaged save is kept as ``damaged_iter_NNNNNNN``: what is left of it may be worth something.
-    """
-    for save in damaged:
-        aside = save.with_name(f"damaged_{save.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        save.rename(aside)
-    write_text(directory / TRACKER, f"{iteration}\n")
-    for leftover in directory.glob(".iter_*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def retain_newest(directory: Path, most_recent_k: int) -> None:
-    """Delete saves beyond the newest ``most_recent_k`` that are whole; damaged ones do not count.
-
-    Those that are kept are hashed first, so that what is deleted is never the last whole one.
-    """
-    whole = 0
-    for _, save in list_saves(directory):
-        if whole < most_recent_k:
-            with contextlib.suppress(NemotronError):
-                verify_save(save)
-                whole += 1
-            continue
-        # Under a hidden name first: a save that is there is whole, also while it is deleted.
-        gone = save.with_name(f".{save.name}.deleted")
-        save.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-        save.with_name(f".{save.name}.lock").unlink(missing_ok=True)
 
 
 def save_adapter(

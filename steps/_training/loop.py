@@ -170,8 +170,11 @@ class Trainer:
         *,
         start: Progress,
         stop: StopRequest,
-    ) -> int:
+    ) -> Progress:
         """Train from ``start`` to the end, or to the boundary at which the ranks agree to stop.
+
+        A run that was stopped after its last step, before that was evaluated, is evaluated and
+        saved again.
 
         Args:
             intervals: Length of the run, and when it evaluates and saves.
@@ -180,31 +183,34 @@ class Trainer:
             stop: Asked after every step and during evaluations.
 
         Returns:
-            The iteration that was reached.
+            Where the run stands now.
 
         Raises:
             LossNotFiniteError: A loss or gradient is not finite.
             RuntimeError: Copies of a factor differ between ranks.
         """
         self._check_replicas()
-        before = start.before
+        progress = start
         if not start.is_evaluated:
             now = self._validate(start.iteration, intervals.eval_iters, stop)
-            before = before if start.iteration else now
-        iteration = start.iteration
-        while iteration < intervals.train_iters and not stop.agree():
-            iteration += 1
+            before = start.before if start.iteration else now
+            progress = Progress(start.iteration, before, now, not stop.is_agreed)
+            if 0 < start.iteration == intervals.train_iters and not stop.is_agreed:
+                save(progress)
+        while progress.iteration < intervals.train_iters and not stop.agree():
+            iteration = progress.iteration + 1
             self.step(iteration)
             is_save = iteration == intervals.train_iters or iteration % intervals.save_interval == 0
             is_due = is_save or iteration % intervals.eval_interval == 0
             now = None
             if not stop.agree() and is_due:
                 now = self._validate(iteration, intervals.eval_iters, stop)
+            is_evaluated = not (is_due and stop.is_agreed)
+            progress = Progress(iteration, progress.before, now, is_evaluated)
             if is_save or stop.is_agreed:
                 self._check_replicas()
-                is_evaluated = not (is_due and stop.is_agreed)
-                save(Progress(iteration, before, now, is_evaluated))
-        return iteration
+                save(progress)
+        return progress
 
     def step(self, iteration: int) -> None:
         """Take one optimizer step; ``iteration`` counts from 1."""

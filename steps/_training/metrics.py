@@ -19,8 +19,8 @@ from nemotron.artifacts import write_text
 from nemotron.steps._entry import PreemptedError
 from nemotron.steps._training.mirror_process import MirrorProcesses, MirrorSettings
 from nemotron.steps._training.printer import Clock, Printer
+from nemotron.steps._training.run_directory import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 # How long a run waits at its end for mirrors: for an upload, or hardly where it has failed itself.
 _PATIENCE_SECONDS, _PATIENCE_OF_FAILED_SECONDS = 30.0, 2.0
 

@@ -53,8 +53,8 @@ class SavedRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its run came to its end."""
-        return self.iteration >= self.train_iters
+        """Whether its run came to its end, the last evaluation included."""
+        return self.iteration >= self.train_iters and self.is_evaluated
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def choose_start(
     if start.saved is not None:
         changes = differences(start.saved.identity, identity)
         if not start.saved.is_finished:
+            changes += _nothing_to_do(start.saved, train_iters)
             if changes:
                 raise _mismatch(start.saved, f"{output} holds an unfinished run", changes)
             return start
@@ -202,12 +203,18 @@ def _loaded(
     # Where a run came from is a matter of the run, not of the save that it came from.
     own = {key: value for key, value in identity.items() if not key.startswith("checkpoint.")}
     theirs = {k: value for k, value in saved.identity.items() if not k.startswith("checkpoint.")}
-    changes = differences(theirs, own)
-    if train_iters <= saved.iteration:
-        changes.append(f"train.train_iters: {train_iters} leaves nothing to do")
+    changes = differences(theirs, own) + _nothing_to_do(saved, train_iters)
     if changes:
         raise _mismatch(saved, f"{saved.directory} is of another run", changes)
     return Start(saved, notes=start.notes)
+
+
+def _nothing_to_do(saved: SavedRun, train_iters: int) -> list[str]:
+    """Return what is wrong with a run that would end before it began."""
+    is_left = train_iters == saved.iteration and not saved.is_evaluated
+    if train_iters > saved.iteration or is_left:
+        return []
+    return [f"train.train_iters: {saved.train_iters} -> {train_iters} leaves nothing to do"]
 
 
 def _mismatch(saved: SavedRun, what: str, changes: list[str]) -> ResumeMismatchError:

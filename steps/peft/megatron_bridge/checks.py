@@ -21,6 +21,7 @@ from nemotron.steps._training.resume import (
     ResumeMismatchError,
     choose_start,
 )
+from nemotron.steps._training.run_directory import room_for
 from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
@@ -231,21 +232,29 @@ def _layers_unsplit(config: Config, model: dict[str, Any]) -> list[str]:
 
 
 def _check_resume(config: Config) -> list[NemotronError]:
-    """Refuse to go on from another run's save; the job hashes the save's files, this does not."""
+    """Refuse to go on from another run's save, or to start where something else is.
+
+    The job hashes the save's files, this does not.
+    """
     packs, base = packed_root(config.packed_data), config.checkpoint.pretrained_checkpoint
     if packs is None or base is None:
         return []
+    output, load = Path(config.checkpoint.save), config.checkpoint.other_run
     try:
-        choose_start(
-            Path(config.checkpoint.save),
-            load=config.checkpoint.other_run,
+        start = choose_start(
+            output,
+            load=load,
             ckpt_step=config.checkpoint.ckpt_step,
             train_iters=config.train.train_iters,
             identity=run_identity(config, packs, Path(base)),
             digests=False,
         )
+        if not start.is_in_place:
+            room_for(output, load=load)
     except (ResumeMismatchError, NoSaveToLoadError) as error:
         return [start_refused(error)]
+    except NemotronError as error:
+        return [error]
     return []
 
 

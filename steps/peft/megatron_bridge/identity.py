@@ -57,12 +57,17 @@ def run_identity(config: Config, packed_root: Path, base_path: Path) -> dict[str
 def _schedule(config: Config) -> dict[str, Any]:
     """Return what the learning rate of an iteration depends on, however it was stated."""
     style = config.scheduler.lr_decay_style
-    values = {
+    values: dict[str, Any] = {
         "scheduler.lr_decay_style": style,
         "scheduler.lr_warmup_iters": config.lr_warmup_iters,
     }
+    if config.lr_warmup_iters:
+        values["scheduler.lr_warmup_init"] = config.scheduler.lr_warmup_init
     if style != "constant":
         values["scheduler.lr_decay_iters"] = config.lr_decay_iters
+    if style == "WSD":
+        values["scheduler.lr_wsd_decay_iters"] = config.scheduler.lr_wsd_decay_iters
+        values["scheduler.lr_wsd_decay_style"] = config.scheduler.lr_wsd_decay_style
     return values
 
 

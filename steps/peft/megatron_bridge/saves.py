@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -11,12 +12,12 @@ from nemotron.artifacts import Input, Producer
 from nemotron.steps._training.checkpoint import (
     SaveFailedError,
     fail_together,
-    retain_newest,
     save_adapter,
 )
 from nemotron.steps._training.loop import Progress, Trainer
 from nemotron.steps._training.preemption import StopRequest
 from nemotron.steps._training.resume import run_state
+from nemotron.steps._training.run_directory import retain_newest
 from nemotron.steps.peft.megatron_bridge.start import ResumeSettings
 
 
@@ -91,5 +92,8 @@ class Saves:
             ),
         )
         if trainer.layout.is_first and self.resume.most_recent_k > 0:
-            retain_newest(self.output, self.resume.most_recent_k)
+            try:
+                retain_newest(self.output, self.resume.most_recent_k, until=progress.iteration)
+            except OSError as error:  # what was to be written is
+                print(f"warning: earlier saves stay: {error}", file=sys.stderr, flush=True)
         return directory

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron.steps._training.checkpoint import resume_directory, start_directory
 from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.resume import (
     NoSaveToLoadError,
@@ -17,6 +16,7 @@ from nemotron.steps._training.resume import (
     read_saved,
     save_name,
 )
+from nemotron.steps._training.run_directory import resume_directory, start_directory
 from nemotron.steps.peft.megatron_bridge.checks import start_refused
 
 
@@ -45,7 +45,8 @@ def start_run(
     """Make ``output`` ready and return the save to go on from; the first rank decides for all.
 
     Raises:
-        NemotronError: ``resume_mismatch`` or ``no_save_to_load``, on the first rank.
+        NemotronError: ``resume_mismatch``, ``no_save_to_load``, ``output_not_ours`` or
+            ``output_path_overlaps_inputs``, on the first rank.
     """
     start = _prepare(output, resume, train_iters) if layout.is_first else Start()
     iteration = start.saved.iteration if start.saved else 0
@@ -72,7 +73,7 @@ def _prepare(output: Path, resume: ResumeSettings, train_iters: int) -> Start:
     if start.saved is not None and start.is_in_place:
         resume_directory(output, start.saved.iteration, start.damaged)
     else:
-        previous = start_directory(output)
+        previous = start_directory(output, load=resume.load)
         if previous is not None:
             lines.append(f"the earlier run in {output} was kept as {previous}")
     if start.saved is not None:

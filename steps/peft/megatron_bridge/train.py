@@ -160,9 +160,9 @@ def train_adapter(
     )
     start = _go_on(trainer, saved) if saved else Progress()
     reached = trainer.run(intervals, partial(saves.save, trainer), start=start, stop=stop)
-    if reached < intervals.train_iters:
-        metrics.stopped(reached)
-        raise PreemptedError(f"stopped at iteration {reached}/{intervals.train_iters}")
+    if reached.iteration < intervals.train_iters or not reached.is_evaluated:
+        metrics.stopped(reached.iteration)
+        raise PreemptedError(f"stopped at iteration {reached.iteration}/{intervals.train_iters}")
 
 
 def _load_model(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any, cast
 
@@ -161,6 +163,33 @@ def test_an_evaluation_takes_so_many_global_batches_at_most(
     supervised = sum(range(1, num_rows + 1))
     assert record.validations == [(0, supervised), (2, supervised)]
     assert [each.iteration for each in saved] == [2]
+
+
+def test_a_run_told_to_stop_in_its_last_step_is_evaluated_and_saved_again_when_it_goes_on(
+    tmp_path: Path,
+) -> None:
+    intervals = Intervals(train_iters=2, eval_interval=1, eval_iters=1, save_interval=9)
+    record, saved = Record(), list[Progress]()
+    trainer = trainer_of(tmp_path, record)
+    update = trainer._update
+
+    def is_told(iteration: int, grad_norm: float) -> float:
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(iteration, grad_norm)
+
+    trainer._update = is_told
+    with StopRequest(LAYOUT) as stop:
+        stopped = trainer.run(intervals, saved.append, start=Progress(), stop=stop)
+    assert [(each.iteration, each.now, each.is_evaluated) for each in saved] == [(2, None, False)]
+    assert stopped == saved[0]
+    ended = trainer.run(intervals, saved.append, start=stopped, stop=StopRequest(LAYOUT))
+    assert [each for each, _ in record.validations] == [0, 1, 2]
+    assert len(record.steps) == 2
+    assert ended == saved[1]
+    assert (ended.iteration, ended.before, ended.is_evaluated) == (2, stopped.before, True)
+    assert ended.now is not None
+    assert ended.now.lm_loss == record.valid_losses[-1]
 
 
 def test_dropout_is_another_at_each_iteration_and_none_in_an_evaluation(

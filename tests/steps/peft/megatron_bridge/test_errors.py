@@ -12,7 +12,6 @@ import pytest
 
 from nemotron.artifacts import read_artifact, write_artifact
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._training.checkpoint import start_directory
 from nemotron.steps.peft.megatron_bridge.checks import check, existing_inputs
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
@@ -216,16 +215,6 @@ def test_a_rerun_keeps_the_earlier_run_beside_it(train_here: Train, tmp_path: Pa
     assert (first.exit_code, second.exit_code) == (0, 0)
     assert (output / "iter_0000003").is_dir()
     assert (tmp_path / "out.previous" / "iter_0000002").is_dir()
-
-
-def test_a_run_that_never_saved_does_not_take_the_place_of_the_earlier_one(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    (output / "iter_0000008").mkdir(parents=True)
-    assert start_directory(output) == tmp_path / "out.previous"
-    for _ in range(2):  # preempted before the first save, twice
-        (output / "metrics.jsonl").touch()
-        assert start_directory(output) == tmp_path / "out.unsaved"
-    assert (tmp_path / "out.previous" / "iter_0000008").is_dir()
 
 
 def rewrite_manifest(directory: Path) -> None:

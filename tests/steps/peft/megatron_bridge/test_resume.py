@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from nemotron.artifacts import hold, read_artifact, verify_files, write_artifact
 from nemotron.errors import ExitCode
-from nemotron.steps._training.checkpoint import retain_newest
 from nemotron.steps._training.resume import differences, list_saves
+from nemotron.steps._training.run_directory import retain_newest
 from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
 from tests.steps._formats.harm import HARMS, other_base, resign
@@ -148,6 +148,7 @@ def test_the_newest_two_damaged_leave_the_third(
         ({"optimizer.lr": 0.02}, ["optimizer.lr: 0.01 -> 0.02"]),
         ({"peft.dim": 8, "rng.seed": 7}, ["peft.dim: 4 -> 8", "rng.seed: 1234 -> 7"]),
         ({"scheduler.lr_decay_iters": 9}, ["scheduler.lr_decay_iters: 8 -> 9"]),
+        ({"train.train_iters": 5}, ["train.train_iters: 8 -> 5 leaves nothing to do"]),
     ],
 )
 def test_an_unfinished_run_with_other_values_is_refused_with_what_changed(
@@ -157,6 +158,28 @@ def test_an_unfinished_run_with_other_values_is_refused_with_what_changed(
     assert (run.error["code"], run.error["exit_code"]) == ("resume_mismatch", ExitCode.PREFLIGHT)
     assert run.error["problem"].endswith("other values: " + "; ".join(told))
     assert (resumable / "iter_0000005").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changes"),
+    [
+        ({"lr_warmup_iters": 2}, {"lr_warmup_init": 1e-5}),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4}, {"lr_wsd_decay_iters": 3}),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4},
+            {"lr_wsd_decay_style": "linear"},
+        ),
+    ],
+)
+def test_whatever_sets_the_learning_rate_counts(
+    world: Any, scheduler: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    identities = [
+        run_identity(Config.model_validate({"scheduler": values}), world.packs, world.base)
+        for values in (scheduler, scheduler | changes)
+    ]
+    (told,) = differences(*identities)
+    assert told.startswith(f"scheduler.{next(iter(changes))}: ")
 
 
 def test_the_order_of_patterns_counts_where_the_first_match_does(world: Any) -> None:
@@ -217,11 +240,22 @@ def test_the_newest_whole_saves_are_kept_and_a_damaged_one_is_not_counted(resuma
     newest = resumable / "iter_0000005" / ADAPTER
     content = newest.read_bytes()
     newest.write_bytes(content[:-1])
-    retain_newest(resumable, 1)
+    retain_newest(resumable, 1, until=5)
     assert [iteration for iteration, _ in list_saves(resumable)] == [5, 3]
     newest.write_bytes(content)
-    retain_newest(resumable, 1)
+    retain_newest(resumable, 1, until=5)
     assert [iteration for iteration, _ in list_saves(resumable)] == [5]
+
+
+def test_saves_of_the_time_before_a_run_went_back_do_not_cost_those_since(
+    train_here: Train, resumable: Path
+) -> None:
+    (as_unfinished(resumable) / "iter_0000005" / "trainer_state.json").unlink()
+    resign(resumable / "iter_0000005")  # an adapter only: the run goes back to 3
+    kept = {"checkpoint.save_interval": 1, "checkpoint.most_recent_k": 2}
+    run = train_here(**PLAN | kept | {"checkpoint.save": str(resumable), "train.train_iters": 4})
+    assert run.exit_code == 0
+    assert [iteration for iteration, _ in list_saves(resumable)] == [5, 4, 3]
 
 
 def test_a_finished_run_starts_again_and_is_kept(train_here: Train, resumable: Path) -> None:
@@ -230,6 +264,23 @@ def test_a_finished_run_starts_again_and_is_kept(train_here: Train, resumable: P
     assert run.exit_code == 0
     assert [e["iteration"] for e in run.events if e["event"] == "step"] == [1, 2, 3, 4, 5]
     assert (resumable.with_name("out.previous") / "iter_0000003").is_dir()
+
+
+def test_a_run_that_lacks_only_its_last_evaluation_gets_it(
+    train_here: Train, resumable: Path
+) -> None:
+    as_unfinished(resumable, train_iters=5, is_evaluated=False)
+    output = {"checkpoint.save": str(resumable), "train.train_iters": 5}
+    moments = (resumable / "iter_0000005" / MOMENTS).read_bytes()
+    run = train_here(**PLAN, **output)
+    assert run.exit_code == 0
+    *_, validation, saved = run.events
+    assert (validation["event"], validation["iteration"]) == ("validation", 5)
+    assert (saved["event"], saved["iteration"]) == ("saved", 5)
+    properties = read_artifact(run.adapter, "checkpoint_lora").properties
+    assert properties["valid_loss"] == validation["lm_loss"]
+    assert (run.adapter / MOMENTS).read_bytes() == moments
+    assert not resumable.with_name("out.previous").exists()
 
 
 def test_two_runs_never_share_a_directory(train_here: Train, resumable: Path) -> None:
@@ -250,6 +301,22 @@ def test_two_runs_never_share_a_directory(train_here: Train, resumable: Path) ->
 def test_what_cannot_be_honoured_is_refused(checkpoint: Any, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Config.model_validate({"checkpoint": checkpoint})
+
+
+def test_load_from_what_would_make_room_is_refused(
+    train_here: Train, stopped: Any, resumable: Path
+) -> None:
+    previous = Path(shutil.copytree(stopped.output, resumable.with_name("out.previous")))
+    as_unfinished(resumable, train_iters=5, identity={})  # another run, that came to its end
+    run = train_here(
+        **PLAN, **{"checkpoint.save": str(resumable), "checkpoint.load": str(previous)}
+    )
+    assert (run.error["code"], run.error["where"]) == (
+        "output_path_overlaps_inputs",
+        "checkpoint.load",
+    )
+    assert "out.previous, which makes room for the new run" in run.error["problem"]
+    assert [len(list(each.glob("iter_*"))) for each in (resumable, previous)] == [2, 2]
 
 
 def test_load_goes_on_from_an_earlier_save_in_a_directory_of_its_own(

@@ -1,0 +1,130 @@
+"""The directory that a run saves to: whose it is, made ready for a run, kept within bounds.
+
+Torch-free, because the launcher asks before it starts anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemotron.artifacts import write_text
+from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._training.resume import list_saves, verify_save
+
+METRICS_FILE = "metrics.jsonl"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def room_for(directory: Path, *, load: Path | None) -> Path | None:
+    """Return where the earlier run in ``directory`` goes when another starts; None: none is there.
+
+    It is kept beside it, as ``NAME.previous``: what it took hours to train is not overwritten by a
+    rerun. One is kept, and one as ``NAME.unsaved`` that ended before its first save: a job that is
+    preempted there and started again does not cost the run before.
+
+    Args:
+        directory: Where a run is to start.
+        load: Directory of the run that it goes on from, or None.
+
+    Raises:
+        NemotronError: ``output_not_ours``: what would be moved or deleted is no run.
+            ``output_path_overlaps_inputs``: it is what the run goes on from.
+    """
+    if not _holds_anything(directory):
+        return None
+    has_saves = any(list_saves(directory))
+    previous = directory.with_name(f"{directory.name}.{'previous' if has_saves else 'unsaved'}")
+    for place in (directory, previous):
+        if _holds_anything(place) and not _is_run(place):
+            raise _not_ours(place, directory)
+        if load is not None and load.resolve().is_relative_to(place.resolve()):
+            raise _loaded_from(place, load)
+    return previous
+
+
+def start_directory(directory: Path, *, load: Path | None) -> Path | None:
+    """Make an empty directory for a run; return where the earlier run there went, see ``room_for``.
+
+    Raises:
+        NemotronError: As ``room_for``.
+    """
+    previous = room_for(directory, load=load)
+    if previous is not None:
+        shutil.rmtree(previous, ignore_errors=True)
+        directory.rename(previous)
+    directory.mkdir(parents=True, exist_ok=True)
+    return previous
+
+
+def resume_directory(directory: Path, iteration: int, damaged: Sequence[Path]) -> None:
+    """Make a run's directory ready to go on: damaged saves aside, leftovers of killed saves gone.
+
+    A damaged save is kept as ``damaged_iter_NNNNNNN``: what is left of it may be worth something.
+    """
+    for save in damaged:
+        aside = save.with_name(f"damaged_{save.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        save.rename(aside)
+    write_text(directory / TRACKER, f"{iteration}\n")
+    for leftover in directory.glob(".iter_*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def retain_newest(directory: Path, most_recent_k: int, *, until: int) -> None:
+    """Delete saves beyond the newest ``most_recent_k`` that are whole; damaged ones do not count.
+
+    Neither do those after the iteration ``until``, which the run has reached: they are of the time
+    before it went back. Those that are kept are hashed first, so that what is deleted is never the
+    last whole one.
+
+    Raises:
+        OSError: A save cannot be deleted.
+    """
+    whole = 0
+    for iteration, save in list_saves(directory):
+        if iteration > until:
+            continue
+        if whole < most_recent_k:
+            with contextlib.suppress(NemotronError, OSError):
+                verify_save(save)
+                whole += 1
+            continue
+        # Under a hidden name first: a save that is there is whole, also while it is deleted.
+        gone = save.with_name(f".{save.name}.deleted")
+        save.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        save.with_name(f".{save.name}.lock").unlink(missing_ok=True)
+
+
+def _holds_anything(directory: Path) -> bool:
+    return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+
+
+def _is_run(directory: Path) -> bool:
+    """Return whether a run began there: it writes its metrics first, and then only saves."""
+    if (directory / METRICS_FILE).is_file() or any(directory.glob(".iter_*")):
+        return True
+    return any((save / "adapter_config.json").is_file() for _, save in list_saves(directory))
+
+
+def _not_ours(place: Path, directory: Path) -> NemotronError:
+    return NemotronError(
+        "output_not_ours",
+        f"{place} holds what no run wrote; it would make room for a run in {directory}",
+        where="checkpoint.save",
+        fix="pass another checkpoint.save, or move that away yourself",
+        exit_code=ExitCode.IO,
+    )
+
+
+def _loaded_from(place: Path, load: Path) -> NemotronError:
+    return NemotronError(
+        "output_path_overlaps_inputs",
+        f"checkpoint.load={load} lies in {place}, which makes room for the new run",
+        where="checkpoint.load",
+        fix="pass another checkpoint.save, or give that run another name first",
+    )
