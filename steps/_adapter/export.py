@@ -24,7 +24,7 @@ def run(config: ExportConfig, producer: Producer) -> None:
     opened = open_with_base(config.adapter, base=config.base)
     source = opened.adapter.directory
     refuse_overlap(config.output, {"adapter": source, "base": opened.base_path})
-    with publish(config.output) as partial:
+    with publish(config.output, step=producer.step) as partial:
         kind = _write(partial, opened, config.layout)
         _read_back(partial, opened)
         write_artifact(

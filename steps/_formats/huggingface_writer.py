@@ -68,7 +68,7 @@ def publish_huggingface(
         NemotronError: As ``publish`` and ``compare``; ``artifact_damaged`` where what was read back
             is not what was written.
     """
-    with publish(root, resume_key=resume_key) as directory:
+    with publish(root, step=produced_by.step, resume_key=resume_key) as directory:
         copy_model_files(source, directory, has_tokenizer=has_tokenizer)
         _spell_twice(directory / "config.json")
         if has_tokenizer and chat_template is not None:

@@ -88,7 +88,7 @@ def publish_megatron(
         NemotronError: As ``write_megatron``, ``publish`` and ``compare``; ``artifact_damaged``
             where what was read back is not what was written.
     """
-    with publish(root, resume_key=resume_key) as directory:
+    with publish(root, step=produced_by.step, resume_key=resume_key) as directory:
         reported = ReportedWeights(weights, f"writing {root}") if show_progress else weights
         written = write_megatron(
             directory,

@@ -70,7 +70,7 @@ def save_adapter(
     assert lora is not None  # a model without an adapter is not trained
     alphas = {name: own.alpha for name in lora_a if (own := lora.of(name))}
     if layout.is_first:
-        with publish(target) as partial:
+        with publish(target, step=produced_by.step) as partial:
             write_adapter(
                 partial,
                 {name: (a, lora_b[name]) for name, a in lora_a.items()},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -22,23 +23,24 @@ _KEY_FILE = "key"
 
 
 @contextlib.contextmanager
-def publish(directory: Path, *, resume_key: str | None = None) -> Iterator[Path]:
+def publish(directory: Path, *, step: str, resume_key: str | None = None) -> Iterator[Path]:
     """Yield a directory beside ``directory``; give it that name when the block ended well.
 
-    An earlier artifact under that name stays readable until the swap and is then removed; when the
-    block raises, or the process is killed, it is untouched. Killed in the midst of the swap, which
-    is two renames, it leaves the earlier one as ``.NAME.old``: the next ``publish`` puts it back.
+    An earlier artifact of the same ``step`` under that name stays readable until the swap and is
+    then removed; when the block raises, or the process is killed, it is untouched. Killed in the
+    midst of the swap, which is two renames, it leaves the earlier one as ``.NAME.old``: the next
+    ``publish`` puts it back.
 
     The directory is empty, unless ``resume_key`` is given and an earlier run with that key was
     killed: then it holds what that run left, and ``RESUME_DIR`` in it what the block noted there.
     With a key, only a ``NemotronError`` takes the work away: going on would meet it again.
 
     Raises:
-        NemotronError: ``output_not_ours`` (the directory holds something that no step wrote),
-            ``output_locked`` (another process is writing the same output).
+        NemotronError: ``output_not_ours`` (the directory holds something that this step did not
+            write), ``output_locked`` (another process is writing the same output).
     """
     directory = directory.absolute()
-    _refuse_foreign(directory)
+    _refuse_foreign(directory, step)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with hold(directory):
         if (old := _aside(directory)).is_dir() and not directory.exists():
@@ -135,20 +137,39 @@ def _prepare(partial: Path, notes: Path, resume_key: str | None) -> None:
         write_text(key_file, resume_key)
 
 
-def _refuse_foreign(directory: Path) -> None:
+def _refuse_foreign(directory: Path, step: str) -> None:
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         held = "is not a directory"
-    elif directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
-        held = "holds files that no step of nemotron wrote"
+    elif directory.is_dir() and any(directory.iterdir()):
+        held = _held_beside(directory, step)
     else:
         return
-    raise NemotronError(
-        "output_not_ours",
-        f"{directory} {held}; it would be replaced",
-        where=str(directory),
-        fix="choose another output directory, or empty this one yourself",
-        exit_code=ExitCode.IO,
-    )
+    if held:
+        raise NemotronError(
+            "output_not_ours",
+            f"{directory} {held}; it would be replaced",
+            where=str(directory),
+            fix="choose another output directory, or empty this one yourself",
+            exit_code=ExitCode.IO,
+        )
+
+
+def _held_beside(directory: Path, step: str) -> str:
+    """Return what a directory holds beside an artifact of ``step``; "": nothing."""
+    if not (directory / MANIFEST).is_file():
+        return "holds files that no step of nemotron wrote"
+    try:
+        artifact = json.loads((directory / MANIFEST).read_bytes())
+        writer = artifact["produced_by"]["step"]
+        written = {MANIFEST, *(entry["path"] for entry in artifact["files"])}
+    except (ValueError, KeyError, TypeError):
+        return ""  # a damaged one, which this step is to write again
+    if writer != step:
+        return f"is what {writer} wrote"
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = [path.relative_to(directory).as_posix() for path in found]
+    foreign = [name for name in names if name not in written]
+    return f"holds {foreign[0]}, which {step} did not write" if foreign else ""
 
 
 def _make_durable(directory: Path) -> None:

@@ -62,7 +62,7 @@ def _pack(config: Config, producer: Producer, leader: Leader | None) -> dict[str
     elif (finished := _finished(config.output_dir, job.pack_key)) is not None:
         print(f"{STEP}: {config.output_dir} is up to date, nothing to do", flush=True)
         return finished
-    with publish(config.output_dir) as directory:
+    with publish(config.output_dir, step=producer.step) as directory:
         job, packing, receipts = _work(config, job, leader)
         properties = assemble(directory, job, packing, receipts, produced_by=producer)
     _tidy(job, keep_tokens=config.keep_tokens)

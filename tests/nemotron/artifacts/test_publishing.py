@@ -24,7 +24,7 @@ PRODUCER = Producer(step="demo/make", config_sha256="0" * 64, code_version="1")
 
 
 def make(directory: Path, text: str = "aaa") -> None:
-    with publish(directory) as partial:
+    with publish(directory, step=PRODUCER.step) as partial:
         (partial / "a.txt").write_text(text)
         write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
 
@@ -33,7 +33,7 @@ def test_publish_leaves_nothing_when_the_block_fails_and_keeps_the_earlier_one(
     tmp_path: Path,
 ) -> None:
     def fail() -> None:
-        with publish(tmp_path / "out") as partial:
+        with publish(tmp_path / "out", step=PRODUCER.step) as partial:
             (partial / "half").touch()
             raise ZeroDivisionError
 
@@ -48,7 +48,7 @@ def test_publish_leaves_nothing_when_the_block_fails_and_keeps_the_earlier_one(
 
 def test_publish_replaces_an_earlier_artifact_as_a_whole(tmp_path: Path) -> None:
     make(tmp_path / "out")
-    with publish(tmp_path / "out") as partial:
+    with publish(tmp_path / "out", step=PRODUCER.step) as partial:
         (partial / "b.txt").touch()
         write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [MANIFEST, "b.txt"]
@@ -63,6 +63,36 @@ def test_publish_refuses_what_no_step_wrote(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NemotronError, match="is not a directory"):
         make(tmp_path / "file")
+
+
+def test_publish_refuses_the_output_of_another_step(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    with (
+        pytest.raises(NemotronError, match="out is what demo/make wrote") as caught,
+        publish(tmp_path / "out", step="demo/other"),
+    ):
+        pass
+    assert caught.value.code == "output_not_ours"
+    assert (tmp_path / "out" / "a.txt").read_text() == "aaa"
+
+
+def test_publish_refuses_to_delete_a_file_that_somebody_put_there(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    (tmp_path / "out" / "notes").mkdir()
+    (tmp_path / "out" / "notes" / "mine.md").write_text("mine")
+    with pytest.raises(NemotronError, match=r"holds notes/mine\.md, which demo/make did not write"):
+        make(tmp_path / "out")
+    assert (tmp_path / "out" / "notes" / "mine.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"produced_by": {}, "files": []}'])
+def test_publish_replaces_an_artifact_whose_record_is_damaged(
+    tmp_path: Path, manifest: str
+) -> None:
+    make(tmp_path / "out")
+    (tmp_path / "out" / MANIFEST).write_text(manifest)
+    make(tmp_path / "out", "bbb")
+    assert (tmp_path / "out" / "a.txt").read_text() == "bbb"
 
 
 def test_publish_refuses_what_is_neither_directory_nor_file(tmp_path: Path) -> None:
@@ -80,7 +110,7 @@ def test_publish_puts_back_what_a_kill_in_the_midst_of_the_swap_left(tmp_path: P
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ZeroDivisionError), publish(tmp_path / "out"):
+    with pytest.raises(ZeroDivisionError), publish(tmp_path / "out", step=PRODUCER.step):
         raise ZeroDivisionError
     assert (tmp_path / "out" / "a.txt").read_text() == "aaa"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
@@ -116,7 +146,7 @@ def test_publish_puts_back_the_earlier_artifact_where_the_swap_fails(
 
 
 def test_publish_refuses_a_second_writer_and_names_the_first(tmp_path: Path) -> None:
-    with publish(tmp_path / "out") as partial:
+    with publish(tmp_path / "out", step=PRODUCER.step) as partial:
         with pytest.raises(NemotronError, match=f"pid {os.getpid()}") as caught:
             make(tmp_path / "out")
         write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
@@ -125,7 +155,7 @@ def test_publish_refuses_a_second_writer_and_names_the_first(tmp_path: Path) -> 
 
 
 def test_published_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
-    with publish(tmp_path / "out") as partial:
+    with publish(tmp_path / "out", step=PRODUCER.step) as partial:
         private = partial / "private"
         private.touch(mode=0o600)
         write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)

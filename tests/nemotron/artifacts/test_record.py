@@ -31,7 +31,7 @@ PRODUCER = Producer(step="demo/make", config_sha256="0" * 64, code_version="1")
 
 
 def make(directory: Path, artifact_type: str = "packed_parquet") -> Artifact:
-    with publish(directory) as partial:
+    with publish(directory, step=PRODUCER.step) as partial:
         (partial / "data").mkdir()
         (partial / "data" / "a.txt").write_text("aaa")
         return write_artifact(
@@ -69,7 +69,7 @@ def test_verify_files_names_a_file_that_is_missing_short_or_changed(tmp_path: Pa
 
 
 def test_verify_files_compares_every_file_of_several(tmp_path: Path) -> None:
-    with publish(tmp_path / "out") as partial:
+    with publish(tmp_path / "out", step=PRODUCER.step) as partial:
         for name in "abc":
             (partial / name).write_text(name)
         artifact = write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
@@ -86,7 +86,7 @@ def test_the_calling_thread_hashes_along_and_takes_the_largest_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A rank whose main thread only waits for other threads is taken for one that hangs.
-    with publish(tmp_path / "out") as partial:
+    with publish(tmp_path / "out", step=PRODUCER.step) as partial:
         for number in range(9):
             (partial / f"{number}.bin").write_bytes(bytes(1000 if number == 5 else number))
         artifact = write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
@@ -105,7 +105,7 @@ def test_the_calling_thread_hashes_along_and_takes_the_largest_file(
 def test_a_file_that_another_thread_cannot_read_is_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with publish(tmp_path / "out") as partial:
+    with publish(tmp_path / "out", step=PRODUCER.step) as partial:
         (partial / "large.bin").write_bytes(bytes(1000))
         (partial / "small.bin").write_bytes(b"x")
         artifact = write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)

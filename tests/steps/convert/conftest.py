@@ -106,7 +106,7 @@ def save_adapter() -> SaveAdapter:
             for layer in range(2)
             for name, (columns, rows) in shapes.items()
         }
-        with publish(directory) as partial:
+        with publish(directory, step="test") as partial:
             write_adapter(
                 partial,
                 factors,

@@ -153,7 +153,7 @@ def write_packs(
     A token ``rare`` is in the first train row only.
     """
     generator = np.random.default_rng(0)
-    with publish(root) as directory:
+    with publish(root, step="test") as directory:
         for split, num_rows in (("train", NUM_TRAIN), ("valid", num_valid)):
             rows = [random_row(generator) for _ in range(num_rows)]
             if rare is not None:
