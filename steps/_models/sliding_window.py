@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron.steps._models.attention import packed_attention
+
 
 def windowed_attention(
     query_SND: Tensor,
@@ -24,7 +26,8 @@ def windowed_attention(
     """Return attention of each token to itself and the W - 1 before it in its document, [S, N, D].
 
     Queries go in blocks of W, each against at most 2 W - 1 keys: compute and memory grow with the
-    length of a document, not with its square.
+    length of a document, not with its square. Where no document is longer than W it is plain
+    attention, which needs no mask.
 
     Args:
         query_SND: Queries.
@@ -35,6 +38,8 @@ def windowed_attention(
 
     Source: Beltagy et al. 2020 (arXiv:2004.05150), section 3.1, causal.
     """
+    if all(end - begin <= window_size for begin, end in pairwise(cu_seqlens)):
+        return packed_attention(query_SND, key_SGD, value_SGD, cu_seqlens)
     outs = []
     for begin, end in pairwise(cu_seqlens):
         for start in range(begin, end, window_size):
