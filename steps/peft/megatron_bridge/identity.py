@@ -18,7 +18,23 @@ from nemotron.steps.peft.megatron_bridge.schema import Config
 _HARMLESS_SECTIONS = (
     "checkpoint.", "checkpoint_patch.", "dataset.", "dist.", "hf_load.", "logger.", "scheduler.",
 )  # fmt: skip
-_HARMLESS_WORDS = ("parallel", "pipeline", "recompute", "seq_length")
+# Of recipe and model.
+_HARMLESS_NAMES = {
+    "context_parallel_size",
+    "data_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_size",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "seq_length",
+    "sequence_parallel",
+    "tensor_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+}
 _HARMLESS_KEYS = {
     "hf_model_path",
     "recipe._target_",
@@ -88,8 +104,10 @@ def _base(path: Path) -> str:
 
 
 def _is_harmless(key: str) -> bool:
-    is_named = key in _HARMLESS_KEYS or key.startswith(_HARMLESS_SECTIONS)
-    return is_named or any(word in key for word in _HARMLESS_WORDS)
+    if key in _HARMLESS_KEYS or key.startswith(_HARMLESS_SECTIONS):
+        return True
+    section, _, name = key.rpartition(".")
+    return section in ("recipe", "model") and name in _HARMLESS_NAMES
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
