@@ -208,24 +208,26 @@ def run_in_child(imports: str, work: str = "", *arguments: str) -> Cost:
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     code = CHILD.format(imports=imports, work=work)
-    with held_memory():
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(ready), str(hears_go), *arguments],
-            env=environment,
-            pass_fds=(ready, hears_go),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(ready)
-        os.read(hears_ready, 1)
-    start = time.perf_counter()
-    os.write(go, b"1")
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    for descriptor in (hears_ready, hears_go, go):
-        os.close(descriptor)
-    if status:
-        raise SystemExit(f"{[imports, work, *arguments]} failed")
+    with tempfile.TemporaryFile() as said:
+        with held_memory():
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, str(ready), str(hears_go), *arguments],
+                env=environment,
+                pass_fds=(ready, hears_go),
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+            )
+            os.close(ready)
+            os.read(hears_ready, 1)
+        start = time.perf_counter()
+        os.write(go, b"1")
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        for descriptor in (hears_ready, hears_go, go):
+            os.close(descriptor)
+        if status:
+            said.seek(0)
+            raise SystemExit(f"{[imports, work, *arguments]} failed:\n{said.read().decode()}")
     # Linux counts KiB, macOS bytes.
     peak_mb = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3 / 1.024)
     return Cost(wall, usage.ru_utime + usage.ru_stime, peak_mb)

@@ -22,6 +22,7 @@ def run_side(
 ) -> None:
     """Run the ranks of one side, a script of this directory, to their end."""
     command = [str(python), "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr=127.0.0.1"]  # else a name that does not resolve is waited for
     command += [
         "--nproc-per-node",
         str(num_ranks),
