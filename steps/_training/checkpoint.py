@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nemotron.artifacts import Input, Producer, hold, publish, write_artifact, write_text
+from nemotron.errors import NemotronError
 from nemotron.steps._formats.adapter import write_adapter
 from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, TOKENIZER_FILES, copy_files
 from nemotron.steps._training.distributed import Layout, gather_tensors
@@ -107,8 +108,8 @@ def fail_together(layout: Layout, save: Callable[[], Path]) -> Path:
     problem, target = "", Path()
     try:
         target = save()
-    except OSError as error:
-        problem = str(error)
+    except (OSError, NemotronError) as error:  # a full disk, or a directory that is not ours
+        problem = error.problem if isinstance(error, NemotronError) else str(error)
     if layout.any_rank(bool(problem)):
         raise SaveFailedError(problem or "another rank could not write")
     return target
