@@ -32,6 +32,11 @@ Name = Annotated[
 ]
 # One line, and nothing that ends a quoted word early.
 Line = Annotated[str, _form(r"[^\x00-\x1f\x7f'\"\\]+", "one line without quotes and backslashes")]
+# pyxis takes several mounts with commas between them.
+Mount = Annotated[
+    str,
+    _form(r"[^\x00-\x1f\x7f'\"\\,]+", "one mount, without quotes, backslashes and commas"),
+]
 Text = Annotated[str, _form(r"[^\x00]*", "text without NUL")]
 # Linux starts no program with a variable of 128 KiB or more.
 Value = Annotated[
@@ -128,11 +133,8 @@ class SlurmExecution(RemoteExecution):
     ] = "nemotron-"
     srun_args: tuple[Text, ...] = ()
     container_env: tuple[Name, ...] = ()
-    mounts: tuple[Line, ...] = ()
-    lustre_mount: (
-        Annotated[str, _form(r"[^\x00-\x1f\x7f'\"\\]*", "one line without quotes and backslashes")]
-        | None
-    ) = None
+    mounts: tuple[Mount, ...] = ()
+    lustre_mount: Mount | Literal[""] | None = None
     remote_job_dir: PlainPath | None = None
     tunnel: Literal["local", "ssh"] = "local"
     host: HostName = "localhost"

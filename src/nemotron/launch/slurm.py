@@ -208,8 +208,15 @@ _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./@+=-"
 
 
 def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
-    """Return the fields of nemo-run's executor."""
+    """Return the fields of nemo-run's executor.
+
+    It quotes directives itself, and nothing of the line that starts ``srun``.
+
+    Raises:
+        NemotronError: ``path_unsuitable``.
+    """
     execution = _execution(plan)
+    image = plan.squash or plan.image
     gpus = execution.gpus_per_node
     gpus = plan.step.manifest.step.gpus_per_node if gpus is None else gpus
     chosen = execution.batch_partition if plan.is_detached else execution.run_partition
@@ -224,13 +231,26 @@ def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
         "ntasks_per_node": 1,  # launch.sh; it starts the ranks
         "gpus_per_node": gpus or None,
         "exclusive": execution.exclusive or None,
-        "container_image": plan.squash or plan.image,
-        "container_mounts": list(plan.mounts) if plan.image else [],
+        "container_image": shlex.quote(image) if image else None,
+        "container_mounts": _quoted_mounts(plan) if image else [],
         "container_env": _container_env(plan) if plan.image else None,
         "additional_parameters": {key: value for key, value in directives.items() if value},
-        "srun_args": list(execution.srun_args),
+        "srun_args": [shlex.quote(argument) for argument in execution.srun_args],
         "setup_lines": prologue,
     }
+
+
+def _quoted_mounts(plan: JobPlan) -> list[str]:
+    for mount in plan.mounts:
+        # pyxis splits at both; a profile's paths have none, the directory of this run may.
+        if "," in mount or mount.count(":") > 2:
+            raise NemotronError(
+                "path_unsuitable",
+                f"a container cannot mount {mount.partition(':')[0]!r}",
+                where=f"mount {mount}",
+                fix="use a directory without commas and colons in its path, or set workspace",
+            )
+    return [shlex.quote(mount) for mount in plan.mounts]
 
 
 def _container_env(plan: JobPlan) -> list[str]:

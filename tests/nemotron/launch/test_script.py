@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nemotron.catalog import resolve
+from nemotron.errors import NemotronError
 from nemotron.executors import LeptonExecution, SlurmExecution
 from nemotron.launch import script, slurm
 from nemotron.launch.archive import pack_code
@@ -132,6 +133,51 @@ def test_a_slurm_field_is_refused_or_stays_on_its_line(demo: Path, field: str, v
     for text in slurm.preview(plan).values():
         assert subprocess.run(["bash", "-n"], input=text.encode(), check=False).returncode == 0
         assert text.count("\n#SBATCH ") in (0, *range(6, 12))  # none is broken up or made up
+
+
+SRUN = """#!/bin/sh
+[ "$1" = --nodes=1 ] || printf '%s\\0' "$@" > "$RIG_OUT/srun"
+"""
+
+
+def test_srun_gets_mounts_image_and_arguments_as_they_are(demo: Path, tmp_path: Path) -> None:
+    given_fields = {
+        "container_image": "/images/$(touch${IFS}canary).sqsh",
+        "mounts": ["/data/$(touch canary):/data", "/a b/`touch canary`:/c;d"],
+        "srun_args": ["--comment=it's a; touch canary", "--mpi=$(touch canary)", "*", "a\nb"],
+        "workspace": "/my data",
+    }
+    execution = SlurmExecution.model_validate(given_fields)
+    mounts = (*execution.mounts, "/my data:/my data")
+    plan = dataclasses.replace(
+        plan_of("slurm", demo), execution=execution, image=execution.container_image, mounts=mounts
+    )
+    for program, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho n1\n")):
+        (tmp_path / program).write_text(text)
+        (tmp_path / program).chmod(0o755)
+    subprocess.run(
+        ["bash", "-c", slurm.preview(plan)["sbatch"]],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "RIG_OUT": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    words = (tmp_path / "srun").read_text().split("\0")
+    assert words[words.index("--container-image") + 1] == given_fields["container_image"]
+    given_mounts = words[words.index("--container-mounts") + 1].split(",")
+    assert tuple(given_mounts[:-1]) == mounts  # the last one is nemo-run's
+    given_arguments = words[words.index("--kill-on-bad-exit=1") + 1 : words.index("bash")]
+    assert given_arguments == given_fields["srun_args"]
+    assert not list(tmp_path.rglob("canary"))
+
+
+def test_a_path_that_a_container_cannot_mount_is_refused(demo: Path) -> None:
+    with pytest.raises(ValidationError, match="without quotes, backslashes and commas"):
+        SlurmExecution.model_validate({"mounts": ["/a,/etc:/a"]})
+    plan = plan_of("slurm", demo)
+    with pytest.raises(NemotronError, match="cannot mount '/my, data'") as caught:
+        slurm.executor_options(dataclasses.replace(plan, mounts=("/my, data:/my, data",)), "true")
+    assert caught.value.code == "path_unsuitable"
 
 
 def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) -> None:

@@ -84,3 +84,15 @@ def test_a_secret_of_the_profile_stands_over_that_of_the_image(
     assert "from-the-image and from-the-image\n" in nemotron(*RUN, show).out
     ours = nemotron(*RUN, show, "run.env.secrets=[HF_TOKEN]")
     assert "hunter2hunter2 and from-the-image\n" in ours.out
+
+
+def test_a_directory_with_a_space_in_its_name_is_mounted(
+    box: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = box.parent / "my run $(touch canary)"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    done = nemotron(*RUN)
+    assert done.code == 0, done.err + done.out
+    assert (here / "out" / "make" / "made.txt").is_file()
+    assert not list(box.parent.rglob("canary"))
