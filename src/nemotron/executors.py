@@ -124,7 +124,13 @@ class SlurmExecution(RemoteExecution):
     network: Line | None = None
     segment: int | None = Field(default=None, ge=1)
     comment: Line | None = None
-    signal: Annotated[str, _form(r"([BR]:)*[A-Z0-9]+(@\d+)?", "such as TERM@120")] | None = None
+    # With B: only the batch shell is told, which has nothing to save.
+    signal: (
+        Annotated[
+            str, _form(r"(R:)?[A-Z0-9]+(@\d+)?", "such as TERM@120, without B: the ranks get it")
+        ]
+        | None
+    ) = None
     dependency: Annotated[str, _form(r"[A-Za-z0-9:,?+_]+", "such as afterok:123")] | None = None
     requeue: bool = False  # start again by itself after exit code 75
     requeue_limit: int = Field(default=20, ge=0)

@@ -34,6 +34,7 @@ _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
     "DEADLINE": (ExitCode.SUBMISSION, "the job missed its deadline", "run it again"),
     "REVOKED": (ExitCode.SUBMISSION, "the job was revoked", "run it again"),
 }
+_READ_EXITS = 'cd -- "$1" 2>/dev/null && grep -s "" exit.* /dev/null'
 # How often the scheduler is asked.
 POLL_SECONDS, POLL_SECONDS_OVER_SSH = 0.5, 3.0
 
@@ -127,11 +128,13 @@ class SlurmHandle:
 
     def _from_files(self) -> State:
         """Return how the job ended from what it left; its scheduler has forgotten it."""
-        for restart in range(self._restarts, self._restarts + 64):
-            text = self._host.read_from(f"{self.placement.directory}/code/exit.{restart}", 0)
-            if text.strip().isdigit():
-                self._restarts = restart
-                return self._ended(int(text), 0)
+        # One line for each time that the job ran to an end, such as exit.0:143.
+        command = ["sh", "-c", _READ_EXITS, "sh", f"{self.placement.directory}/code"]
+        said = self._host.run(command).stdout.decode(errors="replace")
+        exits = {int(n): int(code) for n, code in re.findall(r"(?m)^exit\.(\d+):(\d+)$", said)}
+        if exits:
+            self._restarts = max(exits)
+            return self._ended(exits[self._restarts], 0)
         return State("unknown", reason="the scheduler does not know the job, and it left no end")
 
     def _judged(self, facts: dict[str, str]) -> State:

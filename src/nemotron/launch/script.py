@@ -32,6 +32,8 @@ _PLACES = {
     "lepton": ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LEPTON_RESTART_COUNT"),
 }
 
+# What ends a shell that does not listen for it; bash would then call its EXIT trap with 0.
+_FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 # What asks a job to stop; a shell says 128 + N of a command that signal N killed.
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
 _PYTHONPATH = 'export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"'
@@ -105,23 +107,8 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
         # nemo-run sets it; tasks would have a terminal, and write progress for one into the log.
         "unset SLURM_UNBUFFEREDIO",
         f"nemotron_dir={shlex.quote(str(directory))}",
-        'nemotron_restart="${SLURM_RESTART_COUNT:-0}"',
-        "nemotron_end() {",
-        "    nemotron_code=$?",
-        '    nemotron_stopped="$nemotron_dir/stopped.$nemotron_restart"',
-        '    if [ -e "$nemotron_stopped" ] && [ "$nemotron_code" -eq 0 ]; then',
-        f"        nemotron_code={int(ExitCode.PREEMPTED)}",
-        f'        if [ "$nemotron_restart" -lt {limit} ]; then',
-        "            echo 'nemotron: stopped and saved; queued again'",
-        '            scontrol requeue "$SLURM_JOB_ID" && exit 0',
-        "        fi",
-        "    fi",
-        '    echo "$nemotron_code" > "$nemotron_dir/exit.$nemotron_restart"',
-        '    exit "$nemotron_code"',
-        "}",
-        "trap nemotron_end EXIT",
-        # Without this the shell would end at once, and as if all had gone well.
-        "trap 'exit 143' TERM",
+        'nemotron_restart="${SLURM_RESTART_COUNT:-0}" nemotron_told=',
+        *_leave_end(limit),
     ]
     if plan.nodes > 1:
         lines += [
@@ -132,6 +119,33 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
             "export NEMOTRON_MASTER_ADDR NEMOTRON_MASTER_PORT NEMOTRON_KEY",
         ]
     return "\n".join([*lines, *([execution.setup_lines] if execution.setup_lines else [])])
+
+
+def _leave_end(limit: int) -> list[str]:
+    """Return the lines that write the job's end, or queue it again up to ``limit`` times."""
+    return [
+        "nemotron_tell() {",
+        "    nemotron_told=$1",
+        # A trap waits for the command's end; how srun ended is how the job ended.
+        '    [ "${BASH_COMMAND%% *}" = srun ] || exit "$1"',
+        "}",
+        "nemotron_end() {",
+        "    nemotron_code=$?",
+        f"    trap '' {' '.join(number.name[3:] for number in _FATAL)}",
+        '    nemotron_stopped="$nemotron_dir/stopped.$nemotron_restart"',
+        '    if [ -e "$nemotron_stopped" ] && [ "$nemotron_code" -eq 0 ]; then',
+        f"        nemotron_code={int(ExitCode.PREEMPTED)}",
+        f'        if [ -z "$nemotron_told" ] && [ "$nemotron_restart" -lt {limit} ]; then',
+        "            echo 'nemotron: stopped and saved; queued again'",
+        '            scontrol requeue "$SLURM_JOB_ID" && exit 0',
+        "        fi",
+        "    fi",
+        '    echo "$nemotron_code" > "$nemotron_dir/exit.$nemotron_restart"',
+        '    exit "$nemotron_code"',
+        "}",
+        "trap nemotron_end EXIT",
+        *(f"trap 'nemotron_tell {128 + number}' {number.name[3:]}" for number in _FATAL),
+    ]
 
 
 def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -> list[str]:

@@ -103,6 +103,17 @@ def test_the_end_is_read_from_what_the_job_left(commands: Path, handle: SlurmHan
     assert (found.status, found.exit_code, found.error) == ("failed", 4, error)
 
 
+def test_the_end_is_that_of_the_last_time_that_the_job_ran(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    code = Path(handle.placement.directory) / "code"
+    (code / "exit.0").write_text("143\n")  # told to stop when it was queued again
+    (code / "exit.10").write_text("0\n")
+    (code / "exit.9").write_text("143\n")
+    found = handle.state()
+    assert (found.status, found.exit_code, found.restarts) == ("succeeded", 0, 10)
+
+
 def test_the_log_begins_below_the_mark_and_comes_once(commands: Path, handle: SlurmHandle) -> None:
     says(commands, "scontrol", shown("RUNNING"))
     handle.state()

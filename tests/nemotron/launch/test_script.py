@@ -6,9 +6,11 @@ import base64
 import dataclasses
 import io
 import os
+import signal
 import subprocess
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -239,6 +241,67 @@ def test_a_job_that_was_told_to_stop_can_go_on(
     done = run_launch(demo, tmp_path, python)
     assert done.returncode == code, done.stderr
     assert (tmp_path / "stopped.0").exists() == is_stopped
+
+
+@pytest.mark.parametrize("name", ["HUP", "INT", "USR1", "USR2", "TERM"])
+def test_a_batch_shell_that_is_told_to_stop_leaves_the_code_of_srun(
+    demo: Path, tmp_path: Path, name: str
+) -> None:
+    number = signal.Signals[f"SIG{name}"]
+    assert run_batch(demo, tmp_path, number, srun="exit 0") == 0
+    assert run_batch(demo, tmp_path, number, srun="exit 4") == 4
+    assert run_batch(demo, tmp_path, number, setup_lines=f"{PAUSE}; true") == 128 + number
+
+
+def test_a_job_whose_batch_shell_is_told_to_stop_is_not_queued_again(
+    demo: Path, tmp_path: Path
+) -> None:
+    stop = 'touch "$RIG_OUT/stopped.0"'
+    fields = {"requeue": True, "srun": stop}
+    assert run_batch(demo, tmp_path, signal.SIGTERM, **fields) == 75
+    assert not (tmp_path / "queued again").exists()
+    assert run_batch(demo, tmp_path, None, **fields) is None
+    assert (tmp_path / "queued again").exists()
+
+
+def test_a_signal_for_the_batch_shell_alone_is_refused() -> None:
+    for wanted in ("TERM@120", "R:USR1@60", "15"):
+        assert SlurmExecution(signal=wanted).signal == wanted
+    with pytest.raises(ValidationError, match="without B"):
+        SlurmExecution(signal="B:USR1@60")
+
+
+PAUSE = 'touch "$RIG_OUT/running"; sleep 0.3'
+
+
+def run_batch(
+    demo: Path, directory: Path, number: int | None, *, srun: str = "exit 0", **fields: object
+) -> int | None:
+    """Run a batch script, with a signal in the middle; return the exit code that it left."""
+    plan = plan_of("slurm", demo)
+    execution = SlurmExecution.model_validate({"code_path": "/nowhere", **fields})
+    batch = slurm.preview(dataclasses.replace(plan, execution=execution))["sbatch"]
+    batch = batch.replace(str(slurm.job_directory(plan, "JOB") / "code"), str(directory))
+    requeue = '#!/bin/sh\n[ "$1" != requeue ] || touch "$RIG_OUT/queued again"\n'
+    first = '[ "$1" = --nodes=1 ] && exit'
+    for name, text in (("srun", f"#!/bin/sh\n{first}\n{PAUSE}\n{srun}\n"), ("scontrol", requeue)):
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
+    for name in ("running", "exit.0"):
+        (directory / name).unlink(missing_ok=True)
+    with subprocess.Popen(
+        ["bash", "-c", batch],
+        env={"PATH": f"{directory}:/usr/bin:/bin", "RIG_OUT": str(directory)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while not (directory / "running").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        if number is not None:
+            process.send_signal(number)
+    left = directory / "exit.0"
+    return int(left.read_text()) if left.exists() else None
 
 
 @pytest.mark.parametrize("given", [None, "7"])
