@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,13 +131,17 @@ def submit(plan: JobPlan, shipped: SlurmFiles, *, job_id: str, console: Console)
     _check_reachable(host, execution)
     if plan.squash is not None and plan.image is not None:
         squash.import_image(plan, host, console)
-    with tempfile.TemporaryDirectory(prefix="nemotron-") as name, _private_umask():
+    with (
+        _signals_interrupt(),
+        tempfile.TemporaryDirectory(prefix="nemotron-") as name,
+        _private_umask(),
+    ):
         source = Path(name) / "ship"
         _write(shipped, source)
         # On a login node nemo-run's own directory is the job's; over ssh it is copied there.
         base = Path(job_root(execution)) if host.is_local else Path(name)
         base.mkdir(parents=True, exist_ok=True)
-        with _secrets(plan, host, job_id) as pre_command:
+        with _secrets(plan, host, job_id, console) as pre_command:
             executor = _executor(plan, shipped, source, pre_command)
             number = load_nemo().submit(executor, job_id=job_id, task=task_name(plan), base=base)
     if not number.isdigit():
@@ -278,7 +284,7 @@ def _check_reachable(host: Host, execution: SlurmExecution) -> None:
 
 
 @contextmanager
-def _secrets(plan: JobPlan, host: Host, job_id: str) -> Iterator[str | None]:
+def _secrets(plan: JobPlan, host: Host, job_id: str, console: Console) -> Iterator[str | None]:
     """Yield what a command over ssh starts with, so that ``sbatch`` has the secrets."""
     names = [name for name in plan.execution.secrets if name in os.environ]
     if host.is_local or not names:
@@ -288,11 +294,36 @@ def _secrets(plan: JobPlan, host: Host, job_id: str) -> Iterator[str | None]:
     lines = "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
     quoted = shlex.quote(path)
     write = f"umask 077; set -C; cat > {quoted}"
-    host.require(["sh", "-c", write], stdin=lines.encode())
     try:
+        host.require(["sh", "-c", write], stdin=lines.encode())
         yield f"if [ -r {quoted} ]; then . {quoted}; fi"
     finally:
-        host.run(["rm", "-f", "--", path])
+        _remove(host, path, console)
+
+
+def _remove(host: Host, path: str, console: Console) -> None:
+    try:
+        host.require(["rm", "-f", "--", path])
+    except NemotronError as error:
+        # Slurm may have the job by now: that must not look like a job that was not submitted.
+        console.say(f"{error.problem}; it holds secrets: remove {path} on {host.name} by hand")
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let signals that would end this process at once act like Ctrl-C: it removes what it made."""
+    replaced: list[signal.Signals] = []
+    # Python takes signals in its main thread only; what is ignored, as under nohup, stays so.
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGHUP)
+        replaced = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
+    try:
+        for number in replaced:
+            signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
