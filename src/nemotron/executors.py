@@ -28,7 +28,12 @@ def _form(pattern: str, words: LiteralString) -> AfterValidator:
 
 
 Name = Annotated[
-    str, _form(r"[A-Za-z_][A-Za-z0-9_]*", "the name of a variable: letters, digits and _")
+    str,
+    _form(
+        # bash lets nobody set its own; those of launch.sh begin like nemotron_.
+        r"(?!(BASHOPTS|BASH_VERSINFO|EUID|PPID|SHELLOPTS|UID|nemotron_.*)$)[A-Za-z_][A-Za-z0-9_]*",
+        "the name of a variable: letters, digits and _, not one of bash's own and no nemotron_*",
+    ),
 ]
 # One line, and nothing that ends a quoted word early.
 Line = Annotated[str, _form(r"[^\x00-\x1f\x7f'\"\\]+", "one line without quotes and backslashes")]

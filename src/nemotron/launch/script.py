@@ -36,12 +36,12 @@ _PLACES = {
 _FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 # What asks a job to stop; a shell says 128 + N of a command that signal N killed.
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
-_PYTHONPATH = 'export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"'
+_PYTHONPATH = 'export PYTHONPATH="$nemotron_package${PYTHONPATH:+:$PYTHONPATH}"'
 _LAST_WORDS = (
     'if [ -s "$NEMOTRON_ERROR_FILE" ]; then',
     f"    printf '{ERROR_MARK}%s\\n' \"$(tr -d '\\n' < \"$NEMOTRON_ERROR_FILE\")\"",
     "fi",
-    f'echo "{END_MARK} $code"',
+    f'echo "{END_MARK} $nemotron_code"',
 )
 
 
@@ -59,9 +59,9 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         "#!/usr/bin/env bash",
         f"# {plan.step.id}, job {job_id}. Runs once on each node.",
         "set -euo pipefail",
-        'here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"',
-        f'node="${{{node}:-0}}" restart="${{{restart}:-0}}"',
-        'export NEMOTRON_ERROR_FILE="$here/error.$restart.json"',
+        'nemotron_here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"',
+        f'nemotron_node="${{{node}:-0}}" nemotron_restart="${{{restart}:-0}}"',
+        'export NEMOTRON_ERROR_FILE="$nemotron_here/error.$nemotron_restart.json"',
         f"export NEMOTRON_JOB={shlex.quote(job_id)}",
         *(
             f"export {name}={shlex.quote(value)}"
@@ -74,18 +74,19 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         *_threads(plan.nproc_per_node),
         "set +e",
         "# The ranks are told to stop as well; this shell waits for what they make of it.",
-        "told=",
-        *(f"trap told={128 + number} {number.name[3:]}" for number in _STOP),
+        "nemotron_told=",
+        *(f"trap nemotron_told={128 + number} {number.name[3:]}" for number in _STOP),
         "trap : INT",
         _run_line(plan),
-        "code=$?",
+        "nemotron_code=$?",
         "# What a signal to stop killed could not listen yet.",
-        f'if [ "$code" -eq {int(ExitCode.PREEMPTED)} ] || [ "$code" = "$told" ]; then',
+        f'if [ "$nemotron_code" -eq {int(ExitCode.PREEMPTED)} ] ||',
+        '    [ "$nemotron_code" = "$nemotron_told" ]; then',
         "    # Not a failure that would end the other nodes before they have stopped as well.",
-        f'    : > "$here/stopped.$restart"; code={_stopped_code(plan)}',
+        f'    : > "$nemotron_here/stopped.$nemotron_restart"; nemotron_code={_stopped_code(plan)}',
         "fi",
         *(_LAST_WORDS if plan.executor == "lepton" else ()),
-        'exit "$code"',
+        'exit "$nemotron_code"',
     ]
     return "\n".join(parts) + "\n"
 
@@ -153,21 +154,23 @@ def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -
     assert isinstance(execution, RemoteExecution)  # noqa: S101 - a plan for another machine
     if execution.code_path:
         where = shlex.quote(execution.code_path)
-        return [f"package={where}", _PYTHONPATH]
+        return [f"nemotron_package={where}", _PYTHONPATH]
     lines = [
-        f'package="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$node"',
-        'rm -rf -- "$package" && mkdir -m 700 -- "$package"',
-        "trap 'rm -rf -- \"$package\"' EXIT",
+        f'nemotron_package="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$nemotron_node"',
+        'rm -rf -- "$nemotron_package" && mkdir -m 700 -- "$nemotron_package"',
+        "trap 'rm -rf -- \"$nemotron_package\"' EXIT",
     ]
     if chunks:
         names = [f"NEMOTRON_CODE_{index}" for index in range(chunks)]
         joined = "".join(f"${{{name}}}" for name in names)
         lines += [
-            f'printf %s "{joined}" | base64 -d | tar -xzf - -C "$package"',
+            f'printf %s "{joined}" | base64 -d | tar -xzf - -C "$nemotron_package"',
             f"unset {' '.join(names)}",
         ]
     else:
-        lines.append(f'tar -xzf "$here"/{shlex.quote(archive or "")} -C "$package"')
+        lines.append(
+            f'tar -xzf "$nemotron_here"/{shlex.quote(archive or "")} -C "$nemotron_package"'
+        )
     return [*lines, _PYTHONPATH]
 
 
@@ -176,10 +179,12 @@ def _rendezvous(plan: JobPlan, address: str, port: str) -> list[str]:
         return []
     if plan.step.manifest.step.launch == "python":
         return [
-            f'export NEMOTRON_NODES={plan.nodes} NEMOTRON_NODE="$node" NEMOTRON_START="$restart"'
+            f'export NEMOTRON_NODES={plan.nodes} NEMOTRON_NODE="$nemotron_node"',
+            'export NEMOTRON_START="$nemotron_restart"',
         ]
     return [
-        f'export PET_RDZV_BACKEND=static PET_NODE_RANK="$node" PET_MASTER_ADDR="${address}"',
+        'export PET_RDZV_BACKEND=static PET_NODE_RANK="$nemotron_node"',
+        f'export PET_MASTER_ADDR="${address}"',
         f'export PET_MASTER_PORT="${port}" MASTER_ADDR="${address}" MASTER_PORT="${port}"',
     ]
 
@@ -197,15 +202,15 @@ def _threads(num_ranks: int) -> list[str]:
     """Return the lines that share the cores of the node among its ranks, as a local run does."""
     return [
         'if [ -z "${OMP_NUM_THREADS:-}" ]; then',
-        '    cores="$(nproc)"',
-        f"    OMP_NUM_THREADS=$((cores > {num_ranks} ? cores / {num_ranks} : 1))",
+        '    nemotron_cores="$(nproc)"',
+        f"    OMP_NUM_THREADS=$((nemotron_cores > {num_ranks} ? nemotron_cores / {num_ranks} : 1))",
         "fi",
         "export OMP_NUM_THREADS",
     ]
 
 
 def _run_line(plan: JobPlan) -> str:
-    config = f'"$here"/{CONFIG}'
+    config = f'"$nemotron_here"/{CONFIG}'
     words = [
         config if word == f"{JOB_DIRECTORY}/{CONFIG}" else shlex.quote(word)
         for word in plan.arguments
@@ -218,7 +223,7 @@ def _run_line(plan: JobPlan) -> str:
     for name, value in (
         ("command", command),
         ("config", config),
-        ("script", f'"$package"/{module}'),
+        ("script", f'"$nemotron_package"/{module}'),
     ):
         template = template.replace(f"{{{name}}}", value)
     return template

@@ -189,7 +189,9 @@ def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) 
     plan = plan_of("lepton", demo)
     assert isinstance(plan.execution, LeptonExecution)
     run = dataclasses.replace(plan, arguments=("cat", "nemotron/errors.py"), workspace=tmp_path)
-    commands = {"startup_commands": ('cd "$package"', "env | grep -c NEMOTRON_CODE || true")}
+    commands = {
+        "startup_commands": ('cd "$nemotron_package"', "env | grep -c NEMOTRON_CODE || true")
+    }
     run = dataclasses.replace(run, execution=plan.execution.model_copy(update=commands))
     (tmp_path / "launch.sh").write_text(
         script.launch_script(run, job_id="job-1", archive=archive.name, chunks=2)
@@ -219,10 +221,13 @@ def test_a_run_command_wraps_the_command_or_names_script_and_config(demo: Path) 
         lines = script.launch_script(plan, job_id="job-1", archive=None).splitlines()
         return lines[lines.index("trap : INT") + 1]
 
-    start = 'python -m nemotron.steps.demo.make.step --config "$here"/train.yaml'
+    start = 'python -m nemotron.steps.demo.make.step --config "$nemotron_here"/train.yaml'
     assert line("nsys profile {command}") == f"nsys profile {start}"
-    step = '"$package"/nemotron/steps/demo/make/step.py'
-    assert line("python {script} --config {config}") == f'python {step} --config "$here"/train.yaml'
+    step = '"$nemotron_package"/nemotron/steps/demo/make/step.py'
+    assert (
+        line("python {script} --config {config}")
+        == f'python {step} --config "$nemotron_here"/train.yaml'
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,6 +246,30 @@ def test_a_job_that_was_told_to_stop_can_go_on(
     done = run_launch(demo, tmp_path, python)
     assert done.returncode == code, done.stderr
     assert (tmp_path / "stopped.0").exists() == is_stopped
+
+
+def test_a_variable_of_the_job_takes_no_place_of_one_of_the_script(
+    demo: Path, tmp_path: Path
+) -> None:
+    names = ("here", "node", "restart", "package", "told", "code", "cores")
+    python = 'env > "$RIG_OUT/environment"; printf "%s\\n" "$@" > "$RIG_OUT/words"; exit 75'
+    done = run_launch(
+        demo, tmp_path, python, {name: "/elsewhere" for name in names}, RIG_OUT=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "stopped.0").exists()
+    assert f"{tmp_path}/train.yaml" in (tmp_path / "words").read_text().splitlines()
+    variables = (tmp_path / "environment").read_text().splitlines()
+    assert {f"{name}=/elsewhere" for name in names} <= set(variables)
+    assert f"NEMOTRON_ERROR_FILE={tmp_path}/error.0.json" in variables
+    assert "PYTHONPATH=/nowhere" in variables
+
+
+@pytest.mark.parametrize("name", ["UID", "EUID", "PPID", "SHELLOPTS", "nemotron_here"])
+def test_a_variable_that_no_shell_can_set_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="not one of bash's own"):
+        SlurmExecution.model_validate({"env_vars": {name: "5"}})
+    SlurmExecution.model_validate({"env_vars": {f"MY_{name}": "5"}})
 
 
 @pytest.mark.parametrize("name", ["HUP", "INT", "USR1", "USR2", "TERM"])
@@ -315,12 +344,19 @@ def test_a_rank_has_its_share_of_the_cores_unless_somebody_says_otherwise(
 
 
 def run_launch(
-    demo: Path, directory: Path, python: str, **environment: str
+    demo: Path,
+    directory: Path,
+    python: str,
+    variables: dict[str, str] | None = None,
+    /,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the script of a Slurm job whose python is these lines of shell."""
     plan = plan_of("slurm", demo)
     execution = plan.execution.model_copy(update={"code_path": "/nowhere"})
-    plan = dataclasses.replace(plan, execution=execution, workspace=directory)
+    plan = dataclasses.replace(
+        plan, execution=execution, workspace=directory, environment=variables or {}
+    )
     text = script.launch_script(plan, job_id="job-1", archive=None)
     (directory / "launch.sh").write_text(text)
     (directory / "python").write_text(f"#!/bin/sh\n{python}\n")
