@@ -379,3 +379,11 @@ def test_the_archive_is_the_same_bytes_every_time_and_has_the_steps(tmp_path: Pa
     assert all(member.isfile() for member in members.values())
     assert not [name for name in members if "__pycache__" in name]
     assert first.sha256[:12] in first.name
+
+
+def test_what_is_no_file_is_left_out_of_the_archive(tmp_path: Path) -> None:
+    (tmp_path / "plan.py").write_text("x = 1\n")
+    (tmp_path / ".#plan.py").symlink_to("me@host.123:456")  # Emacs, while it is open
+    os.mkfifo(tmp_path / "pipe")
+    with tarfile.open(fileobj=io.BytesIO(pack_code(tmp_path).content)) as archive:
+        assert archive.getnames() == ["nemotron/plan.py"]
