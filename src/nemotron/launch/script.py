@@ -8,6 +8,7 @@ Ranks meet without a service of their own: the first node of the job is rank 0 a
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 from pathlib import PurePosixPath
@@ -220,13 +221,9 @@ def _run_line(plan: JobPlan) -> str:
     if template is None:
         return command
     module = f"nemotron/steps/{plan.step.id}/step.py"
-    for name, value in (
-        ("command", command),
-        ("config", config),
-        ("script", f'"$nemotron_package"/{module}'),
-    ):
-        template = template.replace(f"{{{name}}}", value)
-    return template
+    values = {"command": command, "config": config, "script": f'"$nemotron_package"/{module}'}
+    # In one pass: an argument of the job may itself say {config}.
+    return re.sub(r"\{(command|config|script)\}", lambda found: values[found[1]], template)
 
 
 def _stopped_code(plan: JobPlan) -> int:

@@ -214,15 +214,17 @@ def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) 
 
 
 def test_a_run_command_wraps_the_command_or_names_script_and_config(demo: Path) -> None:
-    def line(template: str) -> str:
+    def line(template: str, *words: str) -> str:
         commands = {"run_command": template, "code_path": "/code"}
         plan = plan_of("slurm", demo)
+        plan = dataclasses.replace(plan, arguments=(*plan.arguments, *words))
         plan = dataclasses.replace(plan, execution=plan.execution.model_copy(update=commands))
         lines = script.launch_script(plan, job_id="job-1", archive=None).splitlines()
         return lines[lines.index("trap : INT") + 1]
 
     start = 'python -m nemotron.steps.demo.make.step --config "$nemotron_here"/train.yaml'
     assert line("nsys profile {command}") == f"nsys profile {start}"
+    assert line("{command}", "{config}", "{script}") == f"{start} '{{config}}' '{{script}}'"
     step = '"$nemotron_package"/nemotron/steps/demo/make/step.py'
     assert (
         line("python {script} --config {config}")
