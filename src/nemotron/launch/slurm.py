@@ -240,7 +240,9 @@ def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
         "container_image": shlex.quote(image) if image else None,
         "container_mounts": _quoted_mounts(plan) if image else [],
         "container_env": _container_env(plan) if plan.image else None,
-        "additional_parameters": {key: value for key, value in directives.items() if value},
+        "additional_parameters": {
+            key: value for key, value in directives.items() if value is not False
+        },
         "srun_args": [shlex.quote(argument) for argument in execution.srun_args],
         "setup_lines": prologue,
     }

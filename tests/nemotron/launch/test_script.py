@@ -182,6 +182,15 @@ def test_a_path_that_a_container_cannot_mount_is_refused(demo: Path) -> None:
     assert caught.value.code == "path_unsuitable"
 
 
+def test_an_extra_directive_of_zero_is_one_and_one_of_false_is_none(demo: Path) -> None:
+    extra = {"nice": 0, "hold": True, "reboot": False}
+    execution = SlurmExecution.model_validate({"code_path": "/code", "extra": extra})
+    batch = slurm.preview(dataclasses.replace(plan_of("slurm", demo), execution=execution))
+    lines = [line for line in batch["sbatch"].splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --nice=0", "#SBATCH --hold"} <= set(lines)
+    assert not [line for line in lines if "reboot" in line]
+
+
 def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) -> None:
     archive = pack_code(left_out=("steps",))
     text = base64.b64encode(archive.content).decode()
