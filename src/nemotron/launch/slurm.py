@@ -128,7 +128,7 @@ def submit(plan: JobPlan, shipped: SlurmFiles, *, job_id: str, console: Console)
     """
     execution = _execution(plan)
     host = host_of(execution)
-    _check_reachable(host, execution)
+    _prepare(host, plan)
     if plan.squash is not None and plan.image is not None:
         squash.import_image(plan, host, console)
     with (
@@ -277,12 +277,18 @@ def _write(shipped: SlurmFiles, directory: Path) -> None:
         (directory / shipped.archive.name).write_bytes(shipped.archive.content)
 
 
-def _check_reachable(host: Host, execution: SlurmExecution) -> None:
-    """Refuse early, and by ssh's own check of the host's key, which nemo-run's client lacks."""
+def _prepare(host: Host, plan: JobPlan) -> None:
+    """Make the directories of a job; refuse early what cannot be reached.
+
+    It is ssh's own check of the host's key, which nemo-run's client lacks.
+    """
     if host.is_local:
         host.run(["sbatch", "--version"])
     else:
-        host.require(["mkdir", "-p", "-m", "700", "--", job_root(execution)])
+        host.require(["mkdir", "-p", "-m", "700", "--", job_root(_execution(plan))])
+    if plan.image and f"{plan.workspace}:{plan.workspace}" in plan.mounts:
+        # It is mounted before launch.sh, which makes it elsewhere, could run.
+        host.require(["mkdir", "-p", "--", str(plan.workspace)])
 
 
 @contextmanager
