@@ -212,6 +212,7 @@ WITHOUT_EFFECT = {
     "build_image": "images are imported, not built",
     "build_cache_dir": "images are imported, not built",
     "launcher": "each step says how it starts",
+    "nprocs_per_node": "the layout of the config says how many ranks there are",
     "ray_version": "no step runs on a Ray cluster of Lepton",
     "existing_ray_cluster": "no step runs on a Ray cluster of Lepton",
     "repo_root": "the installed package is shipped",

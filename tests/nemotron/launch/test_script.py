@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from nemotron.catalog import resolve
 from nemotron.errors import NemotronError
 from nemotron.executors import LeptonExecution, SlurmExecution
-from nemotron.launch import script, slurm
+from nemotron.launch import lepton, script, slurm
 from nemotron.launch.archive import pack_code
 from nemotron.plan import JobPlan, build
 from nemotron.profile import load_profile
@@ -390,6 +390,28 @@ def test_the_archive_is_the_same_bytes_every_time_and_has_the_steps(tmp_path: Pa
     assert all(member.isfile() for member in members.values())
     assert not [name for name in members if "__pycache__" in name]
     assert first.sha256[:12] in first.name
+
+
+def test_an_extra_that_lepton_has_no_field_for_is_refused_before_a_job_is_made(demo: Path) -> None:
+    plan = plan_of("lepton", demo)
+
+    def previewed(extra: dict[str, object]) -> str:
+        execution = LeptonExecution.model_validate({"code_path": "/code", "extra": extra})
+        run = dataclasses.replace(plan, execution=execution)
+        return lepton.preview(run)["LeptonExecutor"]
+
+    assert "retries: 0" in previewed({"retries": 0})
+    for name in ("foo", "nodes", "packager"):
+        with pytest.raises(NemotronError, match=f"no field {name}") as caught:
+            previewed({name: 1})
+        assert caught.value.code == "unknown_key"
+
+
+def test_a_key_of_lepton_that_does_nothing_is_said_to(demo: Path) -> None:
+    plan_of("lepton", demo)
+    words = ["run.env.nprocs_per_node=8"]
+    plan = build(resolve("demo/make"), overrides=words, profile=load_profile("p"))
+    assert any("nprocs_per_node of the profile has no effect" in note for note in plan.notes)
 
 
 def test_what_is_no_file_is_left_out_of_the_archive(tmp_path: Path) -> None:
