@@ -22,9 +22,10 @@ import yaml
 from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.executors import LeptonExecution
 from nemotron.jobs import Placement
-from nemotron.launch import lepton_jobs, script, slurm
+from nemotron.launch import lepton_jobs, script
 from nemotron.launch.archive import Archive, pack_code
 from nemotron.launch.base import Console
+from nemotron.launch.lazy import load_nemo
 from nemotron.plan import JobPlan
 
 _CHUNK_CHARACTERS = 96 * 1024
@@ -77,7 +78,7 @@ def require_inputs(plan: JobPlan) -> None:
 
 def preview(plan: JobPlan) -> dict[str, str]:
     """Return the job's script, and what nemo-run's executor is told, without values of secrets."""
-    shipped = files(plan, slurm.JOB)
+    shipped = files(plan, script.JOB)
     options = _options(plan, shipped)
     options["env_vars"] = sorted(options["env_vars"])
     text = yaml.safe_dump(options, sort_keys=False)
@@ -149,7 +150,7 @@ def _submit_once(plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str) ->
         source.mkdir()
         (source / script.LAUNCH).write_text(shipped.launch, encoding="utf-8")
         (source / script.CONFIG).write_text(shipped.config, encoding="utf-8")
-        nemo = slurm.load_nemo()
+        nemo = load_nemo()
         executor = nemo.lepton_executor(
             _options(plan, shipped), source=source, open_client=lepton_jobs.open_client
         )
@@ -169,7 +170,7 @@ def _check_extra(execution: LeptonExecution) -> None:
     """Refuse what nemo-run's executor would not take, or what has a name of its own here."""
     if not execution.extra:
         return
-    known = slurm.load_nemo().lepton_fields()
+    known = load_nemo().lepton_fields()
     raise_all(
         [
             NemotronError(

@@ -18,6 +18,8 @@ from nemotron.executors import Execution, LeptonExecution, RemoteExecution, Slur
 from nemotron.plan import JOB_DIRECTORY, JobPlan
 
 LAUNCH, CONFIG = "launch.sh", "train.yaml"
+# Stands for the job's id in a preview; safe in a path, so that nothing is quoted otherwise.
+JOB = "JOB"
 # What the batch shell prints before anything of ours; what stands above it is nemo-run's own trace.
 BATCH_MARK = "nemotron: job"
 # What a node of a Lepton job prints last: its exit code, and the error that the step reported.

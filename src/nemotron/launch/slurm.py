@@ -12,12 +12,10 @@ import shlex
 import signal
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import Any
 
 from nemotron import jobs, preflight
@@ -28,10 +26,9 @@ from nemotron.launch import script, squash
 from nemotron.launch.archive import Archive, pack_code
 from nemotron.launch.base import Console
 from nemotron.launch.host import Host
+from nemotron.launch.lazy import load_nemo
 from nemotron.plan import JobPlan
 
-# Stands for the job's id in a preview; safe in a path, so that nothing is quoted otherwise.
-JOB = "JOB"
 # Fields that nemo-run's executor has under the same name.
 _SAME_NAME = (
     *("account", "time", "cpus_per_task", "cpus_per_gpu", "gpus_per_task", "mem", "mem_per_cpu"),
@@ -112,11 +109,12 @@ def preview(plan: JobPlan) -> dict[str, str]:
     Raises:
         NemotronError: ``path_unsuitable``.
     """
-    shipped = files(plan, JOB)
+    shipped = files(plan, script.JOB)
     with tempfile.TemporaryDirectory(prefix="nemotron-") as name:
         executor = _executor(plan, shipped, Path(name) / "none")
         (Path(name) / "none").mkdir()
-        batch = load_nemo().preview(executor, job_id=JOB, task=task_name(plan), base=Path(name))
+        task = task_name(plan)
+        batch = load_nemo().preview(executor, job_id=script.JOB, task=task, base=Path(name))
     return {"sbatch": batch, script.LAUNCH: shipped.launch}
 
 
@@ -172,15 +170,6 @@ def host_of(execution: SlurmExecution) -> Host:
 def _execution(plan: JobPlan) -> SlurmExecution:
     assert isinstance(plan.execution, SlurmExecution)  # noqa: S101 - chosen by the executor
     return plan.execution
-
-
-def load_nemo() -> ModuleType:
-    """Return the module that imports nemo-run, which takes seconds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its imports deprecate each other
-        from nemotron.launch import nemo
-
-    return nemo
 
 
 def _executor(
