@@ -194,9 +194,15 @@ def _executor(
             "identity": identity,
             "pre_command": pre_command,
         }
-    return load_nemo().slurm_executor(
-        executor_options(plan, shipped.prologue), source=source, job_root=root, ssh=ssh
-    )
+    options = executor_options(plan, shipped.prologue)
+    if plan.image is None and any("/nemo_run" in str(value) for value in (root, *options.values())):
+        raise NemotronError(
+            "path_unsuitable",
+            "without a container nemo-run puts the job's directory in place of /nemo_run",
+            where="the directory of this run, remote_job_dir, setup_lines or srun_args",
+            fix="say it in other words, or set remote_job_dir to another directory",
+        )
+    return load_nemo().slurm_executor(options, source=source, job_root=root, ssh=ssh)
 
 
 _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./@+=-"

@@ -182,6 +182,15 @@ def test_a_path_that_a_container_cannot_mount_is_refused(demo: Path) -> None:
     assert caught.value.code == "path_unsuitable"
 
 
+def test_words_that_nemo_run_would_replace_are_refused_without_a_container(demo: Path) -> None:
+    plan = plan_of("slurm", demo)
+    fields = {"remote_job_dir": "/scratch/nemo_run", "code_path": "/code"}
+    plan = dataclasses.replace(plan, execution=SlurmExecution.model_validate(fields))
+    assert "--output=/scratch/nemo_run/experiments/" in slurm.preview(plan)["sbatch"]
+    with pytest.raises(NemotronError, match="puts the job's directory in place of /nemo_run"):
+        slurm.preview(dataclasses.replace(plan, image=None))
+
+
 def test_an_extra_directive_of_zero_is_one_and_one_of_false_is_none(demo: Path) -> None:
     extra = {"nice": 0, "hold": True, "reboot": False}
     execution = SlurmExecution.model_validate({"code_path": "/code", "extra": extra})
