@@ -28,10 +28,20 @@ def _form(pattern: str, words: LiteralString) -> AfterValidator:
 
 
 Name = Annotated[
-    str, _form(r"[A-Za-z_][A-Za-z0-9_]*", "the name of a variable: letters, digits and _")
+    str,
+    _form(
+        # bash lets nobody set its own; those of launch.sh begin like nemotron_.
+        r"(?!(BASHOPTS|BASH_VERSINFO|EUID|PPID|SHELLOPTS|UID|nemotron_.*)$)[A-Za-z_][A-Za-z0-9_]*",
+        "the name of a variable: letters, digits and _, not one of bash's own and no nemotron_*",
+    ),
 ]
 # One line, and nothing that ends a quoted word early.
 Line = Annotated[str, _form(r"[^\x00-\x1f\x7f'\"\\]+", "one line without quotes and backslashes")]
+# pyxis takes several mounts with commas between them.
+Mount = Annotated[
+    str,
+    _form(r"[^\x00-\x1f\x7f'\"\\,]+", "one mount, without quotes, backslashes and commas"),
+]
 Text = Annotated[str, _form(r"[^\x00]*", "text without NUL")]
 # Linux starts no program with a variable of 128 KiB or more.
 Value = Annotated[
@@ -119,7 +129,13 @@ class SlurmExecution(RemoteExecution):
     network: Line | None = None
     segment: int | None = Field(default=None, ge=1)
     comment: Line | None = None
-    signal: Annotated[str, _form(r"([BR]:)*[A-Z0-9]+(@\d+)?", "such as TERM@120")] | None = None
+    # With B: only the batch shell is told, which has nothing to save.
+    signal: (
+        Annotated[
+            str, _form(r"(R:)?[A-Z0-9]+(@\d+)?", "such as TERM@120, without B: the ranks get it")
+        ]
+        | None
+    ) = None
     dependency: Annotated[str, _form(r"[A-Za-z0-9:,?+_]+", "such as afterok:123")] | None = None
     requeue: bool = False  # start again by itself after exit code 75
     requeue_limit: int = Field(default=20, ge=0)
@@ -128,11 +144,8 @@ class SlurmExecution(RemoteExecution):
     ] = "nemotron-"
     srun_args: tuple[Text, ...] = ()
     container_env: tuple[Name, ...] = ()
-    mounts: tuple[Line, ...] = ()
-    lustre_mount: (
-        Annotated[str, _form(r"[^\x00-\x1f\x7f'\"\\]*", "one line without quotes and backslashes")]
-        | None
-    ) = None
+    mounts: tuple[Mount, ...] = ()
+    lustre_mount: Mount | Literal[""] | None = None
     remote_job_dir: PlainPath | None = None
     tunnel: Literal["local", "ssh"] = "local"
     host: HostName = "localhost"
@@ -199,6 +212,7 @@ WITHOUT_EFFECT = {
     "build_image": "images are imported, not built",
     "build_cache_dir": "images are imported, not built",
     "launcher": "each step says how it starts",
+    "nprocs_per_node": "the layout of the config says how many ranks there are",
     "ray_version": "no step runs on a Ray cluster of Lepton",
     "existing_ray_cluster": "no step runs on a Ray cluster of Lepton",
     "repo_root": "the installed package is shipped",

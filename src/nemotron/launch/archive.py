@@ -61,5 +61,6 @@ def _files(package: Path, left_out: frozenset[str]) -> Iterator[Path]:
             and (here / name).relative_to(package).as_posix() not in left_out
         )
         for name in sorted(files):
-            if not name.endswith(_LEFT_OUT_SUFFIXES):
+            # Editors leave links to nowhere beside a file that is open.
+            if not name.endswith(_LEFT_OUT_SUFFIXES) and (here / name).is_file():
                 yield here / name

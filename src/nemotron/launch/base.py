@@ -1,13 +1,12 @@
-"""What every backend offers, and what it needs from the command line."""
+"""What every backend needs from the command line, and what it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from nemotron.jobs import Job
-from nemotron.plan import JobPlan
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,3 @@ class Submission:
 
     job: Job
     exit_code: int | None
-
-
-class Backend(Protocol):
-    """An executor."""
-
-    def submit(self, plan: JobPlan, console: Console) -> Submission:
-        """Start the plan; wait for its end unless the plan is detached."""
-        ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,9 @@ _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
     "DEADLINE": (ExitCode.SUBMISSION, "the job missed its deadline", "run it again"),
     "REVOKED": (ExitCode.SUBMISSION, "the job was revoked", "run it again"),
 }
+_READ_EXITS = 'cd -- "$1" 2>/dev/null && grep -s "" exit.* /dev/null'
+# How often a job is asked for before it is lost: a file can show up late on another machine.
+_TIMES_LOST = 3
 # How often the scheduler is asked.
 POLL_SECONDS, POLL_SECONDS_OVER_SSH = 0.5, 3.0
 
@@ -59,11 +63,13 @@ class SlurmHandle:
         Raises:
             NemotronError: The scheduler does not answer.
         """
-        facts = self._from_scontrol() or self._from_sacct()
-        if facts is None:
-            return self._from_files()
-        self._restarts = int(facts.get("Restarts", self._restarts))
-        return self._judged(facts)
+        state = self._asked()
+        for _ in range(_TIMES_LOST - 1):
+            if state.status != "lost":
+                break
+            time.sleep(self.poll_seconds)
+            state = self._asked()
+        return state
 
     def new_output(self, *, is_last: bool = False) -> bytes:
         """Return what the job has printed since the last call, the batch shell's own words too.
@@ -105,10 +111,21 @@ class SlurmHandle:
             return b""
         return block
 
+    def _asked(self) -> State:
+        facts = self._from_scontrol()
+        is_forgotten = facts == {}
+        facts = facts or self._from_sacct()
+        if facts:
+            self._restarts = int(facts.get("Restarts", self._restarts))
+            return self._judged(facts)
+        # A job that Slurm may still know of can have left an end, and be queued again.
+        return self._from_files() if is_forgotten else State("unknown", "Slurm does not answer")
+
     def _from_scontrol(self) -> dict[str, str] | None:
+        """Return what Slurm knows of the job: nothing of one that it has forgotten."""
         done = self._host.run(["scontrol", "-o", "show", "job", self.placement.id])
         if done.returncode:
-            return None
+            return {} if b"Invalid job id" in done.stderr else None
         text = done.stdout.decode(errors="replace")
         facts = dict(re.findall(r"(\w+)=(\S+)", text))
         return facts if "JobState" in facts else None
@@ -127,12 +144,21 @@ class SlurmHandle:
 
     def _from_files(self) -> State:
         """Return how the job ended from what it left; its scheduler has forgotten it."""
-        for restart in range(self._restarts, self._restarts + 64):
-            text = self._host.read_from(f"{self.placement.directory}/code/exit.{restart}", 0)
-            if text.strip().isdigit():
-                self._restarts = restart
-                return self._ended(int(text), 0)
-        return State("unknown", reason="the scheduler does not know the job, and it left no end")
+        # One line for each time that the job ran to an end, such as exit.0:143.
+        command = ["sh", "-c", _READ_EXITS, "sh", f"{self.placement.directory}/code"]
+        said = self._host.run(command).stdout.decode(errors="replace")
+        exits = {int(n): int(code) for n, code in re.findall(r"(?m)^exit\.(\d+):(\d+)$", said)}
+        if exits:
+            self._restarts = max(exits)
+            return self._ended(exits[self._restarts], 0)
+        error = NemotronError(
+            "job_lost",
+            f"Slurm does not know job {self.placement.id} any more, and it left no exit code",
+            where=self.placement.directory,
+            fix="look at the end of the log",
+            exit_code=ExitCode.RANK_DIED,
+        )
+        return State.ended(int(error.exit_code), error.to_dict(), self._restarts, "lost")
 
     def _judged(self, facts: dict[str, str]) -> State:
         name = facts.get("JobState", "UNKNOWN").rstrip("+")

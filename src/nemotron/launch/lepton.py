@@ -19,12 +19,13 @@ from typing import Any
 
 import yaml
 
-from nemotron.errors import ExitCode, NemotronError
+from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.executors import LeptonExecution
 from nemotron.jobs import Placement
-from nemotron.launch import lepton_jobs, script, slurm
+from nemotron.launch import lepton_jobs, script
 from nemotron.launch.archive import Archive, pack_code
 from nemotron.launch.base import Console
+from nemotron.launch.lazy import load_nemo
 from nemotron.plan import JobPlan
 
 _CHUNK_CHARACTERS = 96 * 1024
@@ -50,9 +51,11 @@ def files(plan: JobPlan, job_id: str) -> LeptonFiles:
     """Return everything of ours that a job consists of.
 
     Raises:
-        NemotronError: ``code_too_large``, ``config_too_large``: it does not reach the job this way.
+        NemotronError: ``code_too_large``, ``config_too_large``: it does not reach the job this way;
+            ``unknown_key``.
     """
     execution = _execution(plan)
+    _check_extra(execution)
     config = plan.config_text
     archive, chunks = None, ()
     if execution.code_path is None:
@@ -75,7 +78,7 @@ def require_inputs(plan: JobPlan) -> None:
 
 def preview(plan: JobPlan) -> dict[str, str]:
     """Return the job's script, and what nemo-run's executor is told, without values of secrets."""
-    shipped = files(plan, slurm.JOB)
+    shipped = files(plan, script.JOB)
     options = _options(plan, shipped)
     options["env_vars"] = sorted(options["env_vars"])
     text = yaml.safe_dump(options, sort_keys=False)
@@ -95,7 +98,7 @@ def submit(plan: JobPlan, shipped: LeptonFiles, *, job_id: str, console: Console
         number = _submit_in_turn(plan, shipped, job_id, name)
     except NemotronError as error:
         number = _taken_after_all(name, error)
-    directory = f"{_execution(plan).nemo_run_dir}/experiments/nemotron/nemotron_{job_id}"
+    directory = f"{_nemo_run_dir(plan)}/experiments/nemotron/nemotron_{job_id}"
     return Placement(
         executor="lepton", id=number.rpartition("___")[2], name=name, directory=directory
     )
@@ -147,7 +150,7 @@ def _submit_once(plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str) ->
         source.mkdir()
         (source / script.LAUNCH).write_text(shipped.launch, encoding="utf-8")
         (source / script.CONFIG).write_text(shipped.config, encoding="utf-8")
-        nemo = slurm.load_nemo()
+        nemo = load_nemo()
         executor = nemo.lepton_executor(
             _options(plan, shipped), source=source, open_client=lepton_jobs.open_client
         )
@@ -159,6 +162,29 @@ def _execution(plan: JobPlan) -> LeptonExecution:
     return plan.execution
 
 
+def _nemo_run_dir(plan: JobPlan) -> str:
+    return _execution(plan).nemo_run_dir or f"{plan.workspace}/nemo-run"
+
+
+def _check_extra(execution: LeptonExecution) -> None:
+    """Refuse what nemo-run's executor would not take, or what has a name of its own here."""
+    if not execution.extra:
+        return
+    known = load_nemo().lepton_fields()
+    raise_all(
+        [
+            NemotronError(
+                "unknown_key",
+                f"nemo-run's Lepton executor has no field {name}, or it has a key of its own",
+                where=f"run.env.extra.{name}",
+                fix=f"one of: {', '.join(sorted(known))}; other keys go beside extra",
+            )
+            for name in execution.extra
+            if name not in known
+        ]
+    )
+
+
 def _options(plan: JobPlan, shipped: LeptonFiles) -> dict[str, Any]:
     """Return the fields of nemo-run's executor."""
     execution = _execution(plan)
@@ -167,7 +193,7 @@ def _options(plan: JobPlan, shipped: LeptonFiles) -> dict[str, Any]:
     chunks = {f"NEMOTRON_CODE_{index}": text for index, text in enumerate(shipped.chunks)}
     options = {
         "container_image": plan.image,
-        "nemo_run_dir": execution.nemo_run_dir or f"{plan.workspace}/nemo-run",
+        "nemo_run_dir": _nemo_run_dir(plan),
         "nodes": plan.nodes,
         "gpus_per_node": gpus,
         "shared_memory_size": execution.shared_memory_size,

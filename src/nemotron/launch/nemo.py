@@ -16,7 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel, Tunnel
 from nemo_run.run.torchx_backend.schedulers import lepton, slurm
 
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.executors import LeptonExecution
 
 TITLE = "nemotron"
 
@@ -83,6 +84,12 @@ def lepton_executor(
     """
     lepton_execution.APIClient = open_client
     return run.LeptonExecutor(packager=ShippedFiles(source=str(source)), launcher=None, **options)
+
+
+def lepton_fields() -> set[str]:
+    """Return the fields of nemo-run's Lepton executor that nothing here sets."""
+    names = {field.name for field in fields(run.LeptonExecutor) if field.init}
+    return names - LeptonExecution.model_fields.keys() - {"packager", "experiment_id", "job_dir"}
 
 
 def preview(executor: Executor, *, job_id: str, task: str, base: Path) -> str:

@@ -8,6 +8,7 @@ Ranks meet without a service of their own: the first node of the job is rank 0 a
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 from pathlib import PurePosixPath
@@ -17,6 +18,8 @@ from nemotron.executors import Execution, LeptonExecution, RemoteExecution, Slur
 from nemotron.plan import JOB_DIRECTORY, JobPlan
 
 LAUNCH, CONFIG = "launch.sh", "train.yaml"
+# Stands for the job's id in a preview; safe in a path, so that nothing is quoted otherwise.
+JOB = "JOB"
 # What the batch shell prints before anything of ours; what stands above it is nemo-run's own trace.
 BATCH_MARK = "nemotron: job"
 # What a node of a Lepton job prints last: its exit code, and the error that the step reported.
@@ -32,14 +35,16 @@ _PLACES = {
     "lepton": ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LEPTON_RESTART_COUNT"),
 }
 
+# What ends a shell that does not listen for it; bash would then call its EXIT trap with 0.
+_FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 # What asks a job to stop; a shell says 128 + N of a command that signal N killed.
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
-_PYTHONPATH = 'export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"'
+_PYTHONPATH = 'export PYTHONPATH="$nemotron_package${PYTHONPATH:+:$PYTHONPATH}"'
 _LAST_WORDS = (
     'if [ -s "$NEMOTRON_ERROR_FILE" ]; then',
     f"    printf '{ERROR_MARK}%s\\n' \"$(tr -d '\\n' < \"$NEMOTRON_ERROR_FILE\")\"",
     "fi",
-    f'echo "{END_MARK} $code"',
+    f'echo "{END_MARK} $nemotron_code"',
 )
 
 
@@ -57,9 +62,9 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         "#!/usr/bin/env bash",
         f"# {plan.step.id}, job {job_id}. Runs once on each node.",
         "set -euo pipefail",
-        'here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"',
-        f'node="${{{node}:-0}}" restart="${{{restart}:-0}}"',
-        'export NEMOTRON_ERROR_FILE="$here/error.$restart.json"',
+        'nemotron_here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"',
+        f'nemotron_node="${{{node}:-0}}" nemotron_restart="${{{restart}:-0}}"',
+        'export NEMOTRON_ERROR_FILE="$nemotron_here/error.$nemotron_restart.json"',
         f"export NEMOTRON_JOB={shlex.quote(job_id)}",
         *(
             f"export {name}={shlex.quote(value)}"
@@ -72,18 +77,19 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         *_threads(plan.nproc_per_node),
         "set +e",
         "# The ranks are told to stop as well; this shell waits for what they make of it.",
-        "told=",
-        *(f"trap told={128 + number} {number.name[3:]}" for number in _STOP),
+        "nemotron_told=",
+        *(f"trap nemotron_told={128 + number} {number.name[3:]}" for number in _STOP),
         "trap : INT",
         _run_line(plan),
-        "code=$?",
+        "nemotron_code=$?",
         "# What a signal to stop killed could not listen yet.",
-        f'if [ "$code" -eq {int(ExitCode.PREEMPTED)} ] || [ "$code" = "$told" ]; then',
+        f'if [ "$nemotron_code" -eq {int(ExitCode.PREEMPTED)} ] ||',
+        '    [ "$nemotron_code" = "$nemotron_told" ]; then',
         "    # Not a failure that would end the other nodes before they have stopped as well.",
-        f'    : > "$here/stopped.$restart"; code={_stopped_code(plan)}',
+        f'    : > "$nemotron_here/stopped.$nemotron_restart"; nemotron_code={_stopped_code(plan)}',
         "fi",
         *(_LAST_WORDS if plan.executor == "lepton" else ()),
-        'exit "$code"',
+        'exit "$nemotron_code"',
     ]
     return "\n".join(parts) + "\n"
 
@@ -105,23 +111,8 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
         # nemo-run sets it; tasks would have a terminal, and write progress for one into the log.
         "unset SLURM_UNBUFFEREDIO",
         f"nemotron_dir={shlex.quote(str(directory))}",
-        'nemotron_restart="${SLURM_RESTART_COUNT:-0}"',
-        "nemotron_end() {",
-        "    nemotron_code=$?",
-        '    nemotron_stopped="$nemotron_dir/stopped.$nemotron_restart"',
-        '    if [ -e "$nemotron_stopped" ] && [ "$nemotron_code" -eq 0 ]; then',
-        f"        nemotron_code={int(ExitCode.PREEMPTED)}",
-        f'        if [ "$nemotron_restart" -lt {limit} ]; then',
-        "            echo 'nemotron: stopped and saved; queued again'",
-        '            scontrol requeue "$SLURM_JOB_ID" && exit 0',
-        "        fi",
-        "    fi",
-        '    echo "$nemotron_code" > "$nemotron_dir/exit.$nemotron_restart"',
-        '    exit "$nemotron_code"',
-        "}",
-        "trap nemotron_end EXIT",
-        # Without this the shell would end at once, and as if all had gone well.
-        "trap 'exit 143' TERM",
+        'nemotron_restart="${SLURM_RESTART_COUNT:-0}" nemotron_told=',
+        *_leave_end(limit),
     ]
     if plan.nodes > 1:
         lines += [
@@ -134,26 +125,55 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
     return "\n".join([*lines, *([execution.setup_lines] if execution.setup_lines else [])])
 
 
+def _leave_end(limit: int) -> list[str]:
+    """Return the lines that write the job's end, or queue it again up to ``limit`` times."""
+    return [
+        "nemotron_tell() {",
+        "    nemotron_told=$1",
+        # A trap waits for the command's end; how srun ended is how the job ended.
+        '    [ "${BASH_COMMAND%% *}" = srun ] || exit "$1"',
+        "}",
+        "nemotron_end() {",
+        "    nemotron_code=$?",
+        f"    trap '' {' '.join(number.name[3:] for number in _FATAL)}",
+        '    nemotron_stopped="$nemotron_dir/stopped.$nemotron_restart"',
+        '    if [ -e "$nemotron_stopped" ] && [ "$nemotron_code" -eq 0 ]; then',
+        f"        nemotron_code={int(ExitCode.PREEMPTED)}",
+        f'        if [ -z "$nemotron_told" ] && [ "$nemotron_restart" -lt {limit} ]; then',
+        "            echo 'nemotron: stopped and saved; queued again'",
+        '            scontrol requeue "$SLURM_JOB_ID" && exit 0',
+        "        fi",
+        "    fi",
+        '    echo "$nemotron_code" > "$nemotron_dir/exit.$nemotron_restart"',
+        '    exit "$nemotron_code"',
+        "}",
+        "trap nemotron_end EXIT",
+        *(f"trap 'nemotron_tell {128 + number}' {number.name[3:]}" for number in _FATAL),
+    ]
+
+
 def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -> list[str]:
     """Return the lines that put the package nemotron before all others."""
     assert isinstance(execution, RemoteExecution)  # noqa: S101 - a plan for another machine
     if execution.code_path:
         where = shlex.quote(execution.code_path)
-        return [f"package={where}", _PYTHONPATH]
+        return [f"nemotron_package={where}", _PYTHONPATH]
     lines = [
-        f'package="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$node"',
-        'rm -rf -- "$package" && mkdir -m 700 -- "$package"',
-        "trap 'rm -rf -- \"$package\"' EXIT",
+        f'nemotron_package="${{TMPDIR:-/tmp}}"/{shlex.quote(f"nemotron-{job_id}")}".$nemotron_node"',
+        'rm -rf -- "$nemotron_package" && mkdir -m 700 -- "$nemotron_package"',
+        "trap 'rm -rf -- \"$nemotron_package\"' EXIT",
     ]
     if chunks:
         names = [f"NEMOTRON_CODE_{index}" for index in range(chunks)]
         joined = "".join(f"${{{name}}}" for name in names)
         lines += [
-            f'printf %s "{joined}" | base64 -d | tar -xzf - -C "$package"',
+            f'printf %s "{joined}" | base64 -d | tar -xzf - -C "$nemotron_package"',
             f"unset {' '.join(names)}",
         ]
     else:
-        lines.append(f'tar -xzf "$here"/{shlex.quote(archive or "")} -C "$package"')
+        lines.append(
+            f'tar -xzf "$nemotron_here"/{shlex.quote(archive or "")} -C "$nemotron_package"'
+        )
     return [*lines, _PYTHONPATH]
 
 
@@ -162,10 +182,12 @@ def _rendezvous(plan: JobPlan, address: str, port: str) -> list[str]:
         return []
     if plan.step.manifest.step.launch == "python":
         return [
-            f'export NEMOTRON_NODES={plan.nodes} NEMOTRON_NODE="$node" NEMOTRON_START="$restart"'
+            f'export NEMOTRON_NODES={plan.nodes} NEMOTRON_NODE="$nemotron_node"',
+            'export NEMOTRON_START="$nemotron_restart"',
         ]
     return [
-        f'export PET_RDZV_BACKEND=static PET_NODE_RANK="$node" PET_MASTER_ADDR="${address}"',
+        'export PET_RDZV_BACKEND=static PET_NODE_RANK="$nemotron_node"',
+        f'export PET_MASTER_ADDR="${address}"',
         f'export PET_MASTER_PORT="${port}" MASTER_ADDR="${address}" MASTER_PORT="${port}"',
     ]
 
@@ -183,15 +205,15 @@ def _threads(num_ranks: int) -> list[str]:
     """Return the lines that share the cores of the node among its ranks, as a local run does."""
     return [
         'if [ -z "${OMP_NUM_THREADS:-}" ]; then',
-        '    cores="$(nproc)"',
-        f"    OMP_NUM_THREADS=$((cores > {num_ranks} ? cores / {num_ranks} : 1))",
+        '    nemotron_cores="$(nproc)"',
+        f"    OMP_NUM_THREADS=$((nemotron_cores > {num_ranks} ? nemotron_cores / {num_ranks} : 1))",
         "fi",
         "export OMP_NUM_THREADS",
     ]
 
 
 def _run_line(plan: JobPlan) -> str:
-    config = f'"$here"/{CONFIG}'
+    config = f'"$nemotron_here"/{CONFIG}'
     words = [
         config if word == f"{JOB_DIRECTORY}/{CONFIG}" else shlex.quote(word)
         for word in plan.arguments
@@ -201,13 +223,9 @@ def _run_line(plan: JobPlan) -> str:
     if template is None:
         return command
     module = f"nemotron/steps/{plan.step.id}/step.py"
-    for name, value in (
-        ("command", command),
-        ("config", config),
-        ("script", f'"$package"/{module}'),
-    ):
-        template = template.replace(f"{{{name}}}", value)
-    return template
+    values = {"command": command, "config": config, "script": f'"$nemotron_package"/{module}'}
+    # In one pass: an argument of the job may itself say {config}.
+    return re.sub(r"\{(command|config|script)\}", lambda found: values[found[1]], template)
 
 
 def _stopped_code(plan: JobPlan) -> int:

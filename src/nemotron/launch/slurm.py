@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import tempfile
-import warnings
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import Any
 
 from nemotron import jobs, preflight
@@ -26,10 +26,9 @@ from nemotron.launch import script, squash
 from nemotron.launch.archive import Archive, pack_code
 from nemotron.launch.base import Console
 from nemotron.launch.host import Host
+from nemotron.launch.lazy import load_nemo
 from nemotron.plan import JobPlan
 
-# Stands for the job's id in a preview; safe in a path, so that nothing is quoted otherwise.
-JOB = "JOB"
 # Fields that nemo-run's executor has under the same name.
 _SAME_NAME = (
     *("account", "time", "cpus_per_task", "cpus_per_gpu", "gpus_per_task", "mem", "mem_per_cpu"),
@@ -110,11 +109,12 @@ def preview(plan: JobPlan) -> dict[str, str]:
     Raises:
         NemotronError: ``path_unsuitable``.
     """
-    shipped = files(plan, JOB)
+    shipped = files(plan, script.JOB)
     with tempfile.TemporaryDirectory(prefix="nemotron-") as name:
         executor = _executor(plan, shipped, Path(name) / "none")
         (Path(name) / "none").mkdir()
-        batch = load_nemo().preview(executor, job_id=JOB, task=task_name(plan), base=Path(name))
+        task = task_name(plan)
+        batch = load_nemo().preview(executor, job_id=script.JOB, task=task, base=Path(name))
     return {"sbatch": batch, script.LAUNCH: shipped.launch}
 
 
@@ -126,16 +126,20 @@ def submit(plan: JobPlan, shipped: SlurmFiles, *, job_id: str, console: Console)
     """
     execution = _execution(plan)
     host = host_of(execution)
-    _check_reachable(host, execution)
+    _prepare(host, plan)
     if plan.squash is not None and plan.image is not None:
         squash.import_image(plan, host, console)
-    with tempfile.TemporaryDirectory(prefix="nemotron-") as name, _private_umask():
+    with (
+        _signals_interrupt(),
+        tempfile.TemporaryDirectory(prefix="nemotron-") as name,
+        _private_umask(),
+    ):
         source = Path(name) / "ship"
         _write(shipped, source)
         # On a login node nemo-run's own directory is the job's; over ssh it is copied there.
         base = Path(job_root(execution)) if host.is_local else Path(name)
         base.mkdir(parents=True, exist_ok=True)
-        with _secrets(plan, host, job_id) as pre_command:
+        with _secrets(plan, host, job_id, console) as pre_command:
             executor = _executor(plan, shipped, source, pre_command)
             number = load_nemo().submit(executor, job_id=job_id, task=task_name(plan), base=base)
     if not number.isdigit():
@@ -168,15 +172,6 @@ def _execution(plan: JobPlan) -> SlurmExecution:
     return plan.execution
 
 
-def load_nemo() -> ModuleType:
-    """Return the module that imports nemo-run, which takes seconds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its imports deprecate each other
-        from nemotron.launch import nemo
-
-    return nemo
-
-
 def _executor(
     plan: JobPlan, shipped: SlurmFiles, source: Path, pre_command: str | None = None
 ) -> Any:
@@ -199,17 +194,30 @@ def _executor(
             "identity": identity,
             "pre_command": pre_command,
         }
-    return load_nemo().slurm_executor(
-        executor_options(plan, shipped.prologue), source=source, job_root=root, ssh=ssh
-    )
+    options = executor_options(plan, shipped.prologue)
+    if plan.image is None and any("/nemo_run" in str(value) for value in (root, *options.values())):
+        raise NemotronError(
+            "path_unsuitable",
+            "without a container nemo-run puts the job's directory in place of /nemo_run",
+            where="the directory of this run, remote_job_dir, setup_lines or srun_args",
+            fix="say it in other words, or set remote_job_dir to another directory",
+        )
+    return load_nemo().slurm_executor(options, source=source, job_root=root, ssh=ssh)
 
 
 _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./@+=-"
 
 
 def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
-    """Return the fields of nemo-run's executor."""
+    """Return the fields of nemo-run's executor.
+
+    It quotes directives itself, and nothing of the line that starts ``srun``.
+
+    Raises:
+        NemotronError: ``path_unsuitable``.
+    """
     execution = _execution(plan)
+    image = plan.squash or plan.image
     gpus = execution.gpus_per_node
     gpus = plan.step.manifest.step.gpus_per_node if gpus is None else gpus
     chosen = execution.batch_partition if plan.is_detached else execution.run_partition
@@ -224,13 +232,28 @@ def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
         "ntasks_per_node": 1,  # launch.sh; it starts the ranks
         "gpus_per_node": gpus or None,
         "exclusive": execution.exclusive or None,
-        "container_image": plan.squash or plan.image,
-        "container_mounts": list(plan.mounts) if plan.image else [],
+        "container_image": shlex.quote(image) if image else None,
+        "container_mounts": _quoted_mounts(plan) if image else [],
         "container_env": _container_env(plan) if plan.image else None,
-        "additional_parameters": {key: value for key, value in directives.items() if value},
-        "srun_args": list(execution.srun_args),
+        "additional_parameters": {
+            key: value for key, value in directives.items() if value is not False
+        },
+        "srun_args": [shlex.quote(argument) for argument in execution.srun_args],
         "setup_lines": prologue,
     }
+
+
+def _quoted_mounts(plan: JobPlan) -> list[str]:
+    for mount in plan.mounts:
+        # pyxis splits at both; a profile's paths have none, the directory of this run may.
+        if "," in mount or mount.count(":") > 2:
+            raise NemotronError(
+                "path_unsuitable",
+                f"a container cannot mount {mount.partition(':')[0]!r}",
+                where=f"mount {mount}",
+                fix="use a directory without commas and colons in its path, or set workspace",
+            )
+    return [shlex.quote(mount) for mount in plan.mounts]
 
 
 def _container_env(plan: JobPlan) -> list[str]:
@@ -249,16 +272,22 @@ def _write(shipped: SlurmFiles, directory: Path) -> None:
         (directory / shipped.archive.name).write_bytes(shipped.archive.content)
 
 
-def _check_reachable(host: Host, execution: SlurmExecution) -> None:
-    """Refuse early, and by ssh's own check of the host's key, which nemo-run's client lacks."""
+def _prepare(host: Host, plan: JobPlan) -> None:
+    """Make the directories of a job; refuse early what cannot be reached.
+
+    It is ssh's own check of the host's key, which nemo-run's client lacks.
+    """
     if host.is_local:
         host.run(["sbatch", "--version"])
     else:
-        host.require(["mkdir", "-p", "-m", "700", "--", job_root(execution)])
+        host.require(["mkdir", "-p", "-m", "700", "--", job_root(_execution(plan))])
+    if plan.image and f"{plan.workspace}:{plan.workspace}" in plan.mounts:
+        # It is mounted before launch.sh, which makes it elsewhere, could run.
+        host.require(["mkdir", "-p", "--", str(plan.workspace)])
 
 
 @contextmanager
-def _secrets(plan: JobPlan, host: Host, job_id: str) -> Iterator[str | None]:
+def _secrets(plan: JobPlan, host: Host, job_id: str, console: Console) -> Iterator[str | None]:
     """Yield what a command over ssh starts with, so that ``sbatch`` has the secrets."""
     names = [name for name in plan.execution.secrets if name in os.environ]
     if host.is_local or not names:
@@ -268,11 +297,36 @@ def _secrets(plan: JobPlan, host: Host, job_id: str) -> Iterator[str | None]:
     lines = "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
     quoted = shlex.quote(path)
     write = f"umask 077; set -C; cat > {quoted}"
-    host.require(["sh", "-c", write], stdin=lines.encode())
     try:
+        host.require(["sh", "-c", write], stdin=lines.encode())
         yield f"if [ -r {quoted} ]; then . {quoted}; fi"
     finally:
-        host.run(["rm", "-f", "--", path])
+        _remove(host, path, console)
+
+
+def _remove(host: Host, path: str, console: Console) -> None:
+    try:
+        host.require(["rm", "-f", "--", path])
+    except NemotronError as error:
+        # Slurm may have the job by now: that must not look like a job that was not submitted.
+        console.say(f"{error.problem}; it holds secrets: remove {path} on {host.name} by hand")
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let signals that would end this process at once act like Ctrl-C: it removes what it made."""
+    replaced: list[signal.Signals] = []
+    # Python takes signals in its main thread only; what is ignored, as under nohup, stays so.
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGHUP)
+        replaced = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
+    try:
+        for number in replaced:
+            signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -77,9 +77,9 @@ def write_chats(directory: Path) -> None:
 
 def at_once(place: Place, count: int, words: Callable[[int], tuple[str, ...]]) -> list[str]:
     """Submit so often at the same moment, from processes that have imported all; return the ids."""
-    from nemotron.launch import slurm
+    from nemotron.launch.lazy import load_nemo
 
-    slurm.load_nemo()
+    load_nemo()
     moment = time.time() + 2
     directory = place.directory / f"said-{count}"
     directory.mkdir()

@@ -180,7 +180,8 @@ def open_login_node(root: Path, cluster: Path, sshd: str) -> Iterator[LoginNode]
         port = free.getsockname()[1]
     options = [f"HostKey {root}/host", f"AuthorizedKeysFile {root}/user.pub", f"Port {port}"]
     options += ["ListenAddress 127.0.0.1", f"PidFile {root}/pid", "StrictModes no", "UsePAM no"]
-    options += ["PasswordAuthentication no", f"SetEnv SLURM_CONF={cluster}/slurm.conf"]
+    path = f"{cluster}/bin:/usr/local/bin:/usr/bin:/bin"
+    options += ["PasswordAuthentication no", f"SetEnv SLURM_CONF={cluster}/slurm.conf PATH={path}"]
     (root / "config").write_text("\n".join([*options, "Subsystem sftp internal-sftp\n"]))
     Path("/run/sshd").mkdir(exist_ok=True)
     (root / "known_hosts").write_text(f"[127.0.0.1]:{port} {(root / 'host.pub').read_text()}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "bin"
     directory.mkdir()
     monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
     says(directory, "scontrol", FORGOTTEN)
     says(directory, "sacct", NO_ACCOUNTING)
     return directory
@@ -94,6 +97,46 @@ def test_what_cannot_be_read_is_unknown_and_not_an_end(
     assert handle.state().status == "unknown"
 
 
+def test_a_job_is_not_judged_by_its_files_while_slurm_does_not_answer(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    says(commands, "scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    (Path(handle.placement.directory) / "code" / "exit.0").write_text(
+        "143\n"
+    )  # may be queued again
+    assert handle.state().status == "unknown"
+
+
+def test_a_job_that_slurm_has_forgotten_and_that_left_no_end_is_lost(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    found = handle.state()
+    assert (found.status, found.exit_code) == ("lost", 8)
+    assert found.error is not None
+    assert found.error["code"] == "job_lost"
+
+
+def test_an_end_that_shows_up_late_is_the_end(commands: Path, handle: SlurmHandle) -> None:
+    end = Path(handle.placement.directory) / "code" / "exit.0"
+    says(commands, "sacct", f"[ ! -e asked ] || echo 0 > {end}; touch asked; exit 1")
+    assert handle.state().status == "succeeded"
+
+
+def test_the_ends_of_a_job_are_read_by_one_command(
+    commands: Path, handle: SlurmHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    run = Host.run
+
+    def counted(host: Host, command: Sequence[str], **options: Any) -> Any:
+        said.append(command[0])
+        return run(host, command, **options)
+
+    monkeypatch.setattr(Host, "run", counted)
+    (Path(handle.placement.directory) / "code" / "exit.5").write_text("0\n")
+    assert (handle.state().restarts, said) == (5, ["scontrol", "sacct", "sh"])
+
+
 def test_the_end_is_read_from_what_the_job_left(commands: Path, handle: SlurmHandle) -> None:
     code = Path(handle.placement.directory) / "code"
     error = {"code": "bad_rows", "problem": "two rows", "exit_code": 4}
@@ -101,6 +144,17 @@ def test_the_end_is_read_from_what_the_job_left(commands: Path, handle: SlurmHan
     (code / "exit.0").write_text("143\n")
     found = handle.state()
     assert (found.status, found.exit_code, found.error) == ("failed", 4, error)
+
+
+def test_the_end_is_that_of_the_last_time_that_the_job_ran(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    code = Path(handle.placement.directory) / "code"
+    (code / "exit.0").write_text("143\n")  # told to stop when it was queued again
+    (code / "exit.10").write_text("0\n")
+    (code / "exit.9").write_text("143\n")
+    found = handle.state()
+    assert (found.status, found.exit_code, found.restarts) == ("succeeded", 0, 10)
 
 
 def test_the_log_begins_below_the_mark_and_comes_once(commands: Path, handle: SlurmHandle) -> None:

@@ -6,9 +6,11 @@ import base64
 import dataclasses
 import io
 import os
+import signal
 import subprocess
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nemotron.catalog import resolve
+from nemotron.errors import NemotronError
 from nemotron.executors import LeptonExecution, SlurmExecution
-from nemotron.launch import script, slurm
+from nemotron.launch import lepton, script, slurm
 from nemotron.launch.archive import pack_code
 from nemotron.plan import JobPlan, build
 from nemotron.profile import load_profile
@@ -134,6 +137,69 @@ def test_a_slurm_field_is_refused_or_stays_on_its_line(demo: Path, field: str, v
         assert text.count("\n#SBATCH ") in (0, *range(6, 12))  # none is broken up or made up
 
 
+SRUN = """#!/bin/sh
+[ "$1" = --nodes=1 ] || printf '%s\\0' "$@" > "$RIG_OUT/srun"
+"""
+
+
+def test_srun_gets_mounts_image_and_arguments_as_they_are(demo: Path, tmp_path: Path) -> None:
+    given_fields = {
+        "container_image": "/images/$(touch${IFS}canary).sqsh",
+        "mounts": ["/data/$(touch canary):/data", "/a b/`touch canary`:/c;d"],
+        "srun_args": ["--comment=it's a; touch canary", "--mpi=$(touch canary)", "*", "a\nb"],
+        "workspace": "/my data",
+    }
+    execution = SlurmExecution.model_validate(given_fields)
+    mounts = (*execution.mounts, "/my data:/my data")
+    plan = dataclasses.replace(
+        plan_of("slurm", demo), execution=execution, image=execution.container_image, mounts=mounts
+    )
+    for program, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho n1\n")):
+        (tmp_path / program).write_text(text)
+        (tmp_path / program).chmod(0o755)
+    subprocess.run(
+        ["bash", "-c", slurm.preview(plan)["sbatch"]],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "RIG_OUT": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    words = (tmp_path / "srun").read_text().split("\0")
+    assert words[words.index("--container-image") + 1] == given_fields["container_image"]
+    given_mounts = words[words.index("--container-mounts") + 1].split(",")
+    assert tuple(given_mounts[:-1]) == mounts  # the last one is nemo-run's
+    given_arguments = words[words.index("--kill-on-bad-exit=1") + 1 : words.index("bash")]
+    assert given_arguments == given_fields["srun_args"]
+    assert not list(tmp_path.rglob("canary"))
+
+
+def test_a_path_that_a_container_cannot_mount_is_refused(demo: Path) -> None:
+    with pytest.raises(ValidationError, match="without quotes, backslashes and commas"):
+        SlurmExecution.model_validate({"mounts": ["/a,/etc:/a"]})
+    plan = plan_of("slurm", demo)
+    with pytest.raises(NemotronError, match="cannot mount '/my, data'") as caught:
+        slurm.executor_options(dataclasses.replace(plan, mounts=("/my, data:/my, data",)), "true")
+    assert caught.value.code == "path_unsuitable"
+
+
+def test_words_that_nemo_run_would_replace_are_refused_without_a_container(demo: Path) -> None:
+    plan = plan_of("slurm", demo)
+    fields = {"remote_job_dir": "/scratch/nemo_run", "code_path": "/code"}
+    plan = dataclasses.replace(plan, execution=SlurmExecution.model_validate(fields))
+    assert "--output=/scratch/nemo_run/experiments/" in slurm.preview(plan)["sbatch"]
+    with pytest.raises(NemotronError, match="puts the job's directory in place of /nemo_run"):
+        slurm.preview(dataclasses.replace(plan, image=None))
+
+
+def test_an_extra_directive_of_zero_is_one_and_one_of_false_is_none(demo: Path) -> None:
+    extra = {"nice": 0, "hold": True, "reboot": False}
+    execution = SlurmExecution.model_validate({"code_path": "/code", "extra": extra})
+    batch = slurm.preview(dataclasses.replace(plan_of("slurm", demo), execution=execution))
+    lines = [line for line in batch["sbatch"].splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --nice=0", "#SBATCH --hold"} <= set(lines)
+    assert not [line for line in lines if "reboot" in line]
+
+
 def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) -> None:
     archive = pack_code(left_out=("steps",))
     text = base64.b64encode(archive.content).decode()
@@ -141,7 +207,9 @@ def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) 
     plan = plan_of("lepton", demo)
     assert isinstance(plan.execution, LeptonExecution)
     run = dataclasses.replace(plan, arguments=("cat", "nemotron/errors.py"), workspace=tmp_path)
-    commands = {"startup_commands": ('cd "$package"', "env | grep -c NEMOTRON_CODE || true")}
+    commands = {
+        "startup_commands": ('cd "$nemotron_package"', "env | grep -c NEMOTRON_CODE || true")
+    }
     run = dataclasses.replace(run, execution=plan.execution.model_copy(update=commands))
     (tmp_path / "launch.sh").write_text(
         script.launch_script(run, job_id="job-1", archive=archive.name, chunks=2)
@@ -164,17 +232,22 @@ def test_the_chunks_of_the_code_come_together_again(demo: Path, tmp_path: Path) 
 
 
 def test_a_run_command_wraps_the_command_or_names_script_and_config(demo: Path) -> None:
-    def line(template: str) -> str:
+    def line(template: str, *words: str) -> str:
         commands = {"run_command": template, "code_path": "/code"}
         plan = plan_of("slurm", demo)
+        plan = dataclasses.replace(plan, arguments=(*plan.arguments, *words))
         plan = dataclasses.replace(plan, execution=plan.execution.model_copy(update=commands))
         lines = script.launch_script(plan, job_id="job-1", archive=None).splitlines()
         return lines[lines.index("trap : INT") + 1]
 
-    start = 'python -m nemotron.steps.demo.make.step --config "$here"/train.yaml'
+    start = 'python -m nemotron.steps.demo.make.step --config "$nemotron_here"/train.yaml'
     assert line("nsys profile {command}") == f"nsys profile {start}"
-    step = '"$package"/nemotron/steps/demo/make/step.py'
-    assert line("python {script} --config {config}") == f'python {step} --config "$here"/train.yaml'
+    assert line("{command}", "{config}", "{script}") == f"{start} '{{config}}' '{{script}}'"
+    step = '"$nemotron_package"/nemotron/steps/demo/make/step.py'
+    assert (
+        line("python {script} --config {config}")
+        == f'python {step} --config "$nemotron_here"/train.yaml'
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,6 +268,91 @@ def test_a_job_that_was_told_to_stop_can_go_on(
     assert (tmp_path / "stopped.0").exists() == is_stopped
 
 
+def test_a_variable_of_the_job_takes_no_place_of_one_of_the_script(
+    demo: Path, tmp_path: Path
+) -> None:
+    names = ("here", "node", "restart", "package", "told", "code", "cores")
+    python = 'env > "$RIG_OUT/environment"; printf "%s\\n" "$@" > "$RIG_OUT/words"; exit 75'
+    done = run_launch(
+        demo, tmp_path, python, {name: "/elsewhere" for name in names}, RIG_OUT=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "stopped.0").exists()
+    assert f"{tmp_path}/train.yaml" in (tmp_path / "words").read_text().splitlines()
+    variables = (tmp_path / "environment").read_text().splitlines()
+    assert {f"{name}=/elsewhere" for name in names} <= set(variables)
+    assert f"NEMOTRON_ERROR_FILE={tmp_path}/error.0.json" in variables
+    assert "PYTHONPATH=/nowhere" in variables
+
+
+@pytest.mark.parametrize("name", ["UID", "EUID", "PPID", "SHELLOPTS", "nemotron_here"])
+def test_a_variable_that_no_shell_can_set_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="not one of bash's own"):
+        SlurmExecution.model_validate({"env_vars": {name: "5"}})
+    SlurmExecution.model_validate({"env_vars": {f"MY_{name}": "5"}})
+
+
+@pytest.mark.parametrize("name", ["HUP", "INT", "USR1", "USR2", "TERM"])
+def test_a_batch_shell_that_is_told_to_stop_leaves_the_code_of_srun(
+    demo: Path, tmp_path: Path, name: str
+) -> None:
+    number = signal.Signals[f"SIG{name}"]
+    assert run_batch(demo, tmp_path, number, srun="exit 0") == 0
+    assert run_batch(demo, tmp_path, number, srun="exit 4") == 4
+    assert run_batch(demo, tmp_path, number, setup_lines=f"{PAUSE}; true") == 128 + number
+
+
+def test_a_job_whose_batch_shell_is_told_to_stop_is_not_queued_again(
+    demo: Path, tmp_path: Path
+) -> None:
+    stop = 'touch "$RIG_OUT/stopped.0"'
+    fields = {"requeue": True, "srun": stop}
+    assert run_batch(demo, tmp_path, signal.SIGTERM, **fields) == 75
+    assert not (tmp_path / "queued again").exists()
+    assert run_batch(demo, tmp_path, None, **fields) is None
+    assert (tmp_path / "queued again").exists()
+
+
+def test_a_signal_for_the_batch_shell_alone_is_refused() -> None:
+    for wanted in ("TERM@120", "R:USR1@60", "15"):
+        assert SlurmExecution(signal=wanted).signal == wanted
+    with pytest.raises(ValidationError, match="without B"):
+        SlurmExecution(signal="B:USR1@60")
+
+
+PAUSE = 'touch "$RIG_OUT/running"; sleep 0.3'
+
+
+def run_batch(
+    demo: Path, directory: Path, number: int | None, *, srun: str = "exit 0", **fields: object
+) -> int | None:
+    """Run a batch script, with a signal in the middle; return the exit code that it left."""
+    plan = plan_of("slurm", demo)
+    execution = SlurmExecution.model_validate({"code_path": "/nowhere", **fields})
+    batch = slurm.preview(dataclasses.replace(plan, execution=execution))["sbatch"]
+    batch = batch.replace(str(slurm.job_directory(plan, "JOB") / "code"), str(directory))
+    requeue = '#!/bin/sh\n[ "$1" != requeue ] || touch "$RIG_OUT/queued again"\n'
+    first = '[ "$1" = --nodes=1 ] && exit'
+    for name, text in (("srun", f"#!/bin/sh\n{first}\n{PAUSE}\n{srun}\n"), ("scontrol", requeue)):
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
+    for name in ("running", "exit.0"):
+        (directory / name).unlink(missing_ok=True)
+    with subprocess.Popen(
+        ["bash", "-c", batch],
+        env={"PATH": f"{directory}:/usr/bin:/bin", "RIG_OUT": str(directory)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while not (directory / "running").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        if number is not None:
+            process.send_signal(number)
+    left = directory / "exit.0"
+    return int(left.read_text()) if left.exists() else None
+
+
 @pytest.mark.parametrize("given", [None, "7"])
 def test_a_rank_has_its_share_of_the_cores_unless_somebody_says_otherwise(
     demo: Path, tmp_path: Path, given: str | None
@@ -206,12 +364,19 @@ def test_a_rank_has_its_share_of_the_cores_unless_somebody_says_otherwise(
 
 
 def run_launch(
-    demo: Path, directory: Path, python: str, **environment: str
+    demo: Path,
+    directory: Path,
+    python: str,
+    variables: dict[str, str] | None = None,
+    /,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the script of a Slurm job whose python is these lines of shell."""
     plan = plan_of("slurm", demo)
     execution = plan.execution.model_copy(update={"code_path": "/nowhere"})
-    plan = dataclasses.replace(plan, execution=execution, workspace=directory)
+    plan = dataclasses.replace(
+        plan, execution=execution, workspace=directory, environment=variables or {}
+    )
     text = script.launch_script(plan, job_id="job-1", archive=None)
     (directory / "launch.sh").write_text(text)
     (directory / "python").write_text(f"#!/bin/sh\n{python}\n")
@@ -234,3 +399,33 @@ def test_the_archive_is_the_same_bytes_every_time_and_has_the_steps(tmp_path: Pa
     assert all(member.isfile() for member in members.values())
     assert not [name for name in members if "__pycache__" in name]
     assert first.sha256[:12] in first.name
+
+
+def test_an_extra_that_lepton_has_no_field_for_is_refused_before_a_job_is_made(demo: Path) -> None:
+    plan = plan_of("lepton", demo)
+
+    def previewed(extra: dict[str, object]) -> str:
+        execution = LeptonExecution.model_validate({"code_path": "/code", "extra": extra})
+        run = dataclasses.replace(plan, execution=execution)
+        return lepton.preview(run)["LeptonExecutor"]
+
+    assert "retries: 0" in previewed({"retries": 0})
+    for name in ("foo", "nodes", "packager"):
+        with pytest.raises(NemotronError, match=f"no field {name}") as caught:
+            previewed({name: 1})
+        assert caught.value.code == "unknown_key"
+
+
+def test_a_key_of_lepton_that_does_nothing_is_said_to(demo: Path) -> None:
+    plan_of("lepton", demo)
+    words = ["run.env.nprocs_per_node=8"]
+    plan = build(resolve("demo/make"), overrides=words, profile=load_profile("p"))
+    assert any("nprocs_per_node of the profile has no effect" in note for note in plan.notes)
+
+
+def test_what_is_no_file_is_left_out_of_the_archive(tmp_path: Path) -> None:
+    (tmp_path / "plan.py").write_text("x = 1\n")
+    (tmp_path / ".#plan.py").symlink_to("me@host.123:456")  # Emacs, while it is open
+    os.mkfifo(tmp_path / "pipe")
+    with tarfile.open(fileobj=io.BytesIO(pack_code(tmp_path).content)) as archive:
+        assert archive.getnames() == ["nemotron/plan.py"]

@@ -168,6 +168,21 @@ def test_a_job_that_slurm_has_forgotten_is_known_by_what_it_left(
     assert nemotron("jobs", "wait", job_id).code == 4
 
 
+def test_a_job_that_slurm_has_forgotten_without_an_end_is_lost_and_waited_for_no_longer(
+    slurm: Path, nemotron: Nemotron
+) -> None:
+    job_id = nemotron("steps", "run", "demo/make", "-b", "rig").out.strip()
+    nemotron("jobs", "wait", job_id)
+    path = Path(".nemotron") / "jobs" / job_id / "job.json"
+    text = record(job_id) | {"status": "running", "exit_code": None}
+    text["placement"] |= {"id": "4000000", "directory": "/nowhere"}
+    path.write_text(json.dumps(text))
+    assert nemotron("jobs", "logs", "-f", job_id).code == 8
+    assert record(job_id)["status"] == "lost"
+    assert record(job_id)["error"]["code"] == "job_lost"
+    assert nemotron("jobs", "wait", job_id).code == 8
+
+
 def start_now(job_id: str, nemotron: Nemotron, until: Callable[..., Any]) -> None:
     """Wait until a job is queued again, and spare it the two minutes that Slurm lets it wait.
 

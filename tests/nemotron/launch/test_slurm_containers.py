@@ -14,10 +14,15 @@ RUN = ("steps", "run", "demo/make", "-r", "box")
 
 
 @pytest.fixture
-def box(slurm_rig: Path, slurm: Path) -> Path:
-    """Return the directory for images and jobs; profile ``box`` runs in a container."""
+def pyxis(slurm_rig: Path) -> None:
+    """Skip where there are no containers."""
     if not (slurm_rig / "pyxis.so").exists():
         pytest.skip("the stand-in for pyxis needs gcc, libslurm-dev and squashfs-tools")
+
+
+@pytest.fixture
+def box(pyxis: None, slurm: Path) -> Path:
+    """Return the directory for images and jobs; profile ``box`` runs in a container."""
     with (slurm / "env.toml").open("a") as file:
         file.write(f'[box]\nextends = "rig"\nremote_job_dir = "{slurm}/jobs"\n')
         file.write('container_image = "registry.example/team/demo:1"\n')
@@ -84,3 +89,25 @@ def test_a_secret_of_the_profile_stands_over_that_of_the_image(
     assert "from-the-image and from-the-image\n" in nemotron(*RUN, show).out
     ours = nemotron(*RUN, show, "run.env.secrets=[HF_TOKEN]")
     assert "hunter2hunter2 and from-the-image\n" in ours.out
+
+
+def test_a_directory_with_a_space_in_its_name_is_mounted(
+    box: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = box.parent / "my run $(touch canary)"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    done = nemotron(*RUN)
+    assert done.code == 0, done.err + done.out
+    assert (here / "out" / "make" / "made.txt").is_file()
+    assert not list(box.parent.rglob("canary"))
+
+
+@pytest.mark.usefixtures("pyxis")
+def test_over_ssh_the_workspace_is_there_before_it_is_mounted(
+    over_ssh: Path, nemotron: Nemotron
+) -> None:
+    image = "run.env.container_image=registry.example/team/demo:1"
+    done = nemotron("steps", "run", "demo/make", "-r", "far", image)
+    assert done.code == 0, done.err + done.out
+    assert (over_ssh / "far" / "workspace" / "out" / "make" / "made.txt").is_file()

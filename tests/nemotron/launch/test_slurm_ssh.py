@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import stat
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nemotron.launch.host import Host
 
 Nemotron = Callable[..., Any]
 RUN = ("steps", "run", "demo/make")
@@ -60,6 +64,40 @@ def test_a_secret_reaches_a_job_and_stays_in_no_file_also_when_it_is_cancelled(
     files = [path for path in over_ssh.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if b"hunter2" in path.read_bytes()]
+    assert not list((over_ssh / "far").glob(".environment*"))
+
+
+def test_a_job_that_was_taken_is_recorded_also_if_its_secrets_stay_behind(
+    over_ssh: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
+    run = Host.run
+
+    def without_rm(host: Host, command: Sequence[str], **options: Any) -> Any:
+        return run(host, ["false"] if command[0] == "rm" else command, **options)
+
+    monkeypatch.setattr(Host, "run", without_rm)
+    started = nemotron(*RUN, "-b", "far", "run.env.secrets=[HF_TOKEN]")
+    assert started.code == 0, started.err
+    (left,) = (over_ssh / "far").glob(".environment*")
+    assert f"it holds secrets: remove {left} on 127.0.0.1 by hand" in started.err
+    assert nemotron("jobs", "wait", started.out.strip()).code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_launcher_that_is_told_to_end_leaves_no_secrets(
+    over_ssh: Path,
+    launcher: Callable[..., subprocess.Popen[str]],
+    until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
+    with launcher(*RUN, "-b", "far", "run.env.secrets=[HF_TOKEN]") as process:
+        until(lambda: list((over_ssh / "far").glob(".environment*")), 60)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
     assert not list((over_ssh / "far").glob(".environment*"))
 
 

@@ -59,6 +59,18 @@ def test_a_job_that_is_cancelled_keeps_its_record_and_log(
     assert "making\n" in nemotron("jobs", "logs", job_id).out
 
 
+def test_a_record_says_where_the_job_is_also_where_the_profile_does_not(
+    workspace: Any, nemotron: Nemotron
+) -> None:
+    text = Path("env.toml").read_text().replace('nemo_run_dir = "/store/nemo-run"\n', "")
+    Path("env.toml").write_text(text)
+    job_id = nemotron(*RUN, "-b", "lepton").out.strip()
+    directory = record(job_id)["placement"]["directory"]
+    assert directory == f"/store/work/nemo-run/experiments/nemotron/nemotron_{job_id}"
+    assert (workspace.root / "volumes" / Path(directory).relative_to("/store")).is_dir()
+    assert nemotron("jobs", "wait", job_id).code == 0
+
+
 def test_two_nodes_share_one_job(workspace: Any, nemotron: Nemotron) -> None:
     storage = workspace.root / "volumes" / "work" / "out" / "make"
     storage.mkdir(parents=True)

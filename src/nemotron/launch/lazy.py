@@ -1,0 +1,15 @@
+"""The way to nemo-run for both backends: its import takes seconds, so it waits for a submission."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+
+def load_nemo() -> ModuleType:
+    """Return the module that imports nemo-run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its imports deprecate each other
+        from nemotron.launch import nemo
+
+    return nemo
