@@ -1,8 +1,8 @@
 """Control strings that somebody wrote stay text: ``<|im_end|>`` in a question ends no turn.
 
-Before rendering, every special token's text in what others than the assistant say is replaced by a
-placeholder that no template and no text can hold; after rendering, the pieces with placeholders are
-encoded as plain text, in which no special token is looked for.
+Before rendering, every special token's text in what others than the assistant say, in whichever
+field, is replaced by a placeholder that no template and no text can hold; after rendering, the
+pieces with placeholders are encoded as plain text, in which no special token is looked for.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ class Sanitizer:
 
     def hide(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """Return messages with placeholders for control strings outside of the assistant's."""
-        if not any(self._is_touched(message) for message in messages):
-            return messages
         return [
             self._hidden(message) if self._is_touched(message) else message for message in messages
         ]
@@ -58,14 +56,17 @@ class Sanitizer:
         return parts
 
     def _is_touched(self, message: Mapping[str, Any]) -> bool:
-        return message["role"] != "assistant" and bool(self._any.search(message["content"]))
+        if message["role"] == "assistant":
+            return False
+        # Most messages are a role and a text; what else there is, a template may print as well.
+        return len(message) > 2 or bool(self._any.search(message["content"]))
 
     def _hidden(self, value: Any) -> Any:
         if isinstance(value, str):
             return self._any.sub(self._placeholder, value)
         if isinstance(value, Mapping):
-            return {key: self._hidden(item) for key, item in value.items()}
-        if isinstance(value, Sequence):
+            return {self._hidden(key): self._hidden(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
             return [self._hidden(item) for item in value]
         return value
 
