@@ -108,6 +108,16 @@ def test_another_tokenizer_than_the_base_is_refused(world: Any, tmp_path: Path) 
     assert codes(check(config(world, **sections))) == ["tokenizer_mismatch"]
 
 
+def test_a_shard_that_the_packs_do_not_list_is_refused(world: Any, tmp_path: Path) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(world.packs, packs)
+    stale = packs / "splits" / "train" / "shard-00000-of-00002.parquet"
+    shutil.copy(packs / "splits" / "valid" / "shard-00000-of-00001.parquet", stale)
+    (error,) = check(config(world, dataset={"nano3_packed_sft_dir": str(packs)}))
+    assert (error.code, error.exit_code) == ("artifact_unlisted", ExitCode.DATA)
+    assert str(stale) in error.problem
+
+
 def test_an_adapter_as_base_is_refused(world: Any) -> None:
     mixed = config(world, checkpoint={"pretrained_checkpoint": str(world.packs)})
     assert "base_and_adapter_paths_mixed" in codes(check(mixed))
