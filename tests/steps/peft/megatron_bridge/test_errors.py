@@ -206,6 +206,23 @@ def test_an_id_outside_of_the_vocabulary_is_a_bad_row(
     assert run.stderr.count("error[") == 1
 
 
+def test_a_valid_split_without_a_supervised_token_stops_before_the_first_step(
+    world: Any, train_here: Train, tmp_path: Path
+) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(world.packs, packs)
+    shard = next((packs / "splits" / "valid").glob("*.parquet"))
+    table = pq.read_table(shard)
+    rows = [row | {"loss_mask": [0] * len(row["loss_mask"])} for row in table.to_pylist()]
+    pq.write_table(table.from_pylist(rows, schema=table.schema), shard)
+    rewrite_manifest(packs)
+    run = train_here(**{"dataset.nano3_packed_sft_dir": str(packs)})
+    assert (run.exit_code, run.error["code"]) == (ExitCode.DATA, "nothing_to_validate")
+    assert "the first 3 rows of the valid split" in run.error["problem"]
+    assert not run.losses
+    assert not run.valid_losses
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(train: Train) -> None:
     run = train(**{"optimizer.lr": 1e30, "recipe.tensor_model_parallel_size": 2})
     assert (run.error["code"], run.error["exit_code"]) == ("loss_not_finite", ExitCode.NUMERIC)
