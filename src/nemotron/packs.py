@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron.artifacts import MANIFEST, blake3_file, read_artifact
+from nemotron.artifacts import MANIFEST, blake3_file, read_artifact, refuse_unlisted
 from nemotron.errors import ExitCode, NemotronError
 
 if TYPE_CHECKING:
@@ -90,15 +90,17 @@ def open_packs(path: Path) -> Packs:
     """Return the packs at a path: an artifact, a directory of Parquet files, or one file.
 
     Raises:
-        NemotronError: ``packs_missing``.
+        NemotronError: ``packs_missing``, ``artifact_unlisted``, and what ``read_artifact`` raises.
     """
     if (path / MANIFEST).is_file():
-        properties = read_artifact(path, "packed_parquet").properties
+        artifact = read_artifact(path, "packed_parquet")
+        refuse_unlisted(path, artifact, "splits/*/*.parquet")
         splits = {
             name: sorted((path / "splits" / name).glob("*.parquet"))
             for name in ("train", "valid", "test")
         }
-        return Packs(path, {name: files for name, files in splits.items() if files}, properties)
+        found = {name: files for name, files in splits.items() if files}
+        return Packs(path, found, artifact.properties)
     files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
     if not files:
         raise NemotronError(

@@ -38,6 +38,10 @@ class LossNotFiniteError(ArithmeticError):
     """A loss or gradient is infinite or not a number; raised on every rank, before what uses it."""
 
 
+class NothingToValidateError(ValueError):
+    """The rows of an evaluation have no supervised token, and so no loss; raised on every rank."""
+
+
 @dataclass(frozen=True)
 class BatchSettings:
     """Batch sizes in packed rows, and how the loss of a global batch is normalised.
@@ -187,6 +191,7 @@ class Trainer:
 
         Raises:
             LossNotFiniteError: A loss or gradient is not finite.
+            NothingToValidateError: An evaluation has no loss.
             RuntimeError: Copies of a factor differ between ranks.
         """
         self._check_replicas()
@@ -325,6 +330,7 @@ class Trainer:
 
         Raises:
             LossNotFiniteError: Before anything is saved of an adapter that computes no loss.
+            NothingToValidateError: A loss of 0 would be the best for ever.
         """
         if self.valid_rows is None:
             return None
@@ -340,7 +346,10 @@ class Trainer:
             supervised = torch.tensor([sum(len(micro.supervised) for micro in batches)])
             totals += self._totals(self.model.evaluate(batches), supervised)
         loss_sum, supervised_tokens = totals.tolist()
-        result = Validation(loss_sum / max(supervised_tokens, 1.0), int(supervised_tokens))
+        if not supervised_tokens:
+            problem = f"the first {num_rows} rows of the valid split have no supervised token"
+            raise NothingToValidateError(problem)
+        result = Validation(loss_sum / supervised_tokens, int(supervised_tokens))
         if not math.isfinite(result.lm_loss):
             raise LossNotFiniteError(f"iteration {iteration}: validation loss {result.lm_loss}")
         is_best = self.best is None or result.lm_loss < self.best.lm_loss

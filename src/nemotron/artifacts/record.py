@@ -158,6 +158,24 @@ def verify_files(directory: Path, artifact: Artifact, *, digests: bool = True) -
         raise _damaged(directory, f"{wrong[0]} does not have the BLAKE3 that artifact.json says")
 
 
+def refuse_unlisted(directory: Path, artifact: Artifact, pattern: str) -> None:
+    """Refuse files below an artifact that match a glob and are not in its manifest.
+
+    Raises:
+        NemotronError: ``artifact_unlisted``, naming the first such file.
+    """
+    listed = {directory / entry.path for entry in artifact.files}
+    for path in sorted(set(directory.glob(pattern)) - listed):
+        raise NemotronError(
+            "artifact_unlisted",
+            f"{path} is not in artifact.json",
+            where=str(directory),
+            why="it was put there after the artifact was written, or is left of an earlier copy",
+            fix="remove it, or copy the artifact again into an empty directory",
+            exit_code=ExitCode.DATA,
+        )
+
+
 def write_artifact(
     directory: Path,
     *,

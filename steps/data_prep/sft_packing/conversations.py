@@ -92,11 +92,13 @@ def _alpaca_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The input follows the instruction on a line of its own, as LLaMA-Factory joins them."""
     parts = [row.get(name) for name in ("instruction", "input")]
     turns: list[dict[str, Any]] = []
-    for pair in row.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRowError("bad_message", "history is not a list of [question, answer]")
-        turns.append({"role": "user", "content": pair[0]})
-        turns.append({"role": "assistant", "content": pair[1]})
+    history = row.get("history") or []
+    is_list = isinstance(history, list)
+    if not is_list or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadRowError("bad_message", "history is not a list of [question, answer]")
+    for question, answer in history:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
     if any(part is not None and not isinstance(part, str) for part in parts):
         raise BadRowError("bad_message", "instruction or input is not text")
     turns.append({"role": "user", "content": "\n".join(part for part in parts if part)})
@@ -196,7 +198,10 @@ def _uid(messages: list[dict[str, Any]]) -> int:
     for message in messages:
         role, content = message["role"], message["content"]
         more = {key: message[key] for key in MORE_IDENTITY if key in message}
-        rest = json.dumps(more, sort_keys=True) if more else ""
+        try:
+            rest = json.dumps(more, sort_keys=True) if more else ""
+        except TypeError as error:  # Parquet also holds times, decimals and bytes
+            raise BadRowError("bad_message", f"a message of the role {role}: {error}") from None
         # With their lengths, so that no text can pass for the start of the next message.
         parts.append(f"{role} {len(content)} {len(rest)} {content}{rest}")
     said = "".join(parts).encode("utf-8", "surrogatepass")

@@ -109,6 +109,8 @@ class Encoder:
             ]
         except BadRowError as error:
             return error
+        except RecursionError:
+            return BadRowError("malformed_json", "nested too deeply")
 
     def _render_variant(self, variant: Variant, conversation: Conversation) -> Rendered:
         messages, tools = variant.messages, conversation.tools

@@ -214,10 +214,26 @@ def _read_parquet(part: Part, columns: Sequence[str]) -> Iterator[Row]:
         position = 0
         for batch in batches:
             size_bytes = batch.nbytes // max(batch.num_rows, 1)
-            for value in batch.to_pylist():
+            for value in _values(batch):
                 # A struct column gives every row all of its keys, null where it had none.
                 yield Row(position, _without_nulls(value), size_bytes)
                 position += 1
+
+
+def _values(batch: pa.RecordBatch) -> list[Any | BadRowError]:
+    """Return the rows of a batch, each as a value or why it has none.
+
+    Parquet holds more times than Python does, and never looked whether its text is UTF-8.
+    """
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows > 1:
+            return [
+                value for row in range(batch.num_rows) for value in _values(batch.slice(row, 1))
+            ]
+        is_text = isinstance(error, UnicodeDecodeError)
+        return [BadRowError("invalid_unicode" if is_text else "unreadable_value", str(error)[:200])]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """Control strings that somebody wrote stay text: ``<|im_end|>`` in a question ends no turn.
 
-Before rendering, every special token's text in what others than the assistant say is replaced by a
-placeholder that no template and no text can hold; after rendering, the pieces with placeholders are
-encoded as plain text, in which no special token is looked for.
+Before rendering, every special token's text in what others than the assistant say, in whichever
+field, is replaced by a placeholder that no template and no text can hold; after rendering, the
+pieces with placeholders are encoded as plain text, in which no special token is looked for. What a
+placeholder begins with is itself replaced by one in what anybody says, the assistant included.
 """
 
 from __future__ import annotations
@@ -24,23 +25,19 @@ class Sanitizer:
     """
 
     def __init__(self, special_tokens: Sequence[str]) -> None:
-        self._texts = [*sorted(special_tokens, key=len, reverse=True), _OPEN, _CLOSE]
+        self._texts = [*sorted(special_tokens, key=len, reverse=True), _OPEN]
         self._numbers = {text: number for number, text in enumerate(self._texts)}
-        alternatives = "|".join(map(re.escape, self._texts))
-        self._any = re.compile(alternatives)
-        self._special = re.compile(f"({'|'.join(map(re.escape, self._texts[:-2])) or '(?!)'})")
+        self._any = re.compile("|".join(map(re.escape, self._texts)))
+        self._open = re.compile(_OPEN)
+        self._special = re.compile(f"({'|'.join(map(re.escape, self._texts[:-1])) or '(?!)'})")
 
     def hide(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """Return messages with placeholders for control strings outside of the assistant's."""
-        if not any(self._is_touched(message) for message in messages):
-            return messages
-        return [
-            self._hidden(message) if self._is_touched(message) else message for message in messages
-        ]
+        return [self._hidden_message(message) for message in messages]
 
     def hide_tools(self, tools: Sequence[Any] | None) -> Sequence[Any] | None:
         """Return tool definitions with placeholders."""
-        return tools if not tools else self._hidden(tools)
+        return tools if not tools else self._hidden(tools, self._any)
 
     @staticmethod
     def has_placeholder(text: str) -> bool:
@@ -50,23 +47,26 @@ class Sanitizer:
     def cut(self, piece: str) -> list[tuple[str, bool]]:
         """Return a piece as (text, whether it is plain), cut at the real special tokens in it."""
         parts: list[tuple[str, bool]] = []
-        for number, part in enumerate(self._special.split(piece)):
-            if not part:
-                continue
-            is_plain = number % 2 == 0 and _OPEN in part
-            parts.append((self._shown(part) if is_plain else part, is_plain))
+        for part in self._special.split(piece):
+            if part:
+                shown = self._shown(part)
+                parts.append((shown, shown != part and bool(self._special.search(shown))))
         return parts
 
-    def _is_touched(self, message: Mapping[str, Any]) -> bool:
-        return message["role"] != "assistant" and bool(self._any.search(message["content"]))
+    def _hidden_message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        texts = self._open if message["role"] == "assistant" else self._any
+        # Most messages are a role and a text; what else there is, a template may print as well.
+        is_touched = len(message) > 2 or texts.search(message["content"])
+        return self._hidden(message, texts) if is_touched else message
 
-    def _hidden(self, value: Any) -> Any:
+    def _hidden(self, value: Any, texts: re.Pattern[str]) -> Any:
         if isinstance(value, str):
-            return self._any.sub(self._placeholder, value)
+            return texts.sub(self._placeholder, value)
         if isinstance(value, Mapping):
-            return {key: self._hidden(item) for key, item in value.items()}
-        if isinstance(value, Sequence):
-            return [self._hidden(item) for item in value]
+            items = value.items()
+            return {self._hidden(key, texts): self._hidden(item, texts) for key, item in items}
+        if isinstance(value, list | tuple):
+            return [self._hidden(item, texts) for item in value]
         return value
 
     def _placeholder(self, found: re.Match[str]) -> str:

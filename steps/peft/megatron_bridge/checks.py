@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemotron.artifacts import MANIFEST, Artifact, read_artifact
+from nemotron.artifacts import MANIFEST, Artifact, read_artifact, refuse_unlisted
 from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps._models.targets import first_match, linear_names, unmatched
@@ -31,7 +31,7 @@ STEP = "peft/megatron_bridge"
 def check(config: Config) -> list[NemotronError]:
     """Return every contradiction; inputs that do not exist yet are passed over."""
     errors = _check_layout(config)
-    packs = _existing(packed_root(config.packed_data), "packed_parquet", errors)
+    packs = _existing_packs(packed_root(config.packed_data), errors)
     base = _existing(base_root(config.checkpoint.pretrained_checkpoint), None, errors)
     if base is not None and base.type != "checkpoint_megatron":
         errors.append(_paths_mixed(config, f"is of type {base.type}"))
@@ -92,6 +92,17 @@ def _existing(
     except NemotronError as error:
         errors.append(error)
     return None
+
+
+def _existing_packs(root: Path | None, errors: list[NemotronError]) -> Artifact | None:
+    packs = _existing(root, "packed_parquet", errors)
+    if root is None or packs is None:
+        return None
+    try:
+        refuse_unlisted(root, packs, "splits/*/*.parquet")  # training reads all that are there
+    except NemotronError as error:
+        errors.append(error)
+    return packs
 
 
 def _check_layout(config: Config) -> list[NemotronError]:

@@ -27,6 +27,7 @@ from nemotron.steps._training.loop import (
     Best,
     Intervals,
     LossNotFiniteError,
+    NothingToValidateError,
     Progress,
     Trainer,
     Validation,
@@ -107,8 +108,9 @@ def train_adapter(
         heartbeat: Told which step was the last.
 
     Raises:
-        NemotronError: ``artifact_damaged``, ``bad_packed_rows``, ``loss_not_finite``,
-            ``resume_mismatch``, ``no_save_to_load``, ``save_failed`` or ``out_of_memory``.
+        NemotronError: ``artifact_damaged``, ``bad_packed_rows``, ``nothing_to_validate``,
+            ``loss_not_finite``, ``resume_mismatch``, ``no_save_to_load``, ``save_failed`` or
+            ``out_of_memory``.
         PreemptedError: The run was asked to stop before its end; all that can be is saved.
     """
     started = time.perf_counter()
@@ -212,6 +214,8 @@ def named_errors(packed_root: Path, output: Path, metrics: MetricsLog) -> Iterat
         raise step_error(STEP, "bad_packed_rows", str(error), where=str(packed_root)) from None
     except LossNotFiniteError as error:
         raise step_error(STEP, "loss_not_finite", str(error), where=str(output)) from None
+    except NothingToValidateError as error:
+        raise step_error(STEP, "nothing_to_validate", str(error), where=str(packed_root)) from None
     except SaveFailedError as error:
         raise step_error(STEP, "save_failed", str(error), where=str(output)) from None
     except Exception as error:

@@ -21,6 +21,7 @@ from nemotron.artifacts import (
     publish,
     read_artifact,
     record,
+    refuse_unlisted,
     sha256_json,
     verify_files,
     write_artifact,
@@ -130,6 +131,19 @@ def test_verify_files_stays_inside_of_the_directory(tmp_path: Path, path: str) -
     entry = artifact.files[0].model_copy(update={"path": path})
     with pytest.raises(NemotronError, match="points outside"):
         verify_files(tmp_path / "out", artifact.model_copy(update={"files": (entry,)}))
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused_where_a_reader_would_take_it(
+    tmp_path: Path,
+) -> None:
+    artifact = make(tmp_path / "out")
+    (tmp_path / "out" / "notes.md").touch()
+    refuse_unlisted(tmp_path / "out", artifact, "data/*.txt")
+    (tmp_path / "out" / "data" / "b.txt").touch()
+    with pytest.raises(NemotronError, match=r"data/b\.txt is not in artifact\.json") as caught:
+        refuse_unlisted(tmp_path / "out", artifact, "data/*.txt")
+    assert (caught.value.code, caught.value.exit_code) == ("artifact_unlisted", ExitCode.DATA)
+    assert "remove it" in caught.value.fix
 
 
 def test_read_artifact_says_what_is_missing_damaged_or_of_another_type(tmp_path: Path) -> None:

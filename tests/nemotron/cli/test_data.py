@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,19 @@ def test_what_cannot_be_shown_is_an_error(
     capsys.readouterr()
     assert main(["data", *(text.format(packed) for text in arguments)]) == code
     assert problem in capsys.readouterr().err
+
+
+def test_shards_that_the_packs_do_not_list_are_refused(
+    packed: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(packed, packs)
+    (shard,) = (packs / "splits" / "valid").iterdir()
+    shutil.copy(shard, packs / "splits" / "train" / "shard-00009-of-00010.parquet")
+    assert main(["data", "stats", str(packs)]) == 4
+    told = capsys.readouterr().err
+    assert "error[artifact_unlisted]" in told
+    assert "shard-00009-of-00010.parquet is not in artifact.json" in told
 
 
 def test_another_tokenizer_is_refused(packed: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from nemotron.steps._training.loop import (
     BatchSettings,
     Intervals,
     LossNotFiniteError,
+    NothingToValidateError,
     Progress,
     Trainer,
 )
@@ -126,6 +128,23 @@ def test_an_evaluation_that_is_not_finite_stops_before_anything_is_saved(tmp_pat
         trainer.run(intervals, saved.append, start=Progress(), stop=StopRequest(LAYOUT))
     assert len(record.steps) == 1
     assert not saved
+
+
+def test_an_evaluation_without_a_supervised_token_is_no_loss_of_0(tmp_path: Path) -> None:
+    record = Record()
+    trainer = trainer_of(tmp_path, record)
+    (tmp_path / "valid").mkdir()
+    rows = pq.read_table(tmp_path / "shard.parquet").to_pydict()
+    masks = [[0] * 8] * 2 + rows["loss_mask"][2:]
+    pq.write_table(pa.table(rows | {"loss_mask": masks}), tmp_path / "valid" / "shard.parquet")
+    trainer.valid_rows = PackedSplit(tmp_path / "valid", vocab_size=VOCABULARY)
+    intervals = Intervals(train_iters=1, eval_interval=1, eval_iters=1, save_interval=1)
+    with pytest.raises(NothingToValidateError, match="first 2 rows of the valid split"):
+        trainer.run(intervals, lambda _: None, start=Progress(), stop=StopRequest(LAYOUT))
+    assert (record.steps, record.validations, trainer.best) == ([], [], None)
+    intervals = replace(intervals, eval_iters=2)
+    trainer.run(intervals, lambda _: None, start=Progress(), stop=StopRequest(LAYOUT))
+    assert record.validations == [(0, 3 + 4), (1, 3 + 4)]
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])

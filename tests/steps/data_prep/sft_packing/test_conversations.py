@@ -114,6 +114,8 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ({"instruction": "Q", "output": None}, "empty_answer"),
         ({"instruction": ["Q"], "output": "A"}, "bad_message"),
         ({"instruction": "Q", "output": "A", "history": ["Q"]}, "bad_message"),
+        ({"instruction": "Q", "output": "A", "history": 5}, "bad_message"),
+        ({"messages": [USER | {"name": b"Q"}, ASSISTANT]}, "bad_message"),
     ],
 )
 def test_read_conversation_says_why_a_row_cannot_be_used(row: dict[str, Any], reason: str) -> None:

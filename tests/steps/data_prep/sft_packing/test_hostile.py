@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import operator
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from nemotron.artifacts import read_artifact
 from nemotron.errors import NemotronError
+from nemotron.steps.data_prep.sft_packing.conversations import detect_field, read_conversation
+from nemotron.steps.data_prep.sft_packing.masks import build_encoder
+from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
+from nemotron.steps.data_prep.sft_packing.rows import parse
+from nemotron.steps.data_prep.sft_packing.tokenizer import load_tokenizer
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 WriteRows = Callable[..., Path]
 RunPacking = Callable[..., Path]
 STEP = "nemotron.steps.data_prep.sft_packing.step"
 GOOD = json.dumps({"instruction": "Name a bird.", "output": "A crow."})
+# One row of each convention, with every field that is looked at, and values of every type.
+ROWS = (
+    """{"messages": [
+        {"role": "user", "content": "Q", "name": "n"},
+        {"role": "assistant", "content": [{"type": "text", "text": "A"}], "reasoning": "r",
+         "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "T", "tool_call_id": "1"},
+        {"role": "assistant", "content": "A"}],
+      "tools": [{"function": {"name": "f"}}], "system": "S"}""",
+    """{"conversations": [
+        {"from": "human", "value": "Q"},
+        {"from": "function_call", "value": "{}"},
+        {"from": "gpt", "value": "A"}],
+      "tools": "[]", "system": "S"}""",
+    """{"instruction": "Q", "input": "I", "output": "A", "history": [["Q", "A"]], "system": "S"}""",
+)
+VALUES = (
+    *(None, True, 0, 5, -0.5, math.inf, 10**4000, "", "x", "[1]", "[" * 3000, "\ud800"),
+    *([], [1], ["x", "y"], [["x", "y"]], [None], [{}], {}, {"x": 1}, [{"name": "f"}]),
+    *(b"x", ("x", 1), Decimal(1), date(2026, 1, 1), [{"name": "f", "arguments": {"x": b"x"}}]),
+    functools.reduce(lambda value, _: [value], range(600), 1),
+    "\U0010fffe99\U0010ffff",
+)
 
 
 def run_in_process(
@@ -48,6 +84,22 @@ def run_in_process(
     )
 
 
+def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of everything in a row."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in items:
+        yield (*above, key)
+        if isinstance(item, dict | list):
+            yield from places(item, (*above, key))
+
+
+def put(row: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """Return a copy of a row with another value in one place."""
+    changed = json.loads(json.dumps(row))
+    functools.reduce(operator.getitem, place[:-1], changed)[place[-1]] = value
+    return changed
+
+
 def test_rows_of_every_hostile_kind_are_counted(
     tmp_path: Path, run_packing: RunPacking, make_rows: MakeRows
 ) -> None:
@@ -70,6 +122,9 @@ def test_rows_of_every_hostile_kind_are_counted(
         b'{"instruction": "a", "output": ""}': "empty_answer",
         b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": 3}]}': "bad_message",
         b'{"messages": [{"role": "assistant", "content": "x"}], "tools": 3}': "bad_tools",
+        b'{"instruction": "a", "output": "x", "tools": %b1%b}' % (b"[" * 600, b"]" * 600): (
+            "malformed_json"
+        ),
     }
     rows = [*map(json.dumps, make_rows(20)), row("\x00 and \ufffe"), row("\U0010fffe0\U0010ffff")]
     file = tmp_path / "x.jsonl"
@@ -82,6 +137,68 @@ def test_rows_of_every_hostile_kind_are_counted(
     rejects = [json.loads(line) for line in (packed / "rejects.jsonl").read_text().splitlines()]
     found = {reject["line"]: reject["reason"] for reject in rejects}
     assert found == dict(enumerate(reasons, start=1))
+
+
+def test_values_that_only_parquet_has_are_counted(tmp_path: Path, run_packing: RunPacking) -> None:
+    def call(at: datetime) -> list[dict[str, Any]]:
+        return [{"name": "look", "arguments": {"at": at}}]
+
+    def answers(*messages: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        question = {"role": "user", "content": "Q"}
+        return [[question, {"role": "assistant", "content": "A", **each}] for each in messages]
+
+    call_type = pa.struct({"name": pa.string(), "arguments": pa.struct({"at": pa.timestamp("us")})})
+    types = {"role": pa.string(), "content": pa.string(), "tool_calls": pa.list_(call_type)}
+    conversation = pa.list_(pa.struct(types | {"sent": pa.timestamp("ns")}))
+    calls = answers({}, {"tool_calls": call(datetime(2026, 1, 1))}, {"sent": 1}, {"sent": 1000}, {})
+    texts = pa.array([b"", b"", b"", b"", b"\xff"]).view(pa.string())  # of no message, but read
+    table = pa.table({"messages": pa.array(calls, conversation), "instruction": texts})
+    pq.write_table(table, tmp_path / "x.parquet")
+    packed = run_packing(
+        tmp_path / "x.parquet", max_bad_fraction=0.9, train_ratio=1, valid_ratio=0, test_ratio=0
+    )
+    report = read_artifact(packed, "packed_parquet").properties["report"]
+    rejects = [json.loads(line) for line in (packed / "rejects.jsonl").read_text().splitlines()]
+    assert {reject["row"]: reject["reason"] for reject in rejects} == {
+        1: "bad_message",
+        2: "unreadable_value",
+        4: "invalid_unicode",
+    }
+    assert "datetime" in rejects[0]["detail"]
+    assert report["rows_read"] == 5
+
+
+def test_no_value_in_any_field_ends_the_run(tokenizer_dir: Path) -> None:
+    prints_all = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    encoder = build_encoder(
+        tokenizer=tokenizer,
+        chat_template=prints_all,
+        add_bos=False,
+        add_eos=True,
+        reasoning="split_per_turn",
+    )
+
+    def packed_or_reason(row: Any) -> str:
+        try:
+            field = detect_field(row, messages_field="messages") or "messages"
+            conversation = read_conversation(row, field=field, tools_field="tools")
+        except BadRowError as error:
+            return error.reason
+        (found,) = encoder.encode([conversation])
+        return found.reason if isinstance(found, BadRowError) else "packed"
+
+    outcomes = Counter(
+        packed_or_reason(put(row, place, value))
+        for row in map(parse, ROWS)
+        for place in places(row)
+        for value in VALUES
+    )
+    assert outcomes["packed"] > 100
+    assert outcomes.total() - outcomes["packed"] > 100
 
 
 def test_a_line_of_300_mb_costs_no_memory(tmp_path: Path, tokenizer_dir: Path) -> None:

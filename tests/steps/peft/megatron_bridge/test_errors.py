@@ -107,6 +107,16 @@ def test_another_tokenizer_than_the_base_is_refused(world: Any, tmp_path: Path) 
     assert codes(check(config(world, **sections))) == ["tokenizer_mismatch"]
 
 
+def test_a_shard_that_the_packs_do_not_list_is_refused(world: Any, tmp_path: Path) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(world.packs, packs)
+    stale = packs / "splits" / "train" / "shard-00000-of-00002.parquet"
+    shutil.copy(packs / "splits" / "valid" / "shard-00000-of-00001.parquet", stale)
+    (error,) = check(config(world, dataset={"nano3_packed_sft_dir": str(packs)}))
+    assert (error.code, error.exit_code) == ("artifact_unlisted", ExitCode.DATA)
+    assert str(stale) in error.problem
+
+
 def test_an_adapter_as_base_is_refused(world: Any) -> None:
     mixed = config(world, checkpoint={"pretrained_checkpoint": str(world.packs)})
     assert "base_and_adapter_paths_mixed" in codes(check(mixed))
@@ -193,6 +203,23 @@ def test_an_id_outside_of_the_vocabulary_is_a_bad_row(
     assert (run.error["code"], run.error["exit_code"]) == ("bad_packed_rows", ExitCode.DATA)
     assert "outside of the vocabulary of 97" in run.error["problem"]
     assert run.stderr.count("error[") == 1
+
+
+def test_a_valid_split_without_a_supervised_token_stops_before_the_first_step(
+    world: Any, train_here: Train, tmp_path: Path
+) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(world.packs, packs)
+    shard = next((packs / "splits" / "valid").glob("*.parquet"))
+    table = pq.read_table(shard)
+    rows = [row | {"loss_mask": [0] * len(row["loss_mask"])} for row in table.to_pylist()]
+    pq.write_table(table.from_pylist(rows, schema=table.schema), shard)
+    rewrite_manifest(packs)
+    run = train_here(**{"dataset.nano3_packed_sft_dir": str(packs)})
+    assert (run.exit_code, run.error["code"]) == (ExitCode.DATA, "nothing_to_validate")
+    assert "the first 3 rows of the valid split" in run.error["problem"]
+    assert not run.losses
+    assert not run.valid_losses
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(train: Train) -> None:
