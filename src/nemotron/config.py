@@ -76,11 +76,12 @@ def override(tree: Node, arguments: Sequence[str]) -> Node:
     """
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        place = f"argument {redact_argv([argument])[0]}"
+        shown = _shown(argument)
+        place = f"argument {shown}"
         if not equals or not _KEY.fullmatch(key):
             raise NemotronError(
                 "argument_invalid",
-                f"{redact_argv([argument])[0]!r} is not key=value",
+                f"{shown!r} is not key=value",
                 fix="write key=value with a dotted key, such as train.train_iters=100",
             )
         path = tuple(key.split("."))
@@ -148,6 +149,14 @@ def _missing_base(name: str, base: Path, where: str) -> NemotronError:
         where=where,
         fix=f"{display(base.parent)} has: {', '.join(there)}" if there else "mend the name",
     )
+
+
+def _shown(argument: str) -> str:
+    """Return an argument as messages show it; what a section or list holds may be secret."""
+    key, equals, text = argument.partition("=")
+    if equals and text.lstrip()[:1] in ("{", "["):
+        return f"{key}=..."
+    return redact_argv([argument])[0]
 
 
 def _refuse_scalar_on_the_way(tree: Node, path: tuple[str, ...], place: str) -> None:

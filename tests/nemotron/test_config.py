@@ -15,6 +15,7 @@ from nemotron.config import Schema, dump, load_config, override, read_config
 from nemotron.errors import NemotronError
 from nemotron.interpolation import resolve
 from nemotron.tree import Node, child_at, leaves, parse_yaml, plain
+from nemotron.validation import refuse_secrets
 
 # The same examples in every run; a busy machine is no reason to fail.
 fixed = settings(deadline=None, derandomize=True)
@@ -159,6 +160,15 @@ def test_the_place_of_an_argument_hides_a_secret() -> None:
     places = " ".join(node.place for _, node in leaves(tree))
     assert "xxx" not in places
     assert "tiger" not in places
+
+
+@pytest.mark.parametrize("value", ["{HF_TOKEN: hunter2}", " [{password: hunter2}]", "{a: hunter2"])
+@pytest.mark.parametrize("key", ["run.env.env_vars", "no key"])
+def test_what_a_section_or_list_holds_is_named_by_its_key_alone(key: str, value: str) -> None:
+    with pytest.raises(NemotronError) as caught:
+        refuse_secrets(override(Node({}), [f"{key}={value}", "password=x"]))
+    assert "hunter2" not in str(caught.value)
+    assert f"{key}=..." in str(caught.value) or "{a" in value
 
 
 def test_a_scalar_in_place_of_a_section_is_refused_by_the_schema(tmp_path: Path) -> None:
