@@ -331,14 +331,21 @@ def _other_output(item: PlannedInput, maker: JobPlan, made: list[str]) -> Nemotr
 
 def _exists(path: str) -> bool:
     """Return whether something is at ``path``, or fits it; an empty directory is nothing."""
-    if glob.has_magic(path):
+    if _is_pattern(path):
         return next(glob.iglob(path), None) is not None  # noqa: PTH207 - Path.glob wants a root
     place = Path(path)
     return any(place.iterdir()) if place.is_dir() else place.exists()
 
 
+def _is_pattern(path: str) -> bool:
+    """Return whether a path has wildcards; one of something that is there has letters alone."""
+    return glob.has_magic(path) and not Path(path).exists()
+
+
 def _fixed_part(path: str) -> Path:
     """Return the part of a path before the first component with a wildcard."""
+    if not _is_pattern(path):
+        return Path(path)
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
 
 

@@ -71,6 +71,15 @@ def test_an_input_that_is_there_is_ok_and_an_empty_directory_is_not(demo: Path) 
     assert failures(checks("demo/train", "data.packs=null", "data.glob=out/*.csv", dry_run=False))
 
 
+def test_brackets_in_the_name_of_something_that_is_there_are_no_pattern(demo: Path) -> None:
+    (demo / "packs[1]").mkdir()
+    (demo / "packs[1]" / "a.parquet").touch()
+    assert not failures(checks("demo/train", "data.packs='packs[1]'", dry_run=False))
+    overlap = ("data.packs='packs[1]'", "save='packs[1]/new'")
+    (error,) = failures(checks("demo/train", *overlap, dry_run=False))
+    assert error.code == "output_path_overlaps_inputs"
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_missing_input_with_a_producer_is_produced_first(demo: Path, dry_run: bool) -> None:
     found = checks("demo/train", config="tiny", dry_run=dry_run)
