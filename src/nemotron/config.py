@@ -96,10 +96,10 @@ def override(tree: Node, arguments: Sequence[str]) -> Node:
 def dump(values: Mapping[str, Any], *, keep_steps: bool = False) -> str:
     """Return values as YAML that ``load_config`` reads back unchanged.
 
-    With ``keep_steps``, the reader resolves each ``${steps:PATH}`` in them.
+    With ``keep_steps``, they are what ``resolve(keep_steps=True)`` made: text yet to be resolved.
     """
-    literal = plain(escape(from_plain(dict(values), ""), keep_steps=keep_steps))
-    return yaml.dump(literal, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    written = dict(values) if keep_steps else plain(escape(from_plain(dict(values), "")))
+    return yaml.dump(written, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def _read_chain(path: Path, open_files: tuple[Path, ...]) -> Node:

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from nemotron.config import Schema, dump, load_config, override, read_config
 from nemotron.errors import NemotronError
-from nemotron.interpolation import resolve
-from nemotron.tree import Node, child_at, leaves, parse_yaml, plain
+from nemotron.interpolation import STEPS_ROOT, resolve
+from nemotron.tree import Node, child_at, from_plain, leaves, parse_yaml, plain
 from nemotron.validation import refuse_secrets
 
 # The same examples in every run; a busy machine is no reason to fail.
@@ -224,6 +224,25 @@ def test_what_dump_writes_load_config_reads_back(value: Any) -> None:
     # Without the file in between, which would cost a disk write per example.
     tree = parse_yaml(dump({"options": {"value": value}}), "f.yaml")
     assert plain(resolve(tree)) == {"options": {"value": value}}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("${steps:_tiny/model}", "HERE/_tiny/model"),
+        (r"\${steps:_tiny/model}", "${steps:_tiny/model}"),
+        (r"\\${steps:_tiny}/\${HOME}", r"\HERE/_tiny/${HOME}"),
+        (r"\\\${steps:_tiny}", r"\${steps:_tiny}"),
+        ("${name}/${name}", "HERE/_tiny/HERE/_tiny"),
+        (r"${literal}/${name}", "${steps:x}/HERE/_tiny"),
+    ],
+)
+def test_a_remote_job_reads_what_was_meant(written: str, meant: str) -> None:
+    values = {"a": written, "name": "${steps:_tiny}", "literal": r"\${steps:x}"}
+    kept = plain(resolve(from_plain(values, ""), keep_steps=True))
+    assert str(STEPS_ROOT) not in str(kept)
+    read = plain(resolve(parse_yaml(dump(kept, keep_steps=True), "f.yaml")))
+    assert read["a"] == meant.replace("HERE", str(STEPS_ROOT))
 
 
 def test_dump_keeps_infinity_and_long_text(tmp_path: Path) -> None:
