@@ -7,7 +7,8 @@ the job reads it, which resolves the paths of files that ship with the steps for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +18,10 @@ from pydantic import BaseModel, Field
 from nemotron.catalog import DEFAULT_CONFIG, Step
 from nemotron.config import Schema, override, read_config
 from nemotron.errors import NemotronError, raise_all
-from nemotron.executors import EXECUTORS, Execution
+from nemotron.executors import EXECUTORS, WITHOUT_EFFECT, Execution
 from nemotron.interpolation import escape, resolve
 from nemotron.profile import Profile
-from nemotron.tree import Node, child_at, display, merge
+from nemotron.tree import Node, child_at, display, merge, plain
 from nemotron.validation import refuse_secrets, validate
 
 YAML_KEEPS = (
@@ -30,6 +31,7 @@ YAML_KEEPS = (
     "ntasks_per_node",
     "nproc_per_node",
 )
+NOT_LOCAL = ("container_image", "gpus_per_node", "ntasks_per_node", "extra", "run_command")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -58,6 +60,7 @@ class Composed:
         producers: Who makes an input that is missing, by type of artifact.
         config: The step's own part, as this machine checks it.
         values: The same as the job reads it: of a remote job, text that is yet to be resolved.
+        notes: What was asked for and changes nothing, a line each.
     """
 
     tree: Node
@@ -65,6 +68,7 @@ class Composed:
     producers: dict[str, Producer]
     config: BaseModel
     values: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 def compose(step: Step, path: Path, overrides: Sequence[str], profile: Profile | None) -> Composed:
@@ -88,6 +92,7 @@ def compose(step: Step, path: Path, overrides: Sequence[str], profile: Profile |
         producers=run.producers,
         config=config,
         values=read_by_job.model_dump(mode="json", by_alias=True),
+        notes=tuple(_without_effect(tree, execution, profile)),
     )
 
 
@@ -110,7 +115,39 @@ def _lay_profile(tree: Node, profile: Profile | None) -> Node:
     }
     # The profile's own references are resolved; a ${ that is left in it is text.
     composed = merge(merge(env, escape(profile.values)), Node(kept))
-    return merge(tree, Node({"run": Node({"env": composed})}))
+    # Without what it was made of: laid on that, each value would seem to have replaced itself.
+    bare = merge(tree, Node({"run": Node({"env": Node(None)})}))
+    return merge(bare, Node({"run": Node({"env": composed})}))
+
+
+def _without_effect(tree: Node, execution: Execution, profile: Profile | None) -> Iterator[str]:
+    """Yield a line per key that changes nothing."""
+    for key, reason in WITHOUT_EFFECT.items():
+        if key in execution.model_fields_set:
+            yield f"{key} of the profile has no effect: {reason}"
+    is_local = profile is None or profile.executor == "local"
+    for key in NOT_LOCAL if is_local else ():
+        used = child_at(tree, ("run", "env", key))
+        if used is not None and used.place.startswith("argument"):
+            yield f"run.env.{key} has no effect on a local run"
+        elif profile and child_at(profile.values, (key,)):
+            yield f"{key} of the profile has no effect on a local run"
+    yield from _kept_over(profile, tree) if profile else ()
+
+
+def _kept_over(profile: Profile, tree: Node) -> Iterator[str]:
+    """Yield a line per key of a profile for which the YAML keeps another value."""
+    for key in YAML_KEEPS:
+        asked, used = child_at(profile.values, (key,)), child_at(tree, ("run", "env", key))
+        if asked is None or used is None or used.value == asked.value:
+            continue
+        is_unused = profile.executor == "local" and key in NOT_LOCAL
+        if not used.place.startswith("argument") and not is_unused:
+            given, kept = (json.dumps(plain(node)) for node in (asked, used))
+            yield (
+                f"{key} = {given} of the profile has no effect: {used.place} says {kept}; "
+                f"pass run.env.{key}={given}"
+            )
 
 
 def _validate(

@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from nemotron.catalog import DEFAULT_CONFIG, Step, find_config
 from nemotron.compose import Producer, compose
 from nemotron.config import dump
-from nemotron.executors import WITHOUT_EFFECT, Execution, LeptonExecution, SlurmExecution
+from nemotron.executors import Execution, LeptonExecution, SlurmExecution
 from nemotron.profile import Profile
-from nemotron.tree import Node, child_at, dotted, leaves
+from nemotron.tree import dotted, leaves
 
 # Stands for the job's directory, which has a name only once the job is there.
 JOB_DIRECTORY = ".nemotron/jobs/<job>"
@@ -136,7 +136,7 @@ def build(
     path = find_config(step, config)
     executor = profile.executor if profile else "local"
     composed = compose(step, path, overrides, profile)
-    tree, execution, values = composed.tree, composed.execution, composed.values
+    execution, values = composed.execution, composed.values
     is_torchrun = step.manifest.step.launch == "torchrun"
     num_ranks = int(getattr(composed.config, "num_ranks", 1)) if is_torchrun else 1
     nodes = 1 if executor == "local" else execution.nodes or step.manifest.step.nodes
@@ -148,7 +148,9 @@ def build(
         config_path=path,
         config=composed.config,
         values=values,
-        origins={dotted(p): Origin(node.place, node.overrides) for p, node in leaves(tree)},
+        origins={
+            dotted(p): Origin(node.place, node.overrides) for p, node in leaves(composed.tree)
+        },
         executor=executor,
         profile=profile,
         is_detached=is_detached,
@@ -164,7 +166,7 @@ def build(
         environment=_environment(execution, executor, num_ranks),
         inputs=_inputs(step, values, composed.producers),
         outputs=_outputs(step, values),
-        notes=(*squash_note, *_without_effect(tree, execution, executor)),
+        notes=(*squash_note, *composed.notes),
     )
 
 
@@ -278,21 +280,3 @@ def _squash(
     digest = hashlib.sha256(image.encode()).hexdigest()[:8]
     path = f"{directory}/{name}_{digest}.sqsh"
     return path, (f"--force-squash: {path} is imported again",) if force else ()
-
-
-def _without_effect(tree: Node, execution: Execution, executor: str) -> list[str]:
-    """Return a line per key that has no use where the job runs."""
-    notes = [
-        f"{key} of the profile has no effect: {reason}"
-        for key, reason in WITHOUT_EFFECT.items()
-        if key in execution.model_fields_set
-    ]
-    if executor != "local":
-        return notes
-    if execution.run_command is not None:
-        notes.append("run_command of the profile has no effect on a local run")
-    for key in ("container_image", "gpus_per_node", "ntasks_per_node"):
-        node = child_at(tree, ("run", "env", key))
-        if node is not None and node.place.startswith("argument"):
-            notes.append(f"run.env.{key} has no effect on a local run")
-    return notes
