@@ -96,7 +96,9 @@ class JobPlan:
 
     def command(self, directory: str = JOB_DIRECTORY) -> list[str]:
         """Return the exact command of the job whose directory is ``directory``."""
-        command = [word.replace(JOB_DIRECTORY, directory) for word in self.arguments]
+        command = list(self.arguments)
+        # The first --config is ours; what stood after -- is verbatim.
+        command[command.index("--config") + 1] = f"{directory}/train.yaml"
         if self.executor != "local" or not self.execution.startup_commands:
             return command
         # One shell for all of them, so that what they export reaches the job.

@@ -57,8 +57,9 @@ def test_a_python_step_is_one_process(demo: Path) -> None:
 
 
 def test_what_stands_after_the_dashes_is_passed_on_verbatim(demo: Path) -> None:
-    words = ("--run", "x", "a.b=1", "--", "-c")
-    assert tuple(plan("demo/make", passthrough=words).command()[-5:]) == words
+    words = ("--run", ".nemotron/jobs/<job>/x", "a.b=1", "--", "--config", "-c")
+    command = plan("demo/make", passthrough=words).command("/jobs/7")
+    assert command[-8:] == ["--config", "/jobs/7/train.yaml", *words]
 
 
 def test_arguments_win_over_the_config_and_its_base(demo: Path) -> None:
