@@ -31,6 +31,7 @@ from nemotron.tree import (
 )
 from nemotron.validation import refuse_secrets, validate
 
+_BREAK = re.compile("[\x85\u2028\u2029]")
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -186,6 +187,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = None if isinstance(plain_scalar(text, text), str) else "'"
+    if _BREAK.search(text):  # a line break of YAML 1.1, written as a space in any other style
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

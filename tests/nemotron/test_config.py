@@ -203,7 +203,8 @@ scalars = (
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False)
-    | st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12)
+    | st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
+    | st.text("\x85\u2028\u2029\r\n\t \x00\x1b'a:", max_size=6)
     | st.sampled_from(
         ["no", "010", "1e-4", "${oc.env:HOME}", "12:30", "~", "null", "- a", "#", "0o7"]
     )
