@@ -21,7 +21,7 @@ from nemotron.compose import Producer, compose
 from nemotron.config import dump
 from nemotron.executors import Execution, LeptonExecution, SlurmExecution
 from nemotron.profile import Profile
-from nemotron.tree import dotted, leaves
+from nemotron.tree import dotted, for_json, leaves
 
 # Stands for the job's directory, which has a name only once the job is there.
 JOB_DIRECTORY = ".nemotron/jobs/<job>"
@@ -104,6 +104,11 @@ class JobPlan:
         # One shell for all of them, so that what they export reaches the job.
         script = "\n".join(["set -euo pipefail", *self.execution.startup_commands, 'exec "$@"'])
         return ["bash", "-c", script, "bash", *command]
+
+    @property
+    def config_data(self) -> dict[str, Any]:
+        """The config as JSON can say it: infinity is the text that a config takes for it."""
+        return for_json(self.values)
 
     @property
     def config_text(self) -> str:

@@ -135,6 +135,7 @@ STEPS = {
         """,
     "demo/train/schema.py": """
         from pathlib import Path
+        from pydantic import Field
         from nemotron.config import Schema
 
         class Data(Schema):
@@ -146,6 +147,7 @@ STEPS = {
 
         class Peft(Schema):
             dim: int = 4
+            dropout: float = Field(default=0.0, allow_inf_nan=True)
 
         class Config(Schema):
             data: Data = Data()

@@ -64,7 +64,7 @@ def test_what_stands_after_the_dashes_is_passed_on_verbatim(demo: Path) -> None:
 
 def test_arguments_win_over_the_config_and_its_base(demo: Path) -> None:
     job = plan("demo/train", "peft.dim=3", config="tiny")
-    assert job.values["peft"] == {"dim": 3}
+    assert job.values["peft"]["dim"] == 3
     origin = job.origins["peft.dim"]
     assert origin.place == "argument peft.dim=3"
     assert origin.overrides.endswith("tiny.yaml:3")
