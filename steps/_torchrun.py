@@ -40,6 +40,8 @@ from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._training.heartbeat import LastWords, last_words
 
 ERROR_FILE = "NEMOTRON_ERROR_FILE"
+# How launch.sh says a node's place in a job of several nodes.
+_OF_THIS_JOB = ("PET_RDZV_BACKEND", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 # Not SIGABRT: a collective library aborts when another rank has gone.
 _DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
@@ -99,6 +101,8 @@ class _Ranks(SubprocessContext):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun on ``argv`` and return the exit code for the whole job."""
+    argv = sys.argv[1:] if argv is None else argv
+    _drop_options_of_others(is_alone="--standalone" in argv)
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         for logger in _with_children(name):
             logger.addFilter(lambda record: not _is_known())
@@ -111,6 +115,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return int(ExitCode.OK)
+
+
+def _drop_options_of_others(*, is_alone: bool) -> None:
+    """Remove options in the environment: those of a job around this one would change what is run.
+
+    torchrun takes whatever is not on its command line from PET_*. With PET_NNODES=2 one node would
+    wait for another for ever.
+    """
+    kept = () if is_alone else _OF_THIS_JOB
+    for name in [name for name in os.environ if name.startswith("PET_") and name not in kept]:
+        del os.environ[name]
 
 
 def _is_known() -> bool:

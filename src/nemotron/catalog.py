@@ -41,7 +41,11 @@ class Step:
         return importlib.import_module(f"{self.module}.schema")
 
     def load_checks(self) -> ModuleType | None:
-        """Return the module with the step's ``check``, if it has one."""
+        """Return the module with the step's ``check``, if it has one.
+
+        Where ``check`` reads files, ``check_config`` makes those of its checks that read none, for
+        a job that has other files.
+        """
         if importlib.util.find_spec(f"{self.module}.checks") is None:
             return None
         return importlib.import_module(f"{self.module}.checks")

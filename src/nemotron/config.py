@@ -31,6 +31,7 @@ from nemotron.tree import (
 )
 from nemotron.validation import refuse_secrets, validate
 
+_BREAK = re.compile("[\x85\u2028\u2029]")
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -76,11 +77,12 @@ def override(tree: Node, arguments: Sequence[str]) -> Node:
     """
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        place = f"argument {redact_argv([argument])[0]}"
+        shown = _shown(argument)
+        place = f"argument {shown}"
         if not equals or not _KEY.fullmatch(key):
             raise NemotronError(
                 "argument_invalid",
-                f"{redact_argv([argument])[0]!r} is not key=value",
+                f"{shown!r} is not key=value",
                 fix="write key=value with a dotted key, such as train.train_iters=100",
             )
         path = tuple(key.split("."))
@@ -95,10 +97,10 @@ def override(tree: Node, arguments: Sequence[str]) -> Node:
 def dump(values: Mapping[str, Any], *, keep_steps: bool = False) -> str:
     """Return values as YAML that ``load_config`` reads back unchanged.
 
-    With ``keep_steps``, the reader resolves each ``${steps:PATH}`` in them.
+    With ``keep_steps``, they are what ``resolve(keep_steps=True)`` made: text yet to be resolved.
     """
-    literal = plain(escape(from_plain(dict(values), ""), keep_steps=keep_steps))
-    return yaml.dump(literal, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    written = dict(values) if keep_steps else plain(escape(from_plain(dict(values), "")))
+    return yaml.dump(written, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def _read_chain(path: Path, open_files: tuple[Path, ...]) -> Node:
@@ -150,6 +152,14 @@ def _missing_base(name: str, base: Path, where: str) -> NemotronError:
     )
 
 
+def _shown(argument: str) -> str:
+    """Return an argument as messages show it; what a section or list holds may be secret."""
+    key, equals, text = argument.partition("=")
+    if equals and text.lstrip()[:1] in ("{", "["):
+        return f"{key}=..."
+    return redact_argv([argument])[0]
+
+
 def _refuse_scalar_on_the_way(tree: Node, path: tuple[str, ...], place: str) -> None:
     for length in range(1, len(path)):
         node = child_at(tree, path[:length])
@@ -177,6 +187,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = None if isinstance(plain_scalar(text, text), str) else "'"
+    if _BREAK.search(text):  # a line break of YAML 1.1, written as a space in any other style
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

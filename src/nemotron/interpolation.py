@@ -27,8 +27,9 @@ from nemotron.validation import did_you_mean
 
 STEPS_ROOT = Path(__file__).parent / "steps"
 
-_OPENING = re.compile(r"(\\*)\$\{")
-_OPENING_BUT_STEPS = re.compile(r"(\\*)\$\{(?!steps:)")
+# What "${steps:" of a kept reference is until all is resolved; the same letters in text are not.
+_KEPT = "\0{steps:"
+_OPENING = re.compile(r"(\\*)(\$\{|\0\{steps:)")
 _KEY_PART = re.compile(r"[^.\[\]]+")
 # Characters in a value that is referred to. References to references could blow a small file up
 # without bound.
@@ -40,9 +41,10 @@ _FIX = (
 
 
 def resolve(tree: Node, *, keep_steps: bool = False) -> Node:
-    """Return ``tree`` with every reference replaced by what it stands for.
+    r"""Return ``tree`` with every reference replaced by what it stands for.
 
-    With ``keep_steps``, ``${steps:PATH}`` stays, checked: the job resolves it on its machine.
+    With ``keep_steps``, ``${steps:PATH}`` stays, checked: the job resolves it on its machine. What
+    is returned is then text that is yet to be resolved, in which a literal ``${`` is ``\${``.
 
     Raises:
         NemotronError: ``interpolation_invalid``, ``variable_missing``, ``secret_in_config``; every
@@ -51,19 +53,23 @@ def resolve(tree: Node, *, keep_steps: bool = False) -> Node:
     resolution = _Resolution(tree, keep_steps)
     resolved = transform(tree, resolution.resolve)
     raise_all(resolution.failures)
-    return resolved
+    return escape(resolved) if keep_steps else resolved
 
 
-def escape(tree: Node, *, keep_steps: bool = False) -> Node:
-    """Return ``tree`` so that ``resolve`` gives it back unchanged, apart from kept references."""
-    opening = _OPENING_BUT_STEPS if keep_steps else _OPENING
+def escape(tree: Node) -> Node:
+    """Return ``tree`` so that ``resolve`` gives it back unchanged."""
 
     def escaped(node: Node, _path: KeyPath) -> Node:
         if not isinstance(node.value, str):
             return node
-        return replace(node, value=opening.sub(r"\1\1\\${", node.value))
+        return replace(node, value=_OPENING.sub(_escaped, node.value))
 
     return transform(tree, escaped)
+
+
+def _escaped(opening: re.Match[str]) -> str:
+    is_kept = opening[2] == _KEPT
+    return opening[1] * 2 + ("${steps:" if is_kept else "\\${")
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class _Resolution:
             if name == "steps" and len(args) <= 1:
                 relative = "".join(map(str, args))
                 here = str(_steps_path(relative))
-                return _Found(Node(f"${{steps:{relative}}}" if self._keep_steps else here))
+                return _Found(Node(f"{_KEPT}{relative}}}" if self._keep_steps else here))
             raise ValueError(f"{name} with {len(args)} arguments is none of the references here")
 
         try:

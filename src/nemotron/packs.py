@@ -7,8 +7,7 @@ line must not wait for them.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -16,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron.artifacts import MANIFEST, blake3_file, read_artifact, refuse_unlisted
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.packed_parquet import (
+    COLUMNS,
+    check_row,
+    file_properties,
+    open_file,
+    read_group,
+    row_groups,
+)
 
 if TYPE_CHECKING:
-    import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
-COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 
@@ -90,7 +95,8 @@ def open_packs(path: Path) -> Packs:
     """Return the packs at a path: an artifact, a directory of Parquet files, or one file.
 
     Raises:
-        NemotronError: ``packs_missing``, ``artifact_unlisted``, and what ``read_artifact`` raises.
+        NemotronError: ``packs_missing``, ``packs_damaged``, ``artifact_unlisted``, and what
+            ``read_artifact`` raises.
     """
     if (path / MANIFEST).is_file():
         artifact = read_artifact(path, "packed_parquet")
@@ -110,7 +116,7 @@ def open_packs(path: Path) -> Packs:
             fix="pass the output_dir of data_prep/sft_packing, or Parquet files of its columns",
             exit_code=ExitCode.DATA,
         )
-    return Packs(path, {"": files}, _file_properties(files[0]))
+    return Packs(path, {"": files}, file_properties(files[0]))
 
 
 def measure(packs: Packs) -> dict[str, SplitStats]:
@@ -185,12 +191,17 @@ def read_row(packs: Packs, split: str, number: int) -> dict[str, list[int]]:
         )
     first = 0
     for path in packs.splits[split]:
-        file = _open(path)
+        file = open_file(path)
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if first <= number < first + rows:
-                table = file.read_row_group(group, columns=list(COLUMNS))
-                return table.slice(number - first, 1).to_pylist()[0]
+                columns = read_group(path, file, group, COLUMNS, first)
+                row = {
+                    name: column.slice(number - first, 1).to_pylist()[0]
+                    for name, column in zip(COLUMNS, columns, strict=True)
+                }
+                check_row(path, number, row)
+                return row
             first += rows
     raise NemotronError(
         "row_missing",
@@ -262,7 +273,7 @@ def _measure_split(files: Sequence[Path]) -> SplitStats:
 
     stats = SplitStats()
     counts = np.zeros(1, dtype=np.int64)
-    for row_starts, documents_of_rows, starts, masks in _groups(files):
+    for row_starts, documents_of_rows, starts, masks in row_groups(files):
         row_ends = np.append(row_starts[1:], len(masks))
         absolute = starts + np.repeat(row_starts, documents_of_rows)
         lengths = np.diff(np.append(absolute, len(masks))) - 1
@@ -279,60 +290,3 @@ def _measure_split(files: Sequence[Path]) -> SplitStats:
     present = np.flatnonzero(counts)
     stats.document_lengths = dict(zip(present.tolist(), counts[present].tolist(), strict=True))
     return stats
-
-
-def _groups(files: Sequence[Path]) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Yield, for each row group: row starts, documents of each row, document starts, mask."""
-    import numpy as np
-
-    for path in files:
-        file = _open(path)
-        for number in range(file.num_row_groups):
-            table = file.read_row_group(number, columns=["loss_mask", "seq_start_id"])
-            masks = table.column("loss_mask").combine_chunks()
-            starts = table.column("seq_start_id").combine_chunks()
-            mask_offsets = masks.offsets.to_numpy()
-            start_offsets = starts.offsets.to_numpy()
-            yield (
-                mask_offsets[:-1] - mask_offsets[0],
-                np.diff(start_offsets),
-                starts.flatten().to_numpy().astype(np.int64),
-                masks.flatten().to_numpy(),
-            )
-
-
-def _open(path: Path) -> pq.ParquetFile:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        missing = set(COLUMNS) - set(file.schema_arrow.names)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(path, str(error)) from None
-    if missing:
-        raise _damaged(path, f"it has no column {min(missing)}")
-    return file
-
-
-def _damaged(path: Path, problem: str) -> NemotronError:
-    return NemotronError(
-        "packs_damaged",
-        f"{path} is not packed Parquet: {problem}",
-        where=str(path),
-        fix="run data_prep/sft_packing again",
-        exit_code=ExitCode.DATA,
-    )
-
-
-def _file_properties(path: Path) -> dict[str, Any]:
-    """Return what a file says about itself in its key-value metadata."""
-    prefix = b"nemotron."
-    entries = _open(path).metadata.metadata or {}
-    found = {
-        key.removeprefix(prefix).decode(): value.decode()
-        for key, value in entries.items()
-        if key.startswith(prefix)
-    }
-    numbers = {key: json.loads(value) for key, value in found.items() if value.isdecimal()}
-    return found | numbers

@@ -1,9 +1,6 @@
 """From a step, a config, a profile and arguments to one frozen ``JobPlan``; nothing is written.
 
 ``--dry-run`` prints exactly this plan, and a real run executes exactly this plan.
-
-Lowest first, a config is composed of: the ``defaults:`` chain, the YAML, the profile (into
-``run.env``, where the YAML keeps ``YAML_KEEPS``), the ``key=value`` arguments.
 """
 
 from __future__ import annotations
@@ -15,50 +12,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from nemotron.catalog import DEFAULT_CONFIG, Step, find_config
-from nemotron.config import Schema, dump, override, read_config
-from nemotron.errors import NemotronError, raise_all
-from nemotron.executors import (
-    EXECUTORS,
-    WITHOUT_EFFECT,
-    Execution,
-    LeptonExecution,
-    SlurmExecution,
-)
-from nemotron.interpolation import escape, resolve
+from nemotron.compose import Producer, compose
+from nemotron.config import dump
+from nemotron.executors import Execution, LeptonExecution, SlurmExecution
 from nemotron.profile import Profile
-from nemotron.tree import Node, child_at, display, dotted, leaves, merge
-from nemotron.validation import refuse_secrets, validate
+from nemotron.tree import dotted, for_json, leaves
 
-YAML_KEEPS = (
-    "container_image",
-    "nodes",
-    "gpus_per_node",
-    "ntasks_per_node",
-    "nproc_per_node",
-)
 # Stands for the job's directory, which has a name only once the job is there.
 JOB_DIRECTORY = ".nemotron/jobs/<job>"
-
-M = TypeVar("M", bound=BaseModel)
-
-
-class Producer(Schema):
-    """Who makes an input that is missing: a step and the config that it runs with."""
-
-    step: str
-    config: str = DEFAULT_CONFIG
-
-
-class RunSection(Schema):
-    """The section ``run`` of a config; ``env`` has a schema of its own for each executor."""
-
-    env: dict[str, Any] = Field(default={})
-    producers: dict[str, Producer] = Field(default={})
 
 
 @dataclass(frozen=True)
@@ -130,12 +96,19 @@ class JobPlan:
 
     def command(self, directory: str = JOB_DIRECTORY) -> list[str]:
         """Return the exact command of the job whose directory is ``directory``."""
-        command = [word.replace(JOB_DIRECTORY, directory) for word in self.arguments]
+        command = list(self.arguments)
+        # The first --config is ours; what stood after -- is verbatim.
+        command[command.index("--config") + 1] = f"{directory}/train.yaml"
         if self.executor != "local" or not self.execution.startup_commands:
             return command
         # One shell for all of them, so that what they export reaches the job.
         script = "\n".join(["set -euo pipefail", *self.execution.startup_commands, 'exec "$@"'])
         return ["bash", "-c", script, "bash", *command]
+
+    @property
+    def config_data(self) -> dict[str, Any]:
+        """The config as JSON can say it: infinity is the text that a config takes for it."""
+        return for_json(self.values)
 
     @property
     def config_text(self) -> str:
@@ -169,20 +142,10 @@ def build(
     """
     path = find_config(step, config)
     executor = profile.executor if profile else "local"
-    tree = _lay_profile(read_config(path), profile)
-    written = override(tree, overrides)
-    tree = resolve(written)
-    refuse_secrets(tree, references="secret_vars")
-    execution, run, checked = _validate(tree, step, executor, display(path))
-    values = checked.model_dump(mode="json", by_alias=True)
-    if executor != "local":
-        # Files that ship with the steps lie elsewhere where the job runs.
-        kept = resolve(written, keep_steps=True)
-        values = _validate(kept, step, executor, display(path))[2].model_dump(
-            mode="json", by_alias=True
-        )
+    composed = compose(step, path, overrides, profile)
+    execution, values = composed.execution, composed.values
     is_torchrun = step.manifest.step.launch == "torchrun"
-    num_ranks = int(getattr(checked, "num_ranks", 1)) if is_torchrun else 1
+    num_ranks = int(getattr(composed.config, "num_ranks", 1)) if is_torchrun else 1
     nodes = 1 if executor == "local" else execution.nodes or step.manifest.step.nodes
     image = _image(step, execution, executor)
     squash, squash_note = _squash(execution, image, force_squash)
@@ -190,9 +153,11 @@ def build(
     return JobPlan(
         step=step,
         config_path=path,
-        config=checked,
+        config=composed.config,
         values=values,
-        origins={dotted(p): Origin(node.place, node.overrides) for p, node in leaves(tree)},
+        origins={
+            dotted(p): Origin(node.place, node.overrides) for p, node in leaves(composed.tree)
+        },
         executor=executor,
         profile=profile,
         is_detached=is_detached,
@@ -206,59 +171,10 @@ def build(
         mounts=_mounts(execution, workspace),
         arguments=(*_start(step, executor, nodes, num_ranks), *passthrough),
         environment=_environment(execution, executor, num_ranks),
-        inputs=_inputs(step, values, run.producers),
+        inputs=_inputs(step, values, composed.producers),
         outputs=_outputs(step, values),
-        notes=(*squash_note, *_without_effect(tree, execution, executor)),
+        notes=(*squash_note, *composed.notes),
     )
-
-
-def _lay_profile(tree: Node, profile: Profile | None) -> Node:
-    """Return the config with the profile in ``run.env``."""
-    env = child_at(tree, ("run", "env")) or Node({})
-    written = env.value if isinstance(env.value, dict) else {}
-    for key, node in written.items():
-        if key not in (*YAML_KEEPS, "env_vars"):
-            raise NemotronError(
-                "unknown_key",
-                f"unknown key run.env.{key} in a config",
-                where=node.place,
-                fix=f"put {key} into a profile, or pass run.env.{key}=...",
-            )
-    if profile is None:
-        return tree
-    kept = {
-        key: node for key, node in written.items() if key in YAML_KEEPS and node.value is not None
-    }
-    # The profile's own references are resolved; a ${ that is left in it is text.
-    composed = merge(merge(env, escape(profile.values)), Node(kept))
-    return merge(tree, Node({"run": Node({"env": composed})}))
-
-
-def _validate(
-    tree: Node, step: Step, executor: str, source: str
-) -> tuple[Execution, RunSection, BaseModel]:
-    """Return ``run.env``, the rest of ``run`` and the step's own config, each as its schema."""
-    assert isinstance(tree.value, dict)  # noqa: S101 - a config is a mapping
-    own = Node({key: node for key, node in tree.value.items() if key != "run"}, tree.place)
-    run = tree.value.get("run", Node({}))
-    env = child_at(run, ("env",)) or Node({})
-    failures: list[NemotronError] = []
-
-    def checked(part: Node, model: type[M], prefix: tuple[str, ...] = ()) -> M | None:
-        try:
-            return validate(part, model, prefix=prefix, source=source)
-        except NemotronError as error:
-            failures.extend(getattr(error, "errors", (error,)))
-            return None
-
-    schema: type[BaseModel] = step.load_schema().Config
-    execution = checked(env, EXECUTORS[executor], ("run", "env"))
-    section = checked(run, RunSection, ("run",))
-    config = checked(own, schema)
-    if execution is None or section is None or config is None:
-        raise_all(failures)
-        raise AssertionError("a failed validation without errors")
-    return execution, section, config
 
 
 def _start(step: Step, executor: str, nodes: int, num_ranks: int) -> list[str]:
@@ -361,36 +277,13 @@ def _squash(
     execution: Execution, image: str | None, force: bool
 ) -> tuple[str | None, tuple[str, ...]]:
     """Return the file that the image is imported to, if it is, and what to say about --force."""
-    is_imported = (
-        isinstance(execution, SlurmExecution)
-        and execution.remote_job_dir is not None
-        and image is not None
-        and not image.endswith(".sqsh")
-        and not image.startswith("/")
-    )
-    if not is_imported:
+    directory = execution.remote_job_dir if isinstance(execution, SlurmExecution) else None
+    is_file = image is not None and (image.endswith(".sqsh") or image.startswith("/"))
+    if directory is None or image is None or is_file:
         reason = "no container image is imported for this run"
         return None, (f"--force-squash has no effect: {reason}",) if force else ()
-    name = re.sub(r"[^A-Za-z0-9]+", "_", str(image)).strip("_")
+    name = re.sub(r"[^A-Za-z0-9]+", "_", image).strip("_")
     # Two images may have the same letters: the digest keeps their files apart.
-    digest = hashlib.sha256(str(image).encode()).hexdigest()[:8]
-    path = f"{getattr(execution, 'remote_job_dir', '')}/{name}_{digest}.sqsh"
+    digest = hashlib.sha256(image.encode()).hexdigest()[:8]
+    path = f"{directory}/{name}_{digest}.sqsh"
     return path, (f"--force-squash: {path} is imported again",) if force else ()
-
-
-def _without_effect(tree: Node, execution: Execution, executor: str) -> list[str]:
-    """Return a line per key that has no use where the job runs."""
-    notes = [
-        f"{key} of the profile has no effect: {reason}"
-        for key, reason in WITHOUT_EFFECT.items()
-        if key in execution.model_fields_set
-    ]
-    if executor != "local":
-        return notes
-    if execution.run_command is not None:
-        notes.append("run_command of the profile has no effect on a local run")
-    for key in ("container_image", "gpus_per_node", "ntasks_per_node"):
-        node = child_at(tree, ("run", "env", key))
-        if node is not None and node.place.startswith("argument"):
-            notes.append(f"run.env.{key} has no effect on a local run")
-    return notes

@@ -1,7 +1,8 @@
 """Checks over a plan before anything starts: all failures at once, without torch.
 
 A check that cannot be decided from here is *pending*: in a dry run an input that is not there yet,
-on a remote profile an input that lies where the job will run. A contradiction fails in both.
+on a remote profile whatever depends on files that lie where the job will run. A contradiction fails
+in both.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ def place_elsewhere(plan: JobPlan, item: PlannedInput) -> Path | None:
         return None
     if item.path is None or item.path.startswith("${steps:") or "://" in item.path:
         return None
-    if execution.tunnel == "local" and shutil.which("sbatch") is None:
+    if execution.tunnel == "local" and not _is_login_node(execution):
         return None
     assert plan.workspace is not None  # noqa: S101 - a Slurm job has one
     place = Path(os.path.normpath(plan.workspace / item.path))
@@ -224,6 +225,11 @@ def place_elsewhere(plan: JobPlan, item: PlannedInput) -> Path | None:
     return source / place.relative_to(target)
 
 
+def _is_login_node(execution: SlurmExecution) -> bool:
+    """Return whether this host is one that the jobs of a profile are submitted from."""
+    return execution.tunnel == "local" and shutil.which("sbatch") is not None
+
+
 def _check_elsewhere(plan: JobPlan, item: PlannedInput, dry_run: bool) -> Check:
     """Check an input of a remote job, as far as this machine can see it."""
     if item.path is None:
@@ -233,8 +239,8 @@ def _check_elsewhere(plan: JobPlan, item: PlannedInput, dry_run: bool) -> Check:
     place = place_elsewhere(plan, item)
     if place is None:
         return Check("pending", f"{named}: not checked from here")
-    if getattr(plan.execution, "tunnel", "local") == "ssh":
-        host = getattr(plan.execution, "host", "")
+    if isinstance(plan.execution, SlurmExecution) and plan.execution.tunnel == "ssh":
+        host = plan.execution.host
         return Check("pending", f"{named}: looked for on {host} when the job is submitted")
     if _exists(str(place)):
         return Check("ok", f"{item.type} is at {place}")
@@ -271,13 +277,27 @@ def _check_step(plan: JobPlan) -> list[Check]:
     if module is None:
         return []
     run: Callable[..., list[NemotronError]] = module.check
+    left: list[Check] = []
+    if not _has_files_of_job(plan) and hasattr(module, "check_config"):
+        run = module.check_config
+        text = f"checks of {plan.step.id} that read files: left to the job"
+        left.append(Check("pending", text))
     try:
         errors = run(plan.config)
     except NemotronError as error:
         errors = [error]
     if not errors:
-        return [Check("ok", f"checks of {plan.step.id}")]
-    return [_refused(error) for error in errors]
+        return [Check("ok", f"checks of {plan.step.id}"), *left]
+    return [*(_refused(error) for error in errors), *left]
+
+
+def _has_files_of_job(plan: JobPlan) -> bool:
+    """Return whether a path of the config is here, now, what it will be for the job."""
+    execution = plan.execution
+    if not isinstance(execution, SlurmExecution):
+        return plan.executor == "local"
+    is_here = _is_login_node(execution) and plan.workspace == Path.cwd()
+    return is_here and not execution.dependency
 
 
 def _missing(plan: JobPlan, item: PlannedInput) -> NemotronError:
@@ -311,14 +331,21 @@ def _other_output(item: PlannedInput, maker: JobPlan, made: list[str]) -> Nemotr
 
 def _exists(path: str) -> bool:
     """Return whether something is at ``path``, or fits it; an empty directory is nothing."""
-    if glob.has_magic(path):
+    if _is_pattern(path):
         return next(glob.iglob(path), None) is not None  # noqa: PTH207 - Path.glob wants a root
     place = Path(path)
     return any(place.iterdir()) if place.is_dir() else place.exists()
 
 
+def _is_pattern(path: str) -> bool:
+    """Return whether a path has wildcards; one of something that is there has letters alone."""
+    return glob.has_magic(path) and not Path(path).exists()
+
+
 def _fixed_part(path: str) -> Path:
     """Return the part of a path before the first component with a wildcard."""
+    if not _is_pattern(path):
+        return Path(path)
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
 
 

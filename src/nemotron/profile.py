@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nemotron
 from nemotron.errors import NemotronError
-from nemotron.executors import EXECUTORS
+from nemotron.executors import EXECUTORS, Execution
 from nemotron.interpolation import resolve
 from nemotron.tree import Node, child_at, display, dotted, from_plain, leaves, merge
 from nemotron.validation import did_you_mean, refuse_secrets, validate
@@ -29,11 +29,12 @@ BUILT_IN = {"local": from_plain({"executor": "local"}, "built in")}
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile: its executor, and its keys with their places, resolved and checked."""
+    """A profile: its executor, its keys with their places, resolved, and what they say."""
 
     name: str
     executor: str
     values: Node
+    execution: Execution
 
 
 def load_profile(name: str, start: Path | None = None) -> Profile:
@@ -54,8 +55,9 @@ def load_profile(name: str, start: Path | None = None) -> Profile:
         _refuse_files_of_steps(written)
     tree = _without_empty_variables(resolve(written), written)
     refuse_secrets(tree, references="secret_vars")
-    validate(tree, EXECUTORS[executor], source=values.place, what=f"{executor} profile key")
-    return Profile(name, executor, tree)
+    what = f"{executor} profile key"
+    execution = validate(tree, EXECUTORS[executor], source=values.place, what=what)
+    return Profile(name, executor, tree, execution)
 
 
 def read_tables(start: Path) -> dict[str, Node]:

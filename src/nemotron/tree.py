@@ -10,6 +10,7 @@ strings. Anchors, aliases, tags and duplicate keys are refused.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -133,6 +134,17 @@ def from_plain(value: Any, place: str) -> Node:
         return Node([from_plain(item, place) for item in value], place)
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return Node(value, place, str(value) if is_number else None)
+
+
+def for_json(value: Any) -> Any:
+    """Return a plain value with ``.inf`` and ``.nan`` for the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: for_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    return value
 
 
 def merge(base: Node, over: Node) -> Node:

@@ -135,6 +135,7 @@ STEPS = {
         """,
     "demo/train/schema.py": """
         from pathlib import Path
+        from pydantic import Field
         from nemotron.config import Schema
 
         class Data(Schema):
@@ -146,6 +147,7 @@ STEPS = {
 
         class Peft(Schema):
             dim: int = 4
+            dropout: float = Field(default=0.0, allow_inf_nan=True)
 
         class Config(Schema):
             data: Data = Data()
@@ -160,10 +162,20 @@ STEPS = {
                 return self.recipe.tensor_model_parallel_size
         """,
     "demo/train/checks.py": """
+        from pathlib import Path
         from nemotron.errors import ExitCode, NemotronError
         from nemotron.steps.demo.train.schema import Config
 
         def check(config: Config) -> list[NemotronError]:
+            return check_config(config) + check_packs(config)
+
+        def check_packs(config: Config) -> list[NemotronError]:
+            if (Path(config.data.packs or "") / "odd").exists():
+                code = ExitCode.PREFLIGHT
+                return [NemotronError("odd_packs", "odd packs", fix="pack again", exit_code=code)]
+            return []
+
+        def check_config(config: Config) -> list[NemotronError]:
             if config.peft.dim == 13:
                 code = ExitCode.PREFLIGHT
                 return [NemotronError("unlucky", "dim is 13", fix="peft.dim=12", exit_code=code)]

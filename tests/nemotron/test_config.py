@@ -13,8 +13,9 @@ from pydantic import Field
 
 from nemotron.config import Schema, dump, load_config, override, read_config
 from nemotron.errors import NemotronError
-from nemotron.interpolation import resolve
-from nemotron.tree import Node, child_at, leaves, parse_yaml, plain
+from nemotron.interpolation import STEPS_ROOT, resolve
+from nemotron.tree import Node, child_at, from_plain, leaves, parse_yaml, plain
+from nemotron.validation import refuse_secrets
 
 # The same examples in every run; a busy machine is no reason to fail.
 fixed = settings(deadline=None, derandomize=True)
@@ -161,6 +162,15 @@ def test_the_place_of_an_argument_hides_a_secret() -> None:
     assert "tiger" not in places
 
 
+@pytest.mark.parametrize("value", ["{HF_TOKEN: hunter2}", " [{password: hunter2}]", "{a: hunter2"])
+@pytest.mark.parametrize("key", ["run.env.env_vars", "no key"])
+def test_what_a_section_or_list_holds_is_named_by_its_key_alone(key: str, value: str) -> None:
+    with pytest.raises(NemotronError) as caught:
+        refuse_secrets(override(Node({}), [f"{key}={value}", "password=x"]))
+    assert "hunter2" not in str(caught.value)
+    assert f"{key}=..." in str(caught.value) or "{a" in value
+
+
 def test_a_scalar_in_place_of_a_section_is_refused_by_the_schema(tmp_path: Path) -> None:
     path = write(tmp_path, a="peft: 5\n")
     with pytest.raises(NemotronError, match="peft is 5; wanted a section of keys"):
@@ -193,7 +203,8 @@ scalars = (
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False)
-    | st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12)
+    | st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
+    | st.text("\x85\u2028\u2029\r\n\t \x00\x1b'a:", max_size=6)
     | st.sampled_from(
         ["no", "010", "1e-4", "${oc.env:HOME}", "12:30", "~", "null", "- a", "#", "0o7"]
     )
@@ -214,6 +225,25 @@ def test_what_dump_writes_load_config_reads_back(value: Any) -> None:
     # Without the file in between, which would cost a disk write per example.
     tree = parse_yaml(dump({"options": {"value": value}}), "f.yaml")
     assert plain(resolve(tree)) == {"options": {"value": value}}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("${steps:_tiny/model}", "HERE/_tiny/model"),
+        (r"\${steps:_tiny/model}", "${steps:_tiny/model}"),
+        (r"\\${steps:_tiny}/\${HOME}", r"\HERE/_tiny/${HOME}"),
+        (r"\\\${steps:_tiny}", r"\${steps:_tiny}"),
+        ("${name}/${name}", "HERE/_tiny/HERE/_tiny"),
+        (r"${literal}/${name}", "${steps:x}/HERE/_tiny"),
+    ],
+)
+def test_a_remote_job_reads_what_was_meant(written: str, meant: str) -> None:
+    values = {"a": written, "name": "${steps:_tiny}", "literal": r"\${steps:x}"}
+    kept = plain(resolve(from_plain(values, ""), keep_steps=True))
+    assert str(STEPS_ROOT) not in str(kept)
+    read = plain(resolve(parse_yaml(dump(kept, keep_steps=True), "f.yaml")))
+    assert read["a"] == meant.replace("HERE", str(STEPS_ROOT))
 
 
 def test_dump_keeps_infinity_and_long_text(tmp_path: Path) -> None:

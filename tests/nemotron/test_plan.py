@@ -57,13 +57,14 @@ def test_a_python_step_is_one_process(demo: Path) -> None:
 
 
 def test_what_stands_after_the_dashes_is_passed_on_verbatim(demo: Path) -> None:
-    words = ("--run", "x", "a.b=1", "--", "-c")
-    assert tuple(plan("demo/make", passthrough=words).command()[-5:]) == words
+    words = ("--run", ".nemotron/jobs/<job>/x", "a.b=1", "--", "--config", "-c")
+    command = plan("demo/make", passthrough=words).command("/jobs/7")
+    assert command[-8:] == ["--config", "/jobs/7/train.yaml", *words]
 
 
 def test_arguments_win_over_the_config_and_its_base(demo: Path) -> None:
     job = plan("demo/train", "peft.dim=3", config="tiny")
-    assert job.values["peft"] == {"dim": 3}
+    assert job.values["peft"]["dim"] == 3
     origin = job.origins["peft.dim"]
     assert origin.place == "argument peft.dim=3"
     assert origin.overrides.endswith("tiny.yaml:3")
@@ -165,6 +166,35 @@ def test_keys_without_effect_on_a_local_run_are_noted(demo: Path) -> None:
     notes = plan("demo/train", "run.env.container_image=x").notes
     assert notes == ("run.env.container_image has no effect on a local run",)
     assert plan("demo/train").notes == ()
+
+
+def test_keys_of_a_profile_without_effect_on_a_local_run_are_noted(demo: Path) -> None:
+    keys = 'container_image = "x"\ngpus_per_node = 8\nextra = { qos = "high" }\n'
+    (demo / "env.toml").write_text(f'[mine]\nextends = "local"\n{keys}')
+    assert plan("demo/train", profile="mine").notes == (
+        "container_image of the profile has no effect on a local run",
+        "gpus_per_node of the profile has no effect on a local run",
+        "extra of the profile has no effect on a local run",
+    )
+
+
+def test_a_value_that_the_yaml_keeps_names_the_profile_that_asked_for_another(slurm: Path) -> None:
+    job = plan("demo/train", profile="slurm")
+    place = job.origins["run.env.gpus_per_node"].place
+    assert place.endswith("default.yaml:2")
+    assert job.origins["run.env.gpus_per_node"].overrides == "profiles/slurm.toml [slurm]"
+    assert job.origins["run.env.nodes"].overrides == ""
+    assert job.notes == (
+        'container_image = "registry.example/profile:1" of the profile has no effect: '
+        f'{place} says "registry.example/demo:25.10"; '
+        'pass run.env.container_image="registry.example/profile:1"',
+        f"gpus_per_node = 8 of the profile has no effect: {place} says 4; "
+        "pass run.env.gpus_per_node=8",
+    )
+    job = plan(
+        "demo/train", "run.env.gpus_per_node=6", "run.env.container_image=x", profile="slurm"
+    )
+    assert job.notes == ()
 
 
 def test_threads_are_shared_out_unless_the_user_did(

@@ -71,6 +71,15 @@ def test_an_input_that_is_there_is_ok_and_an_empty_directory_is_not(demo: Path) 
     assert failures(checks("demo/train", "data.packs=null", "data.glob=out/*.csv", dry_run=False))
 
 
+def test_brackets_in_the_name_of_something_that_is_there_are_no_pattern(demo: Path) -> None:
+    (demo / "packs[1]").mkdir()
+    (demo / "packs[1]" / "a.parquet").touch()
+    assert not failures(checks("demo/train", "data.packs='packs[1]'", dry_run=False))
+    overlap = ("data.packs='packs[1]'", "save='packs[1]/new'")
+    (error,) = failures(checks("demo/train", *overlap, dry_run=False))
+    assert error.code == "output_path_overlaps_inputs"
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_missing_input_with_a_producer_is_produced_first(demo: Path, dry_run: bool) -> None:
     found = checks("demo/train", config="tiny", dry_run=dry_run)
@@ -230,8 +239,38 @@ def test_an_input_that_nobody_can_see_from_here_is_left_to_the_job(
     overrides = [override] if "=" in override else [f"data.packs={override}"] if override else []
     found = checks("demo/train", *overrides, profile="c", dry_run=False)
     assert not failures(found)
-    (pending,) = texts(found, "pending")
+    (pending, *_) = texts(found, "pending")
     assert pending.endswith(": not checked from here")
+
+
+SSH = 'executor = "slurm"\ntunnel = "ssh"\nremote_job_dir = "/jobs"'
+
+
+@pytest.mark.usefixtures("login_node")
+@pytest.mark.parametrize(
+    ("keys", "refused"),
+    [
+        ("", True),
+        ('executor = "slurm"', True),
+        ('executor = "slurm"\nworkspace = "/elsewhere"', False),
+        ('executor = "slurm"\ndependency = "afterok:7"', False),
+        (f"{SSH}", False),
+        (f'{SSH}\nworkspace = "HERE"', False),  # the same name on another machine
+        ('executor = "lepton"', False),
+    ],
+)
+def test_files_of_this_machine_are_checked_only_where_the_job_has_them(
+    demo: Path, keys: str, refused: bool
+) -> None:
+    cluster(demo, f"[c]\n{keys.replace('HERE', str(demo))}\n")
+    (demo / "out" / "make").mkdir(parents=True)
+    (demo / "out" / "make" / "odd").touch()
+    found = checks("demo/train", profile="c")
+    assert [error.code for error in failures(found)] == ["odd_packs"] * refused
+    left = "checks of demo/train that read files: left to the job"
+    assert (left in texts(found, "pending")) is not refused
+    found = checks("demo/train", "peft.dim=13", profile="c")
+    assert "unlucky" in [error.code for error in failures(found)]
 
 
 @pytest.mark.usefixtures("login_node")

@@ -55,6 +55,21 @@ if ends.startswith("killed"):
 """
 
 
+def run(tmp_path: Path, ends: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
+    worker, error_file = tmp_path / "worker.py", tmp_path / "error.json"
+    worker.write_text(WORKER)
+    command = [sys.executable, "-m", "nemotron.steps._torchrun", "--standalone"]
+    ours = {"NEMOTRON_ERROR_FILE": str(error_file), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--nproc-per-node", str(len(ends)), str(worker), *ends],
+        env={**os.environ, **ours, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
 @pytest.mark.parametrize(
     ("ends", "code", "shown", "hidden"),
     [
@@ -86,20 +101,16 @@ if ends.startswith("killed"):
 def test_the_exit_code_is_that_of_the_first_rank_that_failed(
     tmp_path: Path, ends: list[str], code: int, shown: str, hidden: str
 ) -> None:
-    worker, error_file = tmp_path / "worker.py", tmp_path / "error.json"
-    worker.write_text(WORKER)
-    command = [sys.executable, "-m", "nemotron.steps._torchrun", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node", str(len(ends)), str(worker), *ends],
-        env={**os.environ, "NEMOTRON_ERROR_FILE": str(error_file), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run(tmp_path, ends)
     assert done.returncode == code, done.stderr
     assert shown in done.stderr
     assert hidden not in done.stderr
     if code == 8:
-        record = json.loads(error_file.read_text())
+        record = json.loads((tmp_path / "error.json").read_text())
         assert (record["code"], record["exit_code"], record["rank"]) == ("rank_died", 8, 1)
+
+
+@pytest.mark.parametrize("name", ["PET_MODULE", "PET_RUN_PATH", "PET_NO_PYTHON", "PET_NNODES"])
+def test_the_options_of_another_job_are_not_taken_for_ours(tmp_path: Path, name: str) -> None:
+    done = run(tmp_path, ["well"], **{name: "2"})
+    assert done.returncode == 0, done.stderr

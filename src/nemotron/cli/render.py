@@ -130,7 +130,7 @@ def plan_data(plan: JobPlan, checks: Sequence[Check]) -> dict[str, Any]:
         "detached": plan.is_detached,
         "nodes": plan.nodes,
         "ranks": plan.num_ranks,
-        "config": redact_data(plan.values),
+        "config": redact_data(plan.config_data),
         "execution": redact_data(plan.execution.model_dump(mode="json", exclude_unset=True)),
         "overridden": _overridden(plan),
         "origins": {key: origin.place for key, origin in plan.origins.items()},

@@ -8,20 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.executors import EXECUTORS, Execution, LeptonExecution, SlurmExecution
+from nemotron.executors import Execution, LeptonExecution, SlurmExecution
 from nemotron.launch import lepton_jobs, slurm
 from nemotron.launch.host import Host
 from nemotron.preflight import Check
 from nemotron.profile import Profile
-from nemotron.tree import plain
 
 
 def check_profile(profile: Profile) -> list[Check]:
     """Return what holds and what does not, all of it."""
-    execution = EXECUTORS[profile.executor].model_validate(plain(profile.values))
     found = [Check("ok", f"{profile.name} is a valid {profile.executor} profile")]
     try:
-        found += _check(execution)
+        found += _check(profile.execution)
     except NemotronError as error:
         found.append(Check("failed", error.problem, error))
     return found

@@ -9,6 +9,7 @@ from nemotron.artifacts import write_text
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.report.page import report_page
 from nemotron.report.run import TrainingRun, config_difference, read_run, summary
+from nemotron.tree import for_json
 
 __all__ = ["TrainingRun", "read_run", "report_data", "write_page"]
 
@@ -16,14 +17,16 @@ __all__ = ["TrainingRun", "read_run", "report_data", "write_page"]
 def report_data(run: TrainingRun, against: TrainingRun | None = None) -> dict[str, Any]:
     """Return the figures of a run, and of another with what the two were asked for differently."""
     difference = {} if against is None else config_difference(run, against)
-    return {
-        "run": summary(run),
-        "against": None if against is None else summary(against),
-        "config_difference": [
-            {"key": key, "run": ours, "against": theirs}
-            for key, (ours, theirs) in difference.items()
-        ],
-    }
+    return for_json(
+        {
+            "run": summary(run),
+            "against": None if against is None else summary(against),
+            "config_difference": [
+                {"key": key, "run": ours, "against": theirs}
+                for key, (ours, theirs) in difference.items()
+            ],
+        }
+    )
 
 
 def write_page(run: TrainingRun, against: TrainingRun | None, path: Path | None) -> Path:

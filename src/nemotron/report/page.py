@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from html import escape
 from typing import Any
 
 from nemotron.report.chart import Line, line_chart, number
+from nemotron.report.markup import escape
 from nemotron.report.run import TrainingRun, config_difference, summary
 
 _STYLE = """

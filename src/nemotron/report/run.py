@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nemotron import catalog, jobs
 from nemotron.errors import ExitCode, NemotronError
@@ -21,6 +21,8 @@ from nemotron.redaction import redact_data
 
 METRICS_FILE = "metrics.jsonl"
 Points = list[tuple[int, float]]
+_LARGEST = 1e300  # of a curve: what is beyond it has no place on an axis
+_LAST_TIME = 250_000_000_000  # in the year 9892
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class TrainingRun:
         directory: Where ``metrics.jsonl`` is.
         status: Of its last job; None where no job of this project wrote it.
         config: Values by dotted key, as the last job had them, secrets hidden.
-        steps: What was recorded of every optimizer step, by iteration.
+        steps: What was recorded of every optimizer step, by iteration; finite numbers alone.
         validations: Loss on the valid split.
         saves: Iterations that were saved, with the directory.
         happenings: Beginnings, ends and failures, in order of time.
@@ -51,7 +53,7 @@ class TrainingRun:
     directory: Path
     status: str | None
     config: dict[str, Any]
-    steps: dict[int, dict[str, Any]]
+    steps: dict[int, dict[str, float]]
     validations: Points
     saves: list[tuple[int, str]]
     happenings: list[Happening]
@@ -137,23 +139,25 @@ def config_difference(run: TrainingRun, other: TrainingRun) -> dict[str, tuple[A
 
 
 def _read(name: str, directory: Path, root: Path | None) -> TrainingRun:
-    steps: dict[int, dict[str, Any]] = {}
+    steps: dict[int, dict[str, float]] = {}
     validations: Points = []
     saves: list[tuple[int, str]] = []
     happenings: list[Happening] = []
     config: dict[str, Any] = {}
     for event in _events(directory / METRICS_FILE):
-        kind, iteration = event["event"], event["iteration"]
+        kind, iteration = event.get("event"), event["iteration"]
         if kind == "step":
-            steps[iteration] = event
-        elif kind == "validation" and math.isfinite(event["lm_loss"]):
+            steps[iteration] = {key: value for key, value in event.items() if _is_finite(value)}
+        elif kind == "validation" and _is_finite(event.get("lm_loss")):
             validations.append((iteration, event["lm_loss"]))
         elif kind == "saved":
-            saves.append((iteration, event["directory"]))
-        config = event.get("config", config)
+            saves.append((iteration, str(event.get("directory", ""))))
+        if isinstance(event.get("config"), dict):
+            config = event["config"]
         text = _told(event)
         if text:
-            happenings.append(Happening(event.get("time", 0.0), iteration, text))
+            time = event.get("time")
+            happenings.append(Happening(time if _is_time(time) else 0.0, iteration, text))
     since = happenings[0].time if happenings else 0.0
     written_by = [record for record in _jobs_of(directory, root) if _ended(record) >= since]
     happenings += [_end_of(record) for record in written_by if record.status in jobs.ENDED]
@@ -189,7 +193,7 @@ def _told(event: Mapping[str, Any]) -> str:
         "stopped": "stopped on request",
         "save_failed": f"nothing saved: {event.get('problem')}",
     }
-    return texts.get(event["event"], "")
+    return texts.get(str(event.get("event")), "")
 
 
 def _end_of(record: JobRecord) -> Happening:
@@ -222,6 +226,17 @@ def _ended(record: JobRecord) -> float:
 
 def _unix(time: str) -> float:
     return datetime.fromisoformat(time).timestamp()
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    """Return whether a recorded value is a number that can be drawn; a lost loss is null or NaN."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < _LARGEST
+
+
+def _is_time(value: object) -> TypeGuard[float]:
+    return _is_finite(value) and 0 <= value < _LAST_TIME
 
 
 def _is_timed(step: Mapping[str, Any]) -> bool:

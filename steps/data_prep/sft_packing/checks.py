@@ -12,23 +12,22 @@ from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import HUB, STEP, Sources, read_blend
 from nemotron.steps.data_prep.sft_packing.schema import Config
-from nemotron.steps.data_prep.sft_packing.templates import is_inline, read_template
+from nemotron.steps.data_prep.sft_packing.templates import (
+    bundled_names,
+    is_inline,
+    read_template,
+    unknown_template,
+)
 
 
 def check(config: Config) -> list[NemotronError]:
     """Return every problem of a config and of the inputs that exist."""
-    checks: tuple[Callable[[Config], None], ...] = (
-        _check_paths,
-        _check_template,
-        _check_context_length,
-    )
-    errors: list[NemotronError] = []
-    for run in checks:
-        try:
-            run(config)
-        except NemotronError as error:
-            errors.append(error)
-    return errors
+    return _problems(config, _check_inputs, _check_template, _check_context_length)
+
+
+def check_config(config: Config) -> list[NemotronError]:
+    """Return the problems of a config alone; no input is read."""
+    return _problems(config, _check_paths, _check_template_name)
 
 
 def datasets_of(config: Config) -> Sources:
@@ -45,13 +44,27 @@ def datasets_of(config: Config) -> Sources:
     )
 
 
-def _check_paths(config: Config) -> None:
+def _problems(config: Config, *checks: Callable[[Config], None]) -> list[NemotronError]:
+    errors: list[NemotronError] = []
+    for run in checks:
+        try:
+            run(config)
+        except NemotronError as error:
+            errors.append(error)
+    return errors
+
+
+def _check_inputs(config: Config) -> None:
     for item in datasets_of(config).datasets:
         if item.path.startswith(HUB):
             continue
         for name in glob.glob(item.path, recursive=True):  # noqa: PTH207
             key = "blend_path" if item.path == str(config.blend_path) else item.name
             refuse_overlap(config.output_dir, {key: Path(name)})
+    _check_paths(config)
+
+
+def _check_paths(config: Config) -> None:
     tokenizer = Path(config.tokenizer_options.model)
     blend = Path(config.blend_path)
     refuse_overlap(config.output_dir, {"blend_path": blend, "tokenizer": tokenizer})
@@ -59,12 +72,19 @@ def _check_paths(config: Config) -> None:
 
 def _check_template(config: Config) -> None:
     name = config.chat_template
-    if name is None or is_inline(name):
+    if name is not None and not is_inline(name) and Path(name).is_file():
+        read_template(name)
+    else:
+        _check_template_name(config)
+
+
+def _check_template_name(config: Config) -> None:
+    name = config.chat_template
+    if name is None or is_inline(name) or name in bundled_names():
         return
     # A path that is not here may be on the machine where the job runs.
-    path = Path(name)
-    if path.is_file() or (path.suffix == "" and path.name == name):
-        read_template(name)
+    if Path(name).suffix == "" and Path(name).name == name:
+        raise unknown_template(name)
 
 
 def _check_context_length(config: Config) -> None:

@@ -30,7 +30,7 @@ STEP = "peft/megatron_bridge"
 
 def check(config: Config) -> list[NemotronError]:
     """Return every contradiction; inputs that do not exist yet are passed over."""
-    errors = _check_layout(config)
+    errors = check_config(config)
     packs = _existing_packs(packed_root(config.packed_data), errors)
     base = _existing(base_root(config.checkpoint.pretrained_checkpoint), None, errors)
     if base is not None and base.type != "checkpoint_megatron":
@@ -45,6 +45,32 @@ def check(config: Config) -> list[NemotronError]:
     if not errors and packs is not None and base is not None:
         errors += _check_resume(config)
     return errors
+
+
+def check_config(config: Config) -> list[NemotronError]:
+    """Return the contradictions of a config alone; no file is read."""
+    absent = {
+        "context_parallel_size": config.context_parallel_size,
+        "expert_model_parallel_size": config.expert_model_parallel_size,
+        "expert_tensor_parallel_size": config.model.expert_tensor_parallel_size or 1,
+    }
+    problems = [
+        (name, f"{name} is {value}; only 1 is supported so far")
+        for name, value in absent.items()
+        if value != 1
+    ]
+    rows = config.train.micro_batch_size * config.recipe.data_parallel_size
+    if config.train.global_batch_size % rows:
+        problem = (
+            f"global_batch_size {config.train.global_batch_size} is not a multiple of "
+            f"micro_batch_size {config.train.micro_batch_size} x "
+            f"data_parallel_size {config.recipe.data_parallel_size}"
+        )
+        problems.append(("train.global_batch_size", problem))
+    problems += _check_chunks(config)
+    return [
+        step_error(STEP, "layout_unsupported", problem, where=where) for where, problem in problems
+    ]
 
 
 def existing_inputs(config: Config) -> tuple[Path, Path]:
@@ -103,31 +129,6 @@ def _existing_packs(root: Path | None, errors: list[NemotronError]) -> Artifact 
     except NemotronError as error:
         errors.append(error)
     return packs
-
-
-def _check_layout(config: Config) -> list[NemotronError]:
-    absent = {
-        "context_parallel_size": config.context_parallel_size,
-        "expert_model_parallel_size": config.expert_model_parallel_size,
-        "expert_tensor_parallel_size": config.model.expert_tensor_parallel_size or 1,
-    }
-    problems = [
-        (name, f"{name} is {value}; only 1 is supported so far")
-        for name, value in absent.items()
-        if value != 1
-    ]
-    rows = config.train.micro_batch_size * config.recipe.data_parallel_size
-    if config.train.global_batch_size % rows:
-        problem = (
-            f"global_batch_size {config.train.global_batch_size} is not a multiple of "
-            f"micro_batch_size {config.train.micro_batch_size} x "
-            f"data_parallel_size {config.recipe.data_parallel_size}"
-        )
-        problems.append(("train.global_batch_size", problem))
-    problems += _check_chunks(config)
-    return [
-        step_error(STEP, "layout_unsupported", problem, where=where) for where, problem in problems
-    ]
 
 
 def _check_chunks(config: Config) -> list[tuple[str, str]]:

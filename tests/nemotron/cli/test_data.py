@@ -142,3 +142,75 @@ def test_another_tokenizer_is_refused(packed: Path, tmp_path: Path, capsys: Capt
     capsys.readouterr()
     assert main(["data", "inspect", str(packed), "--tokenizer", str(tmp_path)]) == 4
     assert "is not the tokenizer that made these packs" in capsys.readouterr().err
+
+
+GOOD: dict[str, Any] = {"input_ids": [[5, 6, 27]], "loss_mask": [[1, 1, 0]], "seq_start_id": [[0]]}
+UNSORTED = "seq_start_id of row 1 does not rise from 0 to below its length"
+
+
+@pytest.mark.parametrize(
+    ("changes", "metadata", "problem"),
+    [
+        ({"seq_start_id": [0]}, {}, "its seq_start_id is int64, no list of integers"),
+        ({"loss_mask": [["a", "b", "c"]]}, {}, "its loss_mask is list<"),
+        ({"input_ids": [None]}, {}, "its input_ids is null, no list of integers"),
+        ({}, {"nemotron.pack_size": "0512"}, "its metadata has pack_size '0512', no number"),
+    ],
+)
+def test_a_file_that_is_no_packed_parquet_is_damaged(
+    tmp_path: Path, capsys: Captured, changes: dict[str, Any], metadata: Any, problem: str
+) -> None:
+    table = pa.table(GOOD | changes).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "shard.parquet")
+    for command in (["stats"], ["inspect", "--tokenizer", "nowhere"]):
+        assert main(["data", *command, str(tmp_path)]) == 4
+        error = capsys.readouterr().err
+        assert "error[packs_damaged]" in error
+        assert problem in error
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (([5, 6, 27], [1, 1, 0], [0, 9]), UNSORTED),
+        (([5, 6, 27], [1, 1, 0], [1, 2]), UNSORTED),
+        (([5, 6, 27], [1, 1, 0], [0, 2, 1]), UNSORTED),
+        (([5, 6, 27], [1, 1, 0], []), UNSORTED),
+        (([], [], []), UNSORTED),
+        ((None, None, None), "has a null in rows 0 to 2"),
+        (([5, 6, 27], [1, None, 0], [0]), "loss_mask has a null in rows 0 to 2"),
+    ],
+)
+def test_a_row_that_breaks_the_contract_is_damaged(
+    tmp_path: Path, capsys: Captured, row: tuple[Any, ...], problem: str
+) -> None:
+    columns = {
+        name: [*good, bad, *good] for (name, good), bad in zip(GOOD.items(), row, strict=True)
+    }
+    pq.write_table(pa.table(columns), tmp_path / "shard.parquet")
+    for command in (["stats"], ["inspect", "--row", "1", "--tokenizer", "nowhere"]):
+        assert main(["data", *command, str(tmp_path)]) == 4
+        error = capsys.readouterr().err
+        assert "error[packs_damaged]" in error
+        assert problem in error
+
+
+def test_a_mask_of_another_length_than_its_row_is_damaged(tmp_path: Path, capsys: Captured) -> None:
+    pq.write_table(pa.table(GOOD | {"loss_mask": [[1, 0]]}), tmp_path / "shard.parquet")
+    assert main(["data", "inspect", str(tmp_path), "--tokenizer", "nowhere"]) == 4
+    assert "row 0 has 3 input_ids, 2 loss_mask" in capsys.readouterr().err
+
+
+def test_lists_of_other_widths_are_read(tmp_path: Path, capsys: Captured) -> None:
+    schema = pa.schema(
+        {
+            "input_ids": pa.large_list(pa.uint32()),
+            "loss_mask": pa.list_(pa.bool_()),
+            "seq_start_id": pa.list_(pa.int64()),
+        }
+    )
+    columns = GOOD | {"loss_mask": [[True, True, False]]}
+    pq.write_table(pa.table(columns, schema=schema), tmp_path / "shard.parquet")
+    assert main(["data", "stats", str(tmp_path), "--json"]) == 0
+    item = json.loads(capsys.readouterr().out)["splits"][""]
+    assert (item["rows"], item["tokens"], item["supervised_tokens"]) == (1, 2, 2)

@@ -69,6 +69,12 @@ def test_check_says_all_that_is_wrong(
     assert main(["profiles", "check", "p"]) == 0
 
 
+def test_check_takes_a_number_for_text_as_a_run_does(here: Path, capsys: Captured) -> None:
+    (here / "env.toml").write_text("[p]\nenv_vars = { N = 1 }\n")
+    assert main(["profiles", "check", "p"]) == 0
+    assert "p is a valid local profile" in capsys.readouterr().out
+
+
 def test_check_does_not_advise_ssh_where_there_is_no_ssh(
     here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

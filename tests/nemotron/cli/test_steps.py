@@ -101,6 +101,19 @@ def test_a_dry_run_as_json_is_the_same_as_data(demo: Path, capsys: Captured) -> 
     assert [check["status"] for check in plan["checks"]].count("pending") == 1
 
 
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan"])
+def test_a_number_that_json_has_not_is_the_text_that_a_config_takes(
+    demo: Path, capsys: Captured, number: str
+) -> None:
+    assert main(["steps", "run", "demo/train", "-d", "--json", f"peft.dropout={number}"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    plan = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert plan["config"]["peft"]["dropout"] == number
+
+
 def test_a_dry_run_fails_when_a_check_fails(demo: Path, capsys: Captured) -> None:
     assert main(["steps", "run", "demo/train", "-d", "peft.dim=13", "save=out/make"]) == 3
     out, err = capsys.readouterr()

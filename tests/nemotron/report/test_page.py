@@ -50,6 +50,14 @@ def test_a_page_has_every_curve_and_every_value(write_metrics: WriteMetrics) -> 
     assert "2.5 (best)" in cells
 
 
+def test_a_character_that_xml_forbids_is_spelled_out(write_metrics: WriteMetrics) -> None:
+    write_metrics("out", title="a\x07b\ud800\ufffe\x85 \u2028\U0001f600")
+    page = report_page(read_run("out"))
+    cells = [cell.text for cell in parsed(page).iter("td")]
+    assert cells[cells.index("title") + 1] == "a\\x07b\\ud800\\ufffe\x85 \u2028\U0001f600"
+    assert page.encode()
+
+
 def test_two_runs_are_drawn_over_each_other(write_metrics: WriteMetrics) -> None:
     write_metrics("one", optimizer={"lr": 0.1})
     write_metrics("two", optimizer={"lr": 0.2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.jobs import Job
 from nemotron.report import read_run, report_data
+from nemotron.report.page import report_page
 from nemotron.report.run import config_difference, summary
 from tests.nemotron.report.conftest import START, step
 
@@ -29,6 +31,29 @@ def test_the_summary_has_the_figures_of_the_run(write_metrics: WriteMetrics) -> 
     assert figures["saves"] == [{"iteration": 4, "directory": "iter_0000004"}]
     assert figures["status"] is None
     json.dumps(figures, allow_nan=False)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "3", True, 10**400])
+def test_what_was_lost_of_a_line_is_left_out_and_the_rest_reported(
+    write_metrics: WriteMetrics, value: object
+) -> None:
+    lost = {"lm_loss": value, "grad_norm": value, "seconds": value, "time": value}
+    events = [
+        step(5) | lost,
+        {"event": "validation", "iteration": 5, "lm_loss": value},
+        {"event": "saved", "iteration": 5},
+        {"event": "stopped", "iteration": 5, "time": value, "config": value},
+        {"iteration": 5},
+    ]
+    rest = "".join(json.dumps(event) + "\n" for event in events)
+    run = read_run(str(write_metrics("out", rest=rest, optimizer={"clip_grad": math.inf})))
+    figures = summary(run)
+    assert (figures["iterations"], figures["last_loss"]) == (5, 0.75)
+    assert (figures["step_seconds"], figures["last_valid_loss"]) == (2.0, 2.5)
+    assert figures["saves"][-1] == {"iteration": 5, "directory": ""}
+    assert run.config["train.train_iters"] == 8
+    json.dumps(report_data(run, read_run(str(write_metrics("other")))), allow_nan=False)
+    assert "stopped on request" in report_page(run)
 
 
 def test_a_run_is_found_by_its_job_and_by_its_directory(

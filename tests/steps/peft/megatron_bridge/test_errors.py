@@ -12,7 +12,7 @@ import pytest
 
 from nemotron.artifacts import read_artifact, write_artifact
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps.peft.megatron_bridge.checks import check, existing_inputs
+from nemotron.steps.peft.megatron_bridge.checks import check, check_config, existing_inputs
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
 Train = Callable[..., Any]
@@ -43,6 +43,11 @@ def test_another_sequence_length_than_the_packs_is_refused(world: Any) -> None:
     assert "128" in error.problem
     assert "64" in error.problem
     assert "recipe.seq_length" in error.fix
+
+
+def test_what_is_wrong_in_a_config_alone_is_found_without_its_files(world: Any) -> None:
+    recipe = {"seq_length": 128, "context_parallel_size": 2}
+    assert codes(check_config(config(world, recipe=recipe))) == ["layout_unsupported"]
 
 
 @pytest.mark.parametrize(
