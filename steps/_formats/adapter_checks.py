@@ -65,6 +65,8 @@ def by_pattern(pattern: Mapping[str, _Number], module: str, *, default: _Number)
 def check_pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return ``rank_pattern`` (counts) or ``alpha_pattern`` (numbers) after checking it."""
     pattern = values.get(key) or {}
+    if not isinstance(pattern, dict):
+        raise adapter_error("config", path, f"{key} is {pattern!r}; wanted numbers by module")
     kinds = int if key == "rank_pattern" else int | float
     for module, value in pattern.items():
         is_number = isinstance(value, kinds) and not isinstance(value, bool)
@@ -90,6 +92,9 @@ def check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float, tup
         if value is not None and value not in neutral:
             raise adapter_error("config", path, f"{key} is {value!r}, which is not supported")
     _check_init(path, values.get("init_lora_weights"))
+    use_rslora = values.get("use_rslora")
+    if use_rslora is not None and not isinstance(use_rslora, bool):
+        raise adapter_error("config", path, f"use_rslora is {use_rslora!r}; wanted true or false")
     dim, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
         raise adapter_error("config", path, f"r is {dim!r}; wanted a number of 1 or more")
