@@ -153,9 +153,12 @@ def _check_tokenizer(config: Config, packs: Artifact, base: Artifact) -> list[Ne
     of_packs, of_base = (each.properties["tokenizer_blake3"] for each in (packs, base))
     if of_packs == of_base:
         return []
+    made_with, has = (
+        f"tokenizer {each[:12]}" if each else "no tokenizer.json" for each in (of_packs, of_base)
+    )
     problem = (
-        f"{config.packed_data} was made with tokenizer {of_packs[:12]}, "
-        f"{config.checkpoint.pretrained_checkpoint} has tokenizer {of_base[:12]}"
+        f"{config.packed_data} was made with {made_with}, "
+        f"{config.checkpoint.pretrained_checkpoint} has {has}"
     )
     return [step_error(STEP, "tokenizer_mismatch", problem, where=str(config.packed_data))]
 

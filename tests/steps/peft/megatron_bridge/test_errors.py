@@ -90,7 +90,12 @@ def test_less_rows_than_a_global_batch_are_refused(world: Any) -> None:
     assert codes(check(config(world, train={"global_batch_size": 16}))) == ["too_few_rows"]
 
 
-def test_another_tokenizer_than_the_base_is_refused(world: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("of_base", "has"), [('"def"', "has tokenizer def"), ("null", "has no tokenizer.json")]
+)
+def test_another_tokenizer_than_the_base_is_refused(
+    world: Any, tmp_path: Path, of_base: str, has: str
+) -> None:
     packs = tmp_path / "packs"
     shutil.copytree(world.packs, packs)
     manifest = packs / "artifact.json"
@@ -99,13 +104,17 @@ def test_another_tokenizer_than_the_base_is_refused(world: Any, tmp_path: Path) 
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
     manifest = base / "artifact.json"
-    text = manifest.read_text().replace('"tokenizer_blake3": null', '"tokenizer_blake3": "def"')
+    text = manifest.read_text().replace(
+        '"tokenizer_blake3": null', f'"tokenizer_blake3": {of_base}'
+    )
     manifest.write_text(text)
     sections = {
         "dataset": {"nano3_packed_sft_dir": str(packs)},
         "checkpoint": {"pretrained_checkpoint": str(base)},
     }
-    assert codes(check(config(world, **sections))) == ["tokenizer_mismatch"]
+    (error,) = check(config(world, **sections))
+    assert error.code == "tokenizer_mismatch"
+    assert f"{packs} was made with tokenizer abc, {base} {has}" == error.problem
 
 
 def test_an_adapter_as_base_is_refused(world: Any) -> None:
