@@ -231,13 +231,15 @@ def _write_files(
 def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
     """Return the adapter in ``directory`` after checking it against the model it is to adapt.
 
-        Checked are: every field of the config that changes what an adapter does, the exact set of
-        tensors, their shapes, the rank, and that all values are finite.
+    Checked are: every field of the config that changes what an adapter does, the exact set of
+    tensors, their shapes, the rank, and that all values are finite.
 
-        Raises:
-            NemotronError: ``adapter_missing``, ``pickled_weights``, ``artifact_damaged``,
-            ``adapter_config``,
-    x"""
+    Raises:
+        NemotronError: ``adapter_missing``, ``pickled_weights``, ``artifact_damaged``,
+            ``adapter_config``, ``adapter_prefix``, ``adapter_half_missing``,
+            ``adapter_keys_missing``, ``adapter_keys_unexpected``, ``adapter_rank``,
+            ``adapter_alpha``, ``adapter_shape`` or ``adapter_not_finite``.
+    """
     path = directory / ADAPTER_CONFIG
     if (directory / _PICKLED).is_file() and not (directory / ADAPTER_WEIGHTS).is_file():
         problem = f"{directory} holds a pickled adapter ({_PICKLED})"

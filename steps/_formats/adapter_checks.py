@@ -37,6 +37,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": ((), [], {}),
     "alora_invocation_tokens": ((), []),
 }
+# PEFT's initialisations that leave the base as it is. PiSSA, OLoRA, CorDA and LoRA-GA move a part
+# of it into the factors, LoftQ quantises it, and the base that is left is not saved: added to the
+# base that everybody has, such factors make another model. Source: PEFT 0.21.2, lora/layer.py.
+_INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_CONVERT_TO_PLAIN = (
+    "save it in PEFT as plain LoRA: model.save_pretrained(DIR, path_initial_model_for_weight_"
+    "conversion=INITIAL), INITIAL being the adapter as it was saved before training; a LoftQ "
+    "adapter fits its quantised base only: merge it in PEFT"
+)
 
 
 def tensor_names(module: str) -> tuple[str, str]:
@@ -56,6 +65,8 @@ def by_pattern(pattern: Mapping[str, _Number], module: str, *, default: _Number)
 def check_pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return ``rank_pattern`` (counts) or ``alpha_pattern`` (numbers) after checking it."""
     pattern = values.get(key) or {}
+    if not isinstance(pattern, dict):
+        raise adapter_error("config", path, f"{key} is {pattern!r}; wanted numbers by module")
     kinds = int if key == "rank_pattern" else int | float
     for module, value in pattern.items():
         is_number = isinstance(value, kinds) and not isinstance(value, bool)
@@ -80,6 +91,10 @@ def check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float, tup
         value = values.get(key)
         if value is not None and value not in neutral:
             raise adapter_error("config", path, f"{key} is {value!r}, which is not supported")
+    _check_init(path, values.get("init_lora_weights"))
+    use_rslora = values.get("use_rslora")
+    if use_rslora is not None and not isinstance(use_rslora, bool):
+        raise adapter_error("config", path, f"use_rslora is {use_rslora!r}; wanted true or false")
     dim, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
         raise adapter_error("config", path, f"r is {dim!r}; wanted a number of 1 or more")
@@ -90,6 +105,15 @@ def check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float, tup
             "config", path, f"target_modules is {targets!r}; wanted a list of names"
         )
     return dim, float(alpha), tuple(sorted(str(target) for target in targets))
+
+
+def _check_init(path: Path, init: Any) -> None:
+    """Refuse an adapter to a base that its initialisation changed, or may have."""
+    if init is None or isinstance(init, bool) or str(init).lower() in _INITS_BESIDE_THE_BASE:
+        return
+    wanted = f"a bool, {', '.join(_INITS_BESIDE_THE_BASE)}: those leave the base as it is"
+    problem = f"init_lora_weights is {init!r}; wanted {wanted}"
+    raise adapter_error("config", path, problem, fix=_CONVERT_TO_PLAIN)
 
 
 def wanted_shapes(

@@ -31,13 +31,13 @@ class AsMegatron:
         """Return one tensor, or the slice asked for, of one layer where it is layered."""
         rule = self._rules[name]
         names = [part.format(layer=layer) for part in rule.hf]
-        num_rows = rule.shape[0]
-        first, last, _ = (rows or slice(None)).indices(num_rows)
-        half = num_rows // 2
-        if rule.layout == "gate_up" and first // half == (last - 1) // half:
-            part = first // half  # all in gate or all in up
-            tensor = self._weights.read(names[part])
-            first, last = first - part * half, last - part * half
+        first, last, _ = (rows or slice(None)).indices(rule.shape[0])
+        gate_rows = rule.shape[0] // 2
+        if rule.layout == "gate_up" and last <= gate_rows:
+            tensor = self._weights.read(names[0])
+        elif rule.layout == "gate_up" and first >= gate_rows:
+            tensor = self._weights.read(names[1])
+            first, last = first - gate_rows, last - gate_rows
         else:
             parts = [self._weights.read(name) for name in names]
             tensor = join_rows(parts, layout=rule.layout, config=self.config)

@@ -137,14 +137,14 @@ def _stacked(
     return lora_a, lora_b
 
 
-def adapter_error(kind: str, where: Path, problem: str) -> NemotronError:
+def adapter_error(kind: str, where: Path, problem: str, *, fix: str | None = None) -> NemotronError:
     """Return the error ``adapter_<kind>`` of an adapter that cannot be used as it is."""
-    why, fix = _REASONS[kind]
+    why, usual_fix = _REASONS[kind]
     return NemotronError(
         f"adapter_{kind}",
         problem,
         where=str(where),
         why=why,
-        fix=fix,
+        fix=fix or usual_fix,
         exit_code=ExitCode.DATA,
     )

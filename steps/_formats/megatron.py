@@ -37,6 +37,8 @@ _ALIASES = {
     ),
     "decoder.layers.mlp.linear_fc1.layer_norm_weight": "decoder.layers.pre_mlp_layernorm.weight",
 }
+# One row per token of the vocabulary; Megatron pads them, so that each rank gets as many.
+_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Training state that lies beside the weights in the same files.
 NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state", "common_state")
 
@@ -136,7 +138,7 @@ class MegatronCheckpoint:
             return rule.megatron
         got = self._reader.shape(name)
         wanted = ((self.config.num_layers,) if leading else ()) + rule.shape
-        is_padded = not rule.is_layered and got[:1] > wanted[:1] and got[1:] == wanted[1:]
+        is_padded = rule.megatron in _PADDED and got[:1] > wanted[:1] and got[1:] == wanted[1:]
         if got != wanted and not is_padded:
             raise NemotronError(
                 "weights_shape",

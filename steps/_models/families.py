@@ -63,7 +63,6 @@ def sizes_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     family = _family(config)
     refuse_other_values(config, _REQUIRED)
     _refuse_two_rotations(config)
-    rope = config.get("rope_parameters") or {}
     num_heads = required(config, "num_attention_heads")
     hidden_size = required(config, "hidden_size")
     return {
@@ -76,7 +75,7 @@ def sizes_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": required(config, "vocab_size"),
         "layernorm_epsilon": float(required(config, "rms_norm_eps")),
         "rotary_base": float(_rotary_base(config)),
-        "rope_scaling": _rope_scaling(rope or config.get("rope_scaling") or {}),
+        "rope_scaling": _rope_scaling(_rope(config)),
         "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
         "max_position_embeddings": required(config, "max_position_embeddings"),
         "add_qkv_bias": family.add_qkv_bias,
@@ -127,24 +126,30 @@ def hf_from_sizes(sizes: Mapping[str, Any], *, dtype_name: str) -> dict[str, Any
 def in_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a ``config.json`` that transformers 4 and 5 read as the same model.
 
-    transformers 4 takes no notice of ``rope_parameters`` and computes with a base of 10000.
+    transformers 4 takes no notice of ``rope_parameters``, nor of a ``rope_theta`` in
+    ``rope_scaling``, and computes with a base of 10000.
     """
-    if "rope_parameters" not in config:
+    rope = _rope(config)
+    if not config.get("rope_parameters") and "rope_theta" not in rope:
         return dict(config)
-    rope = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     is_scaled = (rope.get("rope_type") or rope.get("type") or "default") != "default"
     dtype = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
     return {
         **config,
         "rope_theta": _rotary_base(config),
-        "rope_scaling": rope if is_scaled else None,
+        "rope_scaling": scaling if is_scaled else None,
         **dtype,
     }
 
 
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the description of the rotary embedding that transformers 5 goes by."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
 def _rotary_base(config: Mapping[str, Any]) -> float:
-    rope = config.get("rope_parameters") or {}
-    return rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    return _rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0
 
 
 def _model_type(sizes: Mapping[str, Any]) -> str:
@@ -193,15 +198,18 @@ def _window_size(config: Mapping[str, Any]) -> int | None:
 
 
 def _refuse_two_rotations(config: Mapping[str, Any]) -> None:
-    """Refuse a config whose spellings contradict each other, as after a trip through both."""
-    wanted = in_both_spellings(config)
-    is_theta_other = config.get("rope_theta") not in (None, wanted.get("rope_theta"))
-    scalings = [_rope_scaling(each.get("rope_scaling") or {}) for each in (config, wanted)]
-    if is_theta_other or (config.get("rope_scaling") and scalings[0] != scalings[1]):
+    """Refuse a config whose spellings contradict each other, as after a trip through both.
+
+    Where two bases are stated, transformers 4 goes by the outer one and 5 by the inner one.
+    """
+    ropes = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
+    bases = {each.get("rope_theta") for each in (config, *ropes)} - {None, _rotary_base(config)}
+    scalings = [_rope_scaling(each) for each in ropes]
+    if bases or any(each != scalings[0] for each in scalings):
         raise unsupported(
             "config.json describes two rotary embeddings: rope_parameters are "
-            f"{config['rope_parameters']}, rope_theta is {config.get('rope_theta')}, rope_scaling "
-            f"is {config.get('rope_scaling')}"
+            f"{config.get('rope_parameters')}, rope_theta is {config.get('rope_theta')}, "
+            f"rope_scaling is {config.get('rope_scaling')}"
         )
 
 

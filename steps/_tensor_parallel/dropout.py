@@ -28,7 +28,9 @@ class DropoutRows:
     def mask(
         self, x_SF: Tensor, *, name: str, features: int, tokens: slice, columns: slice, p: float
     ) -> Tensor:
-        """Return the factors for ``x_SF``: 0 with probability ``p``, else 1 / (1 - p).
+        """Return the factors for ``x_SF``: 0 with probability ``p``, else 1.
+
+        That the mean be kept is left to the scale of the product: 1 / (1 - p) is no number of bf16.
 
         Args:
             x_SF: The input, this rank's tokens and columns of it; gives dtype and device.
@@ -45,4 +47,4 @@ class DropoutRows:
             generator.manual_seed(int.from_bytes(digest, "little") >> 1)
             uniform = torch.rand((num_tokens, features), generator=generator, device=x_SF.device)
             masks.append(uniform[:, columns] >= p)
-        return torch.cat(masks)[tokens].to(x_SF.dtype) / (1.0 - p)
+        return torch.cat(masks)[tokens].to(x_SF.dtype)

@@ -7,9 +7,10 @@ replicated over the tensor-parallel ranks or, with sequence parallelism, split o
 S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T tensor-parallel size;
 scale: ``LoraSpec``'s. Factors come in their masters' dtype (fp32) and are used in the activations'.
 A prologue (RMS norm, SwiGLU) is part of the linear: x in the lines below is its output; what is
-saved is its input, and what backward needs of it is computed again. With dropout, x in a line about
-A is ``x * mask``; masks are drawn again, not saved. Nothing is saved or computed for a gradient of
-the frozen base, and dx only where somebody asks for it.
+saved is its input, and what backward needs of it is computed again. With dropout of p, x in a line
+about A is ``x * mask`` and the scale is over 1 - p, which the activations' type would round; masks
+are drawn again, not saved. Nothing is saved or computed for a gradient of the frozen base, and dx
+only where somebody asks for it.
 
 Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), equation 3; tensor parallelism, Shoeybi et al. 2019
 (arXiv:1909.08053), section 3; sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198),
@@ -100,7 +101,8 @@ class ColumnParallel(torch.autograd.Function):
         parts = [lora_a_RH.shape[1], len(lora_a_RH)]
         # Copied at every call, R / H of the matrix, so that an optimizer may change lora_b without
         # telling anyone; in RowParallel lora_a. The matrix is kept off autograd's saved tensors:
-        # the copy changes no value within a step, but would look like a change.
+        # the copy changes no value within a step (of which dropout is on or off for the whole), but
+        # would look like a change.
         extended[:, parts[0] :] = lora_b_FR * scale
         lora_a_RH = lora_a_RH.to(x_SH.dtype)
         x_h = empty_to_send(x_SH, sum(parts), groups.sequence)

@@ -97,11 +97,6 @@ class _ParallelLinear(nn.Module):
         """The frozen base shard, a view of the extended matrix: [F / T, H] or [F, H / T]."""
         return self.extended[: len(self.lora_b), : self.lora_a.shape[1]]
 
-    @property
-    def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
-        return self.lora.scale if self.lora else 1.0
-
     def load_weight(self, shard: Tensor) -> None:
         """Copy this rank's base shard in.
 
@@ -117,13 +112,14 @@ class _ParallelLinear(nn.Module):
             with torch.no_grad():
                 target.copy_(source)
 
-    def _mask(
+    def _scale_and_mask(
         self, dropout: DropoutRows | None, features: int, tokens: slice, columns: slice
-    ) -> Mask | None:
-        if dropout is None or self.lora is None or self.lora.dropout == 0.0:
-            return None
+    ) -> tuple[float, Mask | None]:
+        """Return what the product of the factors is multiplied by, and the mask of its input."""
+        if self.lora is None or dropout is None or self.lora.dropout == 0.0:
+            return self.lora.scale if self.lora else 1.0, None
         p = self.lora.dropout
-        return partial(
+        return self.lora.scale / (1.0 - p), partial(
             dropout.mask, name=self.name, features=features, tokens=tokens, columns=columns, p=p
         )
 
@@ -187,11 +183,9 @@ class ColumnParallelLinear(_ParallelLinear):
             norm = RMSNormPrologue(self.layer_norm_weight, epsilon)
         first = num_tokens * self.group.rank if self.sequence_parallel else 0
         tokens = slice(first, first + num_tokens)
-        mask = self._mask(dropout, features, tokens, slice(0, features))
+        scale, mask = self._scale_and_mask(dropout, features, tokens, slice(0, features))
         factors = self.lora_a, self.lora_b
-        return ColumnParallel.apply(
-            x_SH, *factors, self.extended, self.scale, norm, mask, self.groups
-        )
+        return ColumnParallel.apply(x_SH, *factors, self.extended, scale, norm, mask, self.groups)
 
     def local_rows(self) -> list[slice]:
         """Return this rank's rows of the whole weight, one slice a segment."""
@@ -273,11 +267,9 @@ class RowParallelLinear(_ParallelLinear):
         self, x_SH: Tensor, dropout: DropoutRows | None = None, residual_SF: Tensor | None = None
     ) -> Tensor:
         tokens = slice(0, len(x_SH))
-        mask = self._mask(dropout, self.in_features, tokens, self.local_columns())
+        scale, mask = self._scale_and_mask(dropout, self.in_features, tokens, self.local_columns())
         inputs = x_SH, self.lora_a, self.lora_b, residual_SF
-        return RowParallel.apply(
-            *inputs, self.extended, self.scale, self.activation, mask, self.groups
-        )
+        return RowParallel.apply(*inputs, self.extended, scale, self.activation, mask, self.groups)
 
     def local_columns(self) -> slice:
         """Return this rank's columns of the whole weight."""

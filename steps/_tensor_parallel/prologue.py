@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Returns the dropout mask of an input, scaled by 1 / (1 - p): 0 where it is dropped.
+# Returns the dropout mask of an input: 0 where it is dropped, else 1.
 Mask = Callable[[Tensor], Tensor]
 
 

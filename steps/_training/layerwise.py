@@ -201,9 +201,32 @@ def _load_layer(
         for name, linear in list(block.named_children()):
             assert isinstance(linear, ColumnParallelLinear | RowParallelLinear)
             own = factors.get(linear.name)
-            in_place = _Linear(linear, reader, index, dtype, own, in_weights=in_weights)
+            in_place = _in_place(linear, reader, index, dtype, own, in_weights=in_weights)
             setattr(block, name, in_place)
     return layer
+
+
+def _in_place(
+    linear: ColumnParallelLinear | RowParallelLinear,
+    reader: AsMegatron,
+    layer: int,
+    dtype: torch.dtype,
+    factors: tuple[Tensor, Tensor] | None,
+    *,
+    in_weights: bool,
+) -> _ColumnLinear | _RowLinear:
+    """Return what stands in for a linear of the trainer, on the weights where they lie."""
+    on_disk = linear.name.replace(f"layers.{layer}.", "layers.")
+    read = partial(reader.read, f"{on_disk}.weight", layer=layer)
+    factors = factors and (factors[0].to(dtype), factors[1].to(dtype))
+    if isinstance(linear, RowParallelLinear):
+        return _RowLinear(linear.activation, [read()], factors, in_weights=in_weights)
+    assert linear.norm_epsilon is not None
+    norm_H = reader.read(f"{on_disk}.layer_norm_weight", layer=layer).to(dtype)
+    norm = RMSNormPrologue(norm_H, linear.norm_epsilon)
+    # Segments apart: gate and up need not be put together.
+    parts = [read(rows=rows) for rows in linear.local_rows()]
+    return _ColumnLinear(norm, parts, factors, in_weights=in_weights)
 
 
 class _Linear(nn.Module):
@@ -215,33 +238,18 @@ class _Linear(nn.Module):
 
     def __init__(
         self,
-        linear: ColumnParallelLinear | RowParallelLinear,
-        reader: AsMegatron,
-        layer: int,
-        dtype: torch.dtype,
+        prologue: Prologue | None,
+        parts: Sequence[Tensor],
         factors: tuple[Tensor, Tensor] | None,
         *,
         in_weights: bool,
     ) -> None:
         super().__init__()
+        self.prologue, self.parts, self.factors = prologue, parts, factors
         self.in_weights = in_weights
-        on_disk = linear.name.replace(f"layers.{layer}.", "layers.")
-        self.is_column = isinstance(linear, ColumnParallelLinear)
-        self.prologue: Prologue | None
-        if isinstance(linear, ColumnParallelLinear):
-            norm_H = reader.read(f"{on_disk}.layer_norm_weight", layer=layer).to(dtype)
-            assert linear.norm_epsilon is not None
-            self.prologue = RMSNormPrologue(norm_H, linear.norm_epsilon)
-            segments = linear.local_rows()  # apart: gate and up need not be put together
-        else:
-            self.prologue, segments = linear.activation, [slice(None)]
-        name = f"{on_disk}.weight"
-        self.parts = [reader.read(name, layer=layer, rows=rows) for rows in segments]
-        self.factors = factors and tuple(factor.to(dtype) for factor in factors)
 
-    def forward(
-        self, x_SH: Tensor, dropout: None = None, residual_SF: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def product(self, x_SH: Tensor) -> Tensor:
+        """Return the linear of the prologue's output, [S, F]."""
         input_SH = x_SH
         if self.prologue is not None:
             input_SH = x_SH.new_empty(len(x_SH), self.parts[0].shape[1])
@@ -251,9 +259,24 @@ class _Linear(nn.Module):
             lora_a_RH, lora_b_FR = self.factors
             adapted = slice(len(x_SH) // 2, None)
             y_SF[adapted].addmm_(input_SH[adapted] @ lora_a_RH.T, lora_b_FR.T)
-        if residual_SF is not None:
-            y_SF.add_(residual_SF)
-        return (y_SF, x_SH) if self.is_column else y_SF
+        return y_SF
+
+
+class _ColumnLinear(_Linear):
+    """In place of a ``ColumnParallelLinear``."""
+
+    def forward(self, x_SH: Tensor, dropout: None = None) -> tuple[Tensor, Tensor]:
+        return self.product(x_SH), x_SH
+
+
+class _RowLinear(_Linear):
+    """In place of a ``RowParallelLinear``."""
+
+    def forward(
+        self, x_SH: Tensor, dropout: None = None, residual_SF: Tensor | None = None
+    ) -> Tensor:
+        y_SF = self.product(x_SH)
+        return y_SF if residual_SF is None else y_SF.add_(residual_SF)
 
 
 def _product(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from nemotron.artifacts import MANIFEST, Artifact, read_artifact, refuse_unlisted
 from nemotron.errors import NemotronError
@@ -166,9 +165,12 @@ def _check_tokenizer(config: Config, packs: Artifact, base: Artifact) -> list[Ne
     of_packs, of_base = (each.properties["tokenizer_blake3"] for each in (packs, base))
     if of_packs == of_base:
         return []
+    made_with, has = (
+        f"tokenizer {each[:12]}" if each else "no tokenizer.json" for each in (of_packs, of_base)
+    )
     problem = (
-        f"{config.packed_data} was made with tokenizer {of_packs[:12]}, "
-        f"{config.checkpoint.pretrained_checkpoint} has tokenizer {of_base[:12]}"
+        f"{config.packed_data} was made with {made_with}, "
+        f"{config.checkpoint.pretrained_checkpoint} has {has}"
     )
     return [step_error(STEP, "tokenizer_mismatch", problem, where=str(config.packed_data))]
 
@@ -208,39 +210,54 @@ def _check_model(config: Config, base: Path | None) -> list[NemotronError]:
         "peft.rank_pattern": config.peft.rank_pattern,
         "peft.alpha_pattern": config.peft.alpha_pattern,
     }
-    errors = target_errors(patterns, num_layers=model["num_hidden_layers"])
-    return errors + [
-        step_error(STEP, "layout_unsupported", problem, where=str(hf_config))
-        for problem in (*_indivisible(config, model), *_layers_unsplit(config, model))
-    ]
-
-
-def _indivisible(config: Config, model: dict[str, Any]) -> list[str]:
-    size = config.tensor_model_parallel_size
-    heads = model["num_attention_heads"]
-    sizes = {
-        "num_query_groups": model.get("num_key_value_heads") or heads,
-        "ffn_hidden_size": model["intermediate_size"],
-    }
-    return [
-        f"{name} {value} is not divisible by tensor_model_parallel_size {size}"
-        for name, value in sizes.items()
-        if value % size
-    ]
-
-
-def _layers_unsplit(config: Config, model: dict[str, Any]) -> list[str]:
     num_chunks = config.model.virtual_pipeline_model_parallel_size or 1
+    return target_errors(patterns, num_layers=model["num_hidden_layers"]) + layout_errors(
+        num_layers=model["num_hidden_layers"],
+        num_query_groups=model.get("num_key_value_heads") or model["num_attention_heads"],
+        ffn_hidden_size=model["intermediate_size"],
+        tensor_parallel_size=config.tensor_model_parallel_size,
+        num_stages=config.pipeline_model_parallel_size * num_chunks,
+        num_layers_in_first_stage=config.model.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_stage=config.model.num_layers_in_last_pipeline_stage,
+        where=str(hf_config),
+    )
+
+
+def layout_errors(
+    *,
+    num_layers: int,
+    num_query_groups: int,
+    ffn_hidden_size: int,
+    tensor_parallel_size: int,
+    num_stages: int,
+    num_layers_in_first_stage: int | None,
+    num_layers_in_last_stage: int | None,
+    where: str,
+) -> list[NemotronError]:
+    """Return an error for every size of a base that cannot be split over the ranks.
+
+    Args:
+        num_layers: Of the base, as the two that follow.
+        num_query_groups: Heads of keys and values.
+        ffn_hidden_size: Features between the linears of the MLP.
+        tensor_parallel_size: Ranks that share every linear.
+        num_stages: Pipeline stages, times the parts of each.
+        num_layers_in_first_stage: Layers of the first stage, where not an equal part.
+        num_layers_in_last_stage: Layers of the last stage, likewise.
+        where: File or directory that states the sizes.
+    """
+    sizes = {"num_query_groups": num_query_groups, "ffn_hidden_size": ffn_hidden_size}
+    problems = [
+        f"{name} {size} is not divisible by tensor_model_parallel_size {tensor_parallel_size}"
+        for name, size in sizes.items()
+        if size % tensor_parallel_size
+    ]
+    first, last = num_layers_in_first_stage, num_layers_in_last_stage
     try:
-        split_layers(
-            model["num_hidden_layers"],
-            config.pipeline_model_parallel_size * num_chunks,
-            first=config.model.num_layers_in_first_pipeline_stage,
-            last=config.model.num_layers_in_last_pipeline_stage,
-        )
+        split_layers(num_layers, num_stages, first=first, last=last)
     except ValueError as error:
-        return [str(error)]
-    return []
+        problems.append(str(error))
+    return [step_error(STEP, "layout_unsupported", each, where=where) for each in problems]
 
 
 def _check_resume(config: Config) -> list[NemotronError]:

@@ -39,7 +39,7 @@ from nemotron.steps._training.preemption import StopRequest
 from nemotron.steps._training.resume import SavedRun
 from nemotron.steps._training.schedule import Schedule
 from nemotron.steps._training.trainer_state import load_adapter
-from nemotron.steps.peft.megatron_bridge.checks import STEP, target_errors
+from nemotron.steps.peft.megatron_bridge.checks import STEP, layout_errors, target_errors
 from nemotron.steps.peft.megatron_bridge.saves import Saves
 from nemotron.steps.peft.megatron_bridge.start import ResumeSettings, start_run
 
@@ -108,9 +108,10 @@ def train_adapter(
         heartbeat: Told which step was the last.
 
     Raises:
-        NemotronError: ``artifact_damaged``, ``bad_packed_rows``, ``nothing_to_validate``,
-            ``loss_not_finite``, ``resume_mismatch``, ``no_save_to_load``, ``save_failed`` or
-            ``out_of_memory``.
+        NemotronError: ``artifact_damaged``, ``no_such_module``, ``layout_unsupported``,
+            ``bad_packed_rows``, ``nothing_to_validate``, ``loss_not_finite``, ``resume_mismatch``,
+            ``no_save_to_load``, ``output_not_ours``, ``output_path_overlaps_inputs``,
+            ``save_failed`` or ``out_of_memory``.
         PreemptedError: The run was asked to stop before its end; all that can be is saved.
     """
     started = time.perf_counter()
@@ -118,7 +119,7 @@ def train_adapter(
     base = open_megatron(base_path)
     if base.artifact is not None:
         _verified(base.root, "checkpoint_megatron", layout)
-    _check_targets(lora, base)
+    _check_base(base, lora, model_settings, layout)
     model = _load_model(base, lora, model_settings, layout)
     for linear in model.adapted_linears():
         linear.init_lora(seed)
@@ -245,15 +246,27 @@ def _verified(directory: Path, artifact_type: str, layout: Layout) -> Artifact:
     return artifact
 
 
-def _check_targets(lora: LoraTargets, base: MegatronCheckpoint) -> None:
-    """Refuse a pattern that names no linear; the checks before knew the base's config at best."""
+def _check_base(
+    base: MegatronCheckpoint, lora: LoraTargets, settings: ModelSettings, layout: Layout
+) -> None:
+    """Refuse what the base cannot do; the checks before knew the base's config at best."""
     patterns = {
         "peft.target_modules": lora.modules,
         "peft.rank_pattern": lora.rank_pattern,
         "peft.alpha_pattern": lora.alpha_pattern,
     }
-    for error in target_errors(patterns, num_layers=base.config.num_layers):
-        raise error
+    errors = target_errors(patterns, num_layers=base.config.num_layers) + layout_errors(
+        num_layers=base.config.num_layers,
+        num_query_groups=base.config.num_query_groups,
+        ffn_hidden_size=base.config.ffn_hidden_size,
+        tensor_parallel_size=layout.tensor.size,
+        num_stages=layout.pipeline.size * settings.num_chunks,
+        num_layers_in_first_stage=settings.num_layers_in_first_stage,
+        num_layers_in_last_stage=settings.num_layers_in_last_stage,
+        where=str(base.root),
+    )
+    if errors:
+        raise errors[0]
 
 
 def _properties(packs: Artifact, base: MegatronCheckpoint, lora: LoraTargets) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Nine ways to harm an adapter directory, each with the code of the error it must end in."""
+"""Ten ways to harm an adapter directory, each with the code of the error it must end in."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ def changed_alpha(directory: Path) -> None:
     _configure(directory, lora_alpha=77)
 
 
+def changed_base(directory: Path) -> None:
+    _configure(directory, init_lora_weights="pissa_niter_16")
+
+
 def wrong_rank(directory: Path) -> None:
     _configure(directory, r=77)
 
@@ -66,6 +70,7 @@ HARMS: dict[Callable[[Path], None], str] = {
     extra_keys: "adapter_keys_unexpected",
     not_finite: "adapter_not_finite",
     changed_alpha: "adapter_alpha",
+    changed_base: "adapter_config",
     wrong_rank: "adapter_rank",
     wrong_shape: "adapter_shape",
     truncated_file: "artifact_damaged",

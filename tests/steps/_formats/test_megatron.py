@@ -224,6 +224,14 @@ def test_open_names_a_tensor_of_another_shape(root: Path) -> None:
     assert error.problem == f"{QKV} is [2, 31, 16]; the config asks for [2, 32, 16]"
 
 
+def test_open_takes_no_other_tensor_for_a_padded_one(root: Path) -> None:
+    name = "decoder.final_layernorm.weight"
+    _rewrite(root, lambda tensors: tensors | {name: torch.ones(20)})
+    error = _error(root)
+    assert error.code == "weights_shape"
+    assert error.problem == f"{name} is [20]; the config asks for [16]"
+
+
 def test_open_refuses_fsdp_dtensor_checkpoints(root: Path) -> None:
     (root / "iter_0000000" / "metadata.json").unlink()
     error = _error(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -101,8 +102,48 @@ def test_a_config_in_both_spellings_is_the_same_model_for_transformers_4_and_5()
         assert both | config == both
 
 
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+SCALED = {"rope_type": "llama3", **LLAMA3}
+
+
 @pytest.mark.parametrize(
-    "change", [{"rope_theta": 1e4}, {"rope_scaling": {"type": "llama3", **LLAMA3}}]
+    "change",
+    [
+        {"rope_scaling": ROPE},
+        {"rope_scaling": {**SCALED, "rope_theta": 1e6}},
+        {"rope_scaling": ROPE, "rope_theta": 1e6},
+        {"rope_scaling": ROPE, "rope_parameters": ROPE},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e6},
+        {"rope_parameters": None, "rope_theta": 1e6},
+        {"rope_parameters": None, "rope_scaling": SCALED},
+        {"rope_parameters": None},
+    ],
+)
+def test_from_hf_reads_the_rotary_embedding_that_transformers_reads(change: dict[str, Any]) -> None:
+    bare = {key: value for key, value in HF_4.items() if not key.startswith("rope_")} | change
+    both = in_both_spellings(bare)
+    for config in (bare, both):
+        ours = DecoderConfig.from_hf(config)
+        # A copy: transformers completes the mapping that it is given.
+        peer: Any = LlamaConfig.from_dict(copy.deepcopy(config)).rope_parameters
+        assert ours.rotary_base == peer["rope_theta"]
+        scaling = {key: value for key, value in peer.items() if key != "rope_theta"}
+        assert ours.rope_scaling == (None if scaling["rope_type"] == "default" else scaling)
+    # What transformers 4 goes by.
+    assert both.get("rope_theta", 1e4) == DecoderConfig.from_hf(bare).rotary_base
+    assert "rope_theta" not in (both.get("rope_scaling") or {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 1e4},
+        {"rope_scaling": SCALED},
+        {"rope_scaling": ROPE},
+        {"rope_parameters": {**SCALED, "rope_theta": 5e5}, "rope_scaling": SCALED},
+        {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": ROPE},
+        {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {**SCALED, "rope_theta": 1e6}},
+    ],
 )
 def test_from_hf_refuses_two_spellings_that_contradict_each_other(change: dict[str, Any]) -> None:
     with pytest.raises(NemotronError, match="describes two rotary embeddings"):

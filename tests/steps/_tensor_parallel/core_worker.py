@@ -113,7 +113,7 @@ def reference(x: Tensor, linear: ColumnParallelLinear | RowParallelLinear) -> Te
             columns=slice(0, x.shape[1]),
             p=spec.dropout,
         )
-        dropped = x * mask
+        dropped = x * mask / (1.0 - spec.dropout)
     update = (dropped @ linear.lora_a.T) @ linear.lora_b.T
     return x @ linear.weight.T + spec.alpha / spec.dim * update
 

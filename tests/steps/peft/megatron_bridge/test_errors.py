@@ -90,11 +90,36 @@ def test_a_split_of_the_layers_that_cannot_be_is_refused(
     assert problem in error.problem
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model.num_layers_in_first_pipeline_stage": 3}, "4 layers cannot be split over 1"),
+        ({"recipe.tensor_model_parallel_size": 3}, "num_query_groups 4 is not divisible by"),
+    ],
+)
+def test_a_layout_is_refused_alike_for_a_base_without_a_hugging_face_config(
+    world: Any, train: Train, tmp_path: Path, changes: dict[str, int], problem: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    shutil.rmtree(base / "hf")
+    (base / "artifact.json").unlink()
+    run = train(**{"checkpoint.pretrained_checkpoint": str(base)}, **changes)
+    assert run.error["code"] == "layout_unsupported"
+    assert run.error["exit_code"] == ExitCode.PREFLIGHT
+    assert problem in run.error["problem"]
+
+
 def test_less_rows_than_a_global_batch_are_refused(world: Any) -> None:
     assert codes(check(config(world, train={"global_batch_size": 16}))) == ["too_few_rows"]
 
 
-def test_another_tokenizer_than_the_base_is_refused(world: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("of_base", "has"), [('"def"', "has tokenizer def"), ("null", "has no tokenizer.json")]
+)
+def test_another_tokenizer_than_the_base_is_refused(
+    world: Any, tmp_path: Path, of_base: str, has: str
+) -> None:
     packs = tmp_path / "packs"
     shutil.copytree(world.packs, packs)
     manifest = packs / "artifact.json"
@@ -103,13 +128,17 @@ def test_another_tokenizer_than_the_base_is_refused(world: Any, tmp_path: Path) 
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
     manifest = base / "artifact.json"
-    text = manifest.read_text().replace('"tokenizer_blake3": null', '"tokenizer_blake3": "def"')
+    text = manifest.read_text().replace(
+        '"tokenizer_blake3": null', f'"tokenizer_blake3": {of_base}'
+    )
     manifest.write_text(text)
     sections = {
         "dataset": {"nano3_packed_sft_dir": str(packs)},
         "checkpoint": {"pretrained_checkpoint": str(base)},
     }
-    assert codes(check(config(world, **sections))) == ["tokenizer_mismatch"]
+    (error,) = check(config(world, **sections))
+    assert error.code == "tokenizer_mismatch"
+    assert f"{packs} was made with tokenizer abc, {base} {has}" == error.problem
 
 
 def test_a_shard_that_the_packs_do_not_list_is_refused(world: Any, tmp_path: Path) -> None:
