@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import nemotron
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.processes import runs, start_of
 from nemotron.redaction import redact_argv, redact_data, redact_text
 
 JOBS_ROOT = Path(".nemotron") / "jobs"
@@ -70,8 +71,9 @@ class Placement(BaseModel):
 class JobRecord(BaseModel):
     """The content of a ``job.json``; times are ISO 8601 with the offset of the host.
 
-    ``pid`` is the launcher that waits for the job and records its end; a job with a ``placement``
-    needs none. ``code`` is the digest of the code archive that a remote job runs.
+    ``pid`` is the launcher that waits for the job and records its end, ``pid_start`` tells it from
+    others that get its number; a job with a ``placement`` needs none. ``code`` is the digest of the
+    code archive that a remote job runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,6 +94,7 @@ class JobRecord(BaseModel):
     host: str
     directory: str
     pid: int
+    pid_start: str | None = None
     log: str
     executor: str = "local"
     placement: Placement | None = None
@@ -213,6 +216,7 @@ def create(
         host=socket.gethostname(),
         directory=str(Path.cwd()),
         pid=os.getpid(),
+        pid_start=start_of(os.getpid()),
         log=str(path / LOG),
         executor=executor,
         code=code,
@@ -257,7 +261,8 @@ def read_job(path: Path) -> Job:
             exit_code=ExitCode.IO,
         ) from None
     needs_launcher = record.placement is None and record.host == socket.gethostname()
-    if record.status not in ENDED and needs_launcher and not _runs(record.pid):
+    is_alone = needs_launcher and not runs(record.pid, record.pid_start)
+    if record.status not in ENDED and is_alone:
         record = record.model_copy(update={"status": "lost"})
     return Job(path, record)
 
@@ -335,16 +340,6 @@ def _git_output(directory: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def now() -> str:

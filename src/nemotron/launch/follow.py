@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,11 +11,12 @@ from collections.abc import Callable
 
 from nemotron import jobs
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.jobs import Job
+from nemotron.jobs import Job, JobRecord
 from nemotron.launch.base import Console
 from nemotron.launch.cluster import SlurmHandle
 from nemotron.launch.lepton_jobs import LeptonHandle
 from nemotron.launch.remote import Handle, OnInterrupt, follow, note
+from nemotron.processes import runs
 
 _POLL_SECONDS = 0.2
 _KILL_AFTER_SECONDS = 30.0
@@ -98,14 +100,21 @@ def _cancel_local(job: Job, pause: Callable[[float], None]) -> Job:
             f"{record.id} runs on {record.host}",
             fix=f"run this there: nemotron jobs cancel {record.id}",
         )
-    os.kill(record.pid, signal.SIGINT)
+    _interrupt(record)
     asked = time.monotonic()
     while (job := jobs.read_job(job.path)).record.status not in jobs.ENDED:
         if time.monotonic() - asked > _KILL_AFTER_SECONDS:
-            os.kill(record.pid, signal.SIGINT)  # the second one kills the ranks
+            _interrupt(record)  # the second one kills the ranks
             asked = time.monotonic()
         pause(_POLL_SECONDS)
     return job
+
+
+def _interrupt(record: JobRecord) -> None:
+    # Once more, and last: it may have ended since the record was read, and its pid be another's.
+    if runs(record.pid, record.pid_start):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(record.pid, signal.SIGINT)
 
 
 def _local_log(job: Job, console: Console, is_followed: bool) -> int | None:

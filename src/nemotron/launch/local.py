@@ -26,6 +26,7 @@ from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.jobs import Job
 from nemotron.launch.base import Console, Submission
 from nemotron.plan import JobPlan
+from nemotron.processes import start_of
 from nemotron.redaction import secret_values
 
 _BLOCK_BYTES = 65536
@@ -276,7 +277,7 @@ def _detach(job: Job, run: Callable[[Console], int], console: Console) -> None:
         os.write(log, f"{text}\n".encode())
 
     try:
-        job.update(pid=os.getpid())
+        job.update(pid=os.getpid(), pid_start=start_of(os.getpid()))
         os.close(tell)
         with os.fdopen(null, "wb") as nowhere:
             run(Console(console.argv, say, nowhere, nowhere))
