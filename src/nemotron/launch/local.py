@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from nemotron import jobs, preflight
 from nemotron.config import dump
@@ -199,16 +199,8 @@ def _tee(process: subprocess.Popen[bytes], log: Path, console: Console) -> None:
                     selector.unregister(key.fileobj)
                     continue
                 log_stream.write(block)
-                _show(key.data, block)
-
-
-def _show(stream: BinaryIO, block: bytes) -> None:
-    try:
-        stream.write(block)
-        stream.flush()
-    except BrokenPipeError:
-        # Whoever read the terminal is gone (| head); the job and its log go on.
-        return
+                key.data.write(block)
+                key.data.flush()
 
 
 class _SignalForwarder:

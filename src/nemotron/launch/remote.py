@@ -203,11 +203,8 @@ def _ask(console: Console, interrupts: _Interrupts) -> OnInterrupt:
 
 
 def _show(console: Console, block: bytes) -> None:
-    try:
-        console.stdout.write(block)
-        console.stdout.flush()
-    except BrokenPipeError:
-        return  # whoever read the terminal is gone (| head); the job goes on
+    console.stdout.write(block)
+    console.stdout.flush()
 
 
 def _noted(job: Job) -> tuple[str, str, int]:
