@@ -132,12 +132,7 @@ class Job:
         self, exit_code: int, error: dict[str, Any] | None = None, status: Status | None = None
     ) -> None:
         """Record how the job ended; ``status`` where the exit code does not say it."""
-        statuses: dict[int, Status] = {
-            ExitCode.OK: "succeeded",
-            ExitCode.PREEMPTED: "preempted",
-            ExitCode.INTERRUPTED: "interrupted",
-        }
-        status = status or statuses.get(exit_code, "failed")
+        status = status or status_of(exit_code)
         shown = redact_data(error, self._known_secrets)
         self.update(status=status, reason="", exit_code=exit_code, ended=now(), error=shown)
 
@@ -158,6 +153,16 @@ class Job:
             problem = {"code": "unexpected", "problem": f"{type(error).__name__}: {error}"}
             self.end(ExitCode.INTERRUPTED if is_interrupt else otherwise, problem)
             raise
+
+
+def status_of(exit_code: int) -> Status:
+    """Return what a job is called that ended with this exit code."""
+    statuses: dict[int, Status] = {
+        ExitCode.OK: "succeeded",
+        ExitCode.PREEMPTED: "preempted",
+        ExitCode.INTERRUPTED: "interrupted",
+    }
+    return statuses.get(exit_code, "failed")
 
 
 def new_directory(step: str, root: Path | None = None) -> Path:

@@ -20,8 +20,9 @@ from typing import Any, Literal, Protocol, Self
 
 from nemotron import jobs
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.jobs import Job, Status
+from nemotron.jobs import Job, Status, status_of
 from nemotron.launch.base import Console
+from nemotron.launch.ending import ending
 
 OnInterrupt = Literal["ask", "cancel", "leave"]
 # What was written on another machine may show up here a moment later.
@@ -49,32 +50,13 @@ class State:
         status: Status | None = None,
     ) -> Self:
         """Return the state of a job that has ended."""
-        statuses: dict[int, Status] = {
-            ExitCode.OK: "succeeded",
-            ExitCode.PREEMPTED: "preempted",
-        }
-        status = status or statuses.get(exit_code, "failed")
-        return cls(status, "", restarts, exit_code, error)
+        return cls(status or status_of(exit_code), "", restarts, exit_code, error)
 
 
 def ended_silently(code: int, restarts: int) -> State:
-    """Return the state of a job that ended with ``code`` and reported no error of its own.
-
-    A shell says 128 + N of a command that signal N killed.
-    """
-    if code in (ExitCode.OK, ExitCode.PREEMPTED):
-        return State.ended(code, None, restarts)
-    fix = "look at the end of the log"
-    if code == ExitCode.INTERRUPTED or code not in range(129, 129 + signal.NSIG):
-        problem = f"the job ended with exit code {code} and reported no error"
-        error = NemotronError("job_failed", problem, fix=fix)
-    else:
-        name = signal.strsignal(code - 128) or "unknown"
-        problem = f"the job was killed by signal {code - 128} ({name})"
-        fix += "; SIGKILL mostly means that memory ran out"
-        error = NemotronError("job_killed", problem, fix=fix)
-        code = int(ExitCode.RANK_DIED)
-    return State.ended(code, error.to_dict() | {"exit_code": code}, restarts)
+    """Return the state of a job that ended with ``code`` and reported no error of its own."""
+    end = ending(code)
+    return State.ended(end.exit_code, end.error, restarts)
 
 
 class Handle(Protocol):
