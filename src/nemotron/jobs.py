@@ -138,7 +138,7 @@ class Job:
 
     @contextlib.contextmanager
     def ends_on_error(self, otherwise: ExitCode) -> Iterator[None]:
-        """Record the job's end if the block raises.
+        """Record the job's end if the block raises, and if the disk takes it.
 
         Args:
             otherwise: Exit code where it raises what is no error of ours.
@@ -146,12 +146,14 @@ class Job:
         try:
             yield
         except NemotronError as error:
-            self.end(int(error.exit_code), error.to_dict())
+            with contextlib.suppress(OSError):
+                self.end(int(error.exit_code), error.to_dict())
             raise
         except BaseException as error:
             is_interrupt = isinstance(error, KeyboardInterrupt)
             problem = {"code": "unexpected", "problem": f"{type(error).__name__}: {error}"}
-            self.end(ExitCode.INTERRUPTED if is_interrupt else otherwise, problem)
+            with contextlib.suppress(OSError):
+                self.end(ExitCode.INTERRUPTED if is_interrupt else otherwise, problem)
             raise
 
 

@@ -6,6 +6,8 @@ alone, which then passes it on to all ranks and records the interruption.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import selectors
@@ -70,7 +72,7 @@ def _run(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder) ->
         end = _produce_inputs(plan, console, signals)
         if end is None:
             end = _execute(plan, job, console, signals)
-        job.end(end.exit_code, end.error)
+        _note(lambda: job.end(end.exit_code, end.error), console)
     return end.exit_code
 
 
@@ -115,35 +117,39 @@ def _execute(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder
     if signals.received:
         console.say(f"told to stop before {preflight.label(plan)} was started")
         return stopped(signals.received)
-    error_file = job.path / jobs.ERROR
-    ours = {"NEMOTRON_ERROR_FILE": str(error_file), "NEMOTRON_JOB": job.record.id}
     console.say(f"running {preflight.label(plan)} ({_relative(job.path)})")
-    process = subprocess.Popen(
-        plan.command(_relative(job.path)),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | plan.environment | ours,
-        process_group=0,
-    )
-    with signals.forwarding_to(process):
-        job.start()
-        try:
-            _tee(process, job.log, console)
-            code = process.wait()
-        except BaseException:
-            signal_group(process, signal.SIGKILL)
-            raise
+    code = _run_command(plan, job, console, signals)
     end = ending(
         code,
         told_by=signals.received,
-        reported=_reported(error_file),
+        reported=_reported(job.path / jobs.ERROR),
         log=_relative(job.log),
     )
     news = "interrupted" if end.exit_code == ExitCode.INTERRUPTED else end.news
     if news:
         console.say(news)
     return end
+
+
+def _run_command(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder) -> int:
+    ours = {"NEMOTRON_ERROR_FILE": str(job.path / jobs.ERROR), "NEMOTRON_JOB": job.record.id}
+    with job.log.open("ab", buffering=0) as log:
+        process = subprocess.Popen(
+            plan.command(_relative(job.path)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | plan.environment | ours,
+            process_group=0,
+        )
+        with signals.forwarding_to(process):
+            try:
+                _note(job.start, console)
+                _tee(process, _Log(log, console), console)
+                return process.wait()
+            except BaseException:
+                signal_group(process, signal.SIGKILL)
+                raise
 
 
 def _reported(error_file: Path) -> dict[str, Any] | None:
@@ -154,16 +160,36 @@ def _reported(error_file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _tee(process: subprocess.Popen[bytes], log: Path, console: Console) -> None:
+def _note(change: Callable[[], None], console: Console) -> None:
+    """Change a job's record; a disk that is full must not cost the job."""
+    try:
+        change()
+    except OSError as error:
+        console.say(f"note: the job's record cannot be written: {error.strerror}; the job goes on")
+
+
+class _Log:
+    """The log of a job; what a full disk does not take of it is lost, which is said once."""
+
+    def __init__(self, stream: io.FileIO, console: Console) -> None:
+        self._stream, self._console = stream, console
+        self._has_failed = False
+
+    def write(self, block: bytes) -> None:
+        try:
+            self._stream.write(block)
+        except OSError as error:
+            if not self._has_failed:
+                problem = f"{jobs.LOG} cannot be written: {error.strerror}"
+                self._console.say(f"note: the job's {problem}; the job goes on")
+            self._has_failed = True
+
+
+def _tee(process: subprocess.Popen[bytes], log: _Log, console: Console) -> None:
     """Copy what the job prints, as it comes, to the terminal and to the log."""
     assert process.stdout is not None  # noqa: S101 - opened as pipes
     assert process.stderr is not None  # noqa: S101
-    with (
-        process.stdout,
-        process.stderr,
-        selectors.DefaultSelector() as selector,
-        log.open("ab", buffering=0) as log_stream,
-    ):
+    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ, console.stdout)
         selector.register(process.stderr, selectors.EVENT_READ, console.stderr)
         while selector.get_map():
@@ -176,7 +202,7 @@ def _tee(process: subprocess.Popen[bytes], log: Path, console: Console) -> None:
                 if not block:
                     selector.unregister(key.fileobj)
                     continue
-                log_stream.write(block)
+                log.write(block)
                 key.data.write(block)
                 key.data.flush()
 
@@ -205,7 +231,8 @@ def _detach(job: Job, run: Callable[[Console], int], console: Console) -> None:
         os.dup2(source, target)
 
     def say(text: str) -> None:
-        os.write(log, f"{text}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(log, f"{text}\n".encode())
 
     try:
         job.update(pid=os.getpid(), pid_start=start_of(os.getpid()))
