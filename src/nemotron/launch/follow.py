@@ -42,6 +42,9 @@ def logs(job: Job, console: Console, *, is_followed: bool, on_interrupt: OnInter
 
     Returns:
         The job's exit code where it was followed to its end.
+
+    Raises:
+        NemotronError: ``job_lost``: it was followed, and nothing will ever say how it ended.
     """
     if job.record.placement is None:
         return _local_log(job, console, is_followed)
@@ -64,14 +67,7 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
     while True:
         job = refresh(job)
         record = job.record
-        if record.status == "lost":
-            raise NemotronError(
-                "job_lost",
-                f"{record.id} ended without a word: its launcher is gone",
-                where=record.log,
-                fix=f"look at its log: nemotron jobs logs {record.id}",
-                exit_code=ExitCode.RANK_DIED,
-            )
+        _refuse_lost(record)
         if record.exit_code is not None:
             return record.exit_code
         pause(_POLL_SECONDS if record.placement is None else handle_of(job).poll_seconds)
@@ -124,6 +120,20 @@ def _local_log(job: Job, console: Console, is_followed: bool) -> int | None:
             record = jobs.read_job(job.path).record
             console.stdout.write(log.read())
             console.stdout.flush()
-            if record.status in jobs.ENDED or not is_followed:
-                return record.exit_code if is_followed else None
+            if not is_followed:
+                return None
+            _refuse_lost(record)
+            if record.status in jobs.ENDED:
+                return record.exit_code
             time.sleep(_POLL_SECONDS)
+
+
+def _refuse_lost(record: JobRecord) -> None:
+    if record.status == "lost":
+        raise NemotronError(
+            "job_lost",
+            f"{record.id} ended without a word: its launcher is gone",
+            where=record.log,
+            fix=f"look at its log: nemotron jobs logs {record.id}",
+            exit_code=ExitCode.RANK_DIED,
+        )

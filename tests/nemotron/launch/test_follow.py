@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nemotron import jobs
 from nemotron.jobs import Job
 
@@ -36,9 +38,13 @@ def test_who_has_the_pid_of_a_launcher_that_is_gone_is_not_signalled(
         bystander.kill()
 
 
-def test_wait_does_not_wait_for_who_has_the_pid_of_a_launcher_that_is_gone(
-    here: Path, nemotron: Callable[..., Any]
+@pytest.mark.parametrize("command", [["wait"], ["logs", "-f"]])
+def test_who_has_the_pid_of_a_launcher_that_is_gone_is_not_waited_for(
+    here: Path, nemotron: Callable[..., Any], command: list[str]
 ) -> None:
     job = left_running(1)
-    waited = nemotron("jobs", "wait", job.record.id)
-    assert (waited.code, "error[job_lost]" in waited.err) == (8, True)
+    job.log.write_text("so far\n")
+    ended = nemotron("jobs", *command, job.record.id)
+    assert (ended.code, "error[job_lost]" in ended.err) == (8, True)
+    assert ended.out == ("so far\n" if "logs" in command else "")
+    assert nemotron("jobs", "logs", job.record.id).code == 0
