@@ -8,13 +8,14 @@ A job is a directory ``.nemotron/jobs/<time>-<step>-<random>/`` that only its ow
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import os
 import platform
 import secrets
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import nemotron
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.files import write_atomically
 from nemotron.processes import runs, start_of
 from nemotron.redaction import redact_argv, redact_data, redact_text
 
@@ -119,9 +121,27 @@ class Job:
         """Everything that the job printed."""
         return self.path / LOG
 
+    def change(self, make: Callable[[JobRecord], dict[str, Any] | None]) -> None:
+        """Change the record as it is on disk by now, durably; others may have changed it too.
+
+        Args:
+            make: Returns the fields to change in what the record is, or None to leave it.
+        """
+        self.record = self.record.model_copy(update=make(self.record))
+        with _locked(self.path):
+            with contextlib.suppress(NemotronError):  # damaged: this one is whole
+                record = _read_record(self.path)
+                changes = make(record)
+                self.record = record.model_copy(update=changes)
+                if changes is None:
+                    return
+            self._write()
+
     def update(self, **changes: Any) -> None:
-        """Change fields of the record, durably."""
-        self.record = self.record.model_copy(update=changes)
+        """Change fields of the record."""
+        self.change(lambda _: changes)
+
+    def _write(self) -> None:
         write_private(self.path / RECORD, self.record.model_dump_json(indent=2) + "\n")
 
     def start(self) -> None:
@@ -129,12 +149,29 @@ class Job:
         self.update(status="running", started=now())
 
     def end(
-        self, exit_code: int, error: dict[str, Any] | None = None, status: Status | None = None
+        self,
+        exit_code: int,
+        error: dict[str, Any] | None = None,
+        status: Status | None = None,
+        **changes: Any,
     ) -> None:
-        """Record how the job ended; ``status`` where the exit code does not say it."""
-        status = status or status_of(exit_code)
-        shown = redact_data(error, self._known_secrets)
-        self.update(status=status, reason="", exit_code=exit_code, ended=now(), error=shown)
+        """Record how the job ended; an end that is recorded stays.
+
+        Args:
+            exit_code: Its exit code.
+            error: The error that it ended with.
+            status: What it is called, where the exit code does not say it.
+            changes: Further fields of the record.
+        """
+        changes |= {"reason": "", "exit_code": exit_code, "ended": now()}
+        changes["error"] = redact_data(error, self._known_secrets)
+
+        def ended(record: JobRecord) -> dict[str, Any] | None:
+            if record.status in ENDED:
+                return None
+            return changes | {"status": status or status_of(exit_code)}
+
+        self.change(ended)
 
     @contextlib.contextmanager
     def ends_on_error(self, otherwise: ExitCode) -> Iterator[None]:
@@ -233,7 +270,7 @@ def create(
     if record.git is not None and record.git.is_dirty:
         write_private(path / DIFF, redact_text(_diff(), known_secrets))
     job = Job(path, record, known_secrets)
-    job.update()
+    job._write()
     return job
 
 
@@ -257,8 +294,17 @@ def read_job(path: Path) -> Job:
     Raises:
         NemotronError: ``job_damaged``.
     """
+    record = _read_record(path)
+    needs_launcher = record.placement is None and record.host == socket.gethostname()
+    is_alone = needs_launcher and not runs(record.pid, record.pid_start)
+    if record.status not in ENDED and is_alone:
+        record = record.model_copy(update={"status": "lost"})
+    return Job(path, record)
+
+
+def _read_record(path: Path) -> JobRecord:
     try:
-        record = JobRecord.model_validate_json((path / RECORD).read_bytes())
+        return JobRecord.model_validate_json((path / RECORD).read_bytes())
     except (ValidationError, OSError) as error:
         raise NemotronError(
             "job_damaged",
@@ -267,11 +313,6 @@ def read_job(path: Path) -> Job:
             fix=f"remove {path}",
             exit_code=ExitCode.IO,
         ) from None
-    needs_launcher = record.placement is None and record.host == socket.gethostname()
-    is_alone = needs_launcher and not runs(record.pid, record.pid_start)
-    if record.status not in ENDED and is_alone:
-        record = record.model_copy(update={"status": "lost"})
-    return Job(path, record)
 
 
 def find(name: str, root: Path | None = None) -> Job:
@@ -295,14 +336,19 @@ def find(name: str, root: Path | None = None) -> Job:
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, complete or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.unlink(missing_ok=True)
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
+    write_atomically(path, text, mode=0o600)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a job's record, so that nobody else changes it."""
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system that has no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _versions() -> dict[str, str | None]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, Self
 
 from nemotron import jobs
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.jobs import Job, Status, status_of
+from nemotron.jobs import Job, JobRecord, Status
 from nemotron.launch.base import Console
 from nemotron.launch.ending import ending
 
@@ -50,7 +50,7 @@ class State:
         status: Status | None = None,
     ) -> Self:
         """Return the state of a job that has ended."""
-        return cls(status or status_of(exit_code), "", restarts, exit_code, error)
+        return cls(status or jobs.status_of(exit_code), "", restarts, exit_code, error)
 
 
 def ended_silently(code: int, restarts: int) -> State:
@@ -78,18 +78,20 @@ class Handle(Protocol):
 
 
 def note(job: Job, state: State) -> None:
-    """Write a state into the job's record, if it says something new."""
-    if job.record.status in jobs.ENDED:
-        return
+    """Write a state into the job's record, if it says something new; an end that is there stays."""
     if state.exit_code is not None:
-        job.update(restarts=state.restarts)
-        job.end(state.exit_code, state.error, state.status)
+        job.end(state.exit_code, state.error, state.status, restarts=state.restarts)
         return
-    shown = (state.status, state.reason, state.restarts)
-    if state.status == "unknown" or shown == _noted(job):
-        return
-    started = job.record.started or (jobs.now() if state.status == "running" else None)
-    job.update(status=state.status, reason=state.reason, restarts=state.restarts, started=started)
+
+    def news(record: JobRecord) -> dict[str, Any] | None:
+        said = {"status": state.status, "reason": state.reason, "restarts": state.restarts}
+        is_known = record.model_dump(include=set(said)) == said
+        if record.status in jobs.ENDED or state.status == "unknown" or is_known:
+            return None
+        is_first = state.status == "running" and record.started is None
+        return said | ({"started": jobs.now()} if is_first else {})
+
+    job.change(news)
 
 
 def follow(job: Job, handle: Handle, console: Console, on_interrupt: OnInterrupt) -> int:
@@ -187,10 +189,6 @@ def _ask(console: Console, interrupts: _Interrupts) -> OnInterrupt:
 def _show(console: Console, block: bytes) -> None:
     console.stdout.write(block)
     console.stdout.flush()
-
-
-def _noted(job: Job) -> tuple[str, str, int]:
-    return job.record.status, job.record.reason, job.record.restarts
 
 
 class _Interrupts:
