@@ -26,7 +26,7 @@ import nemotron
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.files import write_atomically
 from nemotron.processes import runs, start_of
-from nemotron.redaction import redact_argv, redact_data, redact_text
+from nemotron.redaction import redact_argv, redact_data, redact_text, secret_values
 
 JOBS_ROOT = Path(".nemotron") / "jobs"
 RECORD, CONFIG, LOG, ERROR = "job.json", "train.yaml", "log.txt", "error.json"
@@ -163,8 +163,10 @@ class Job:
             status: What it is called, where the exit code does not say it.
             changes: Further fields of the record.
         """
+        # Who asks about a job from elsewhere was not told its secrets.
+        known = self._known_secrets | secret_values(os.environ)
         changes |= {"reason": "", "exit_code": exit_code, "ended": now()}
-        changes["error"] = redact_data(error, self._known_secrets)
+        changes["error"] = redact_data(error, known)
 
         def ended(record: JobRecord) -> dict[str, Any] | None:
             if record.status in ENDED:

@@ -184,3 +184,12 @@ def test_a_record_that_cannot_be_written_leaves_the_one_that_is_there(here: Path
     assert (job.path / "job.json").read_bytes() == before
     assert not list(job.path.glob("*.partial"))
     assert job.record.status == "running"  # to be shown, at least
+
+
+def test_an_error_that_comes_from_elsewhere_is_written_without_secrets(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs.read_job(create().path)  # as in another terminal
+    monkeypatch.setenv("MY_PASSWORD", "hunter2hunter2")
+    job.end(1, {"problem": "cannot log in with hunter2hunter2"})
+    assert "hunter2" not in (job.path / "job.json").read_text()
