@@ -48,7 +48,7 @@ class LocalBackend:
             job = _record(plan, console)
             if plan.is_detached:
                 _detach(job, lambda quiet: _run(plan, job, quiet, signals), console)
-                return Submission(job, None)
+                return Submission(jobs.read_job(job.path), None)  # the pid is its own
             return Submission(job, _run(plan, job, console, signals))
 
 

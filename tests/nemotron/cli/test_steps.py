@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,15 @@ def test_a_detached_run_prints_the_id_of_the_job(demo: Path, capsys: Captured) -
     assert "making" in capsys.readouterr().out
     assert main(["jobs", "status", job, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "succeeded"
+
+
+def test_a_detached_run_as_json_has_the_process_that_runs_it(demo: Path, capsys: Captured) -> None:
+    assert main(["steps", "run", "demo/make", "-b", "local", "behaviour=sleep", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["pid"] != os.getpid()
+    assert main(["jobs", "status", record["id"], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pid"] == record["pid"]
+    assert main(["jobs", "cancel", record["id"]]) == 0
 
 
 def test_a_slurm_run_where_there_is_no_slurm_ends_with_exit_code_9(
