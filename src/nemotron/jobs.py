@@ -103,6 +103,7 @@ class JobRecord(BaseModel):
     code: str | None = None
     restarts: int = 0
     reason: str = ""
+    is_cancelled: bool = False  # somebody asked for its end
     error: dict[str, Any] | None = None
 
 
@@ -171,7 +172,9 @@ class Job:
         def ended(record: JobRecord) -> dict[str, Any] | None:
             if record.status in ENDED:
                 return None
-            return changes | {"status": status or status_of(exit_code)}
+            is_cancelled = record.is_cancelled and exit_code == ExitCode.INTERRUPTED
+            by_code = "cancelled" if is_cancelled else status_of(exit_code)
+            return changes | {"status": status or by_code}
 
         self.change(ended)
 

@@ -96,6 +96,8 @@ def _cancel_local(job: Job, pause: Callable[[float], None]) -> Job:
             f"{record.id} runs on {record.host}",
             fix=f"run this there: nemotron jobs cancel {record.id}",
         )
+    with contextlib.suppress(OSError):  # a full disk keeps no job alive
+        job.update(is_cancelled=True)
     _interrupt(record)
     asked = time.monotonic()
     while (job := jobs.read_job(job.path)).record.status not in jobs.ENDED:
