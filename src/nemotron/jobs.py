@@ -14,7 +14,6 @@ import os
 import platform
 import secrets
 import socket
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import nemotron
+from nemotron import checkout
+from nemotron.checkout import Git
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.files import write_atomically
 from nemotron.processes import runs, start_of
@@ -44,15 +45,6 @@ Status = Literal[
     "unknown",
 ]
 ENDED = ("succeeded", "failed", "preempted", "interrupted", "cancelled", "lost")
-
-
-class Git(BaseModel):
-    """The commit of the code that ran; ``is_dirty`` when tracked files differed from it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sha: str
-    is_dirty: bool
 
 
 class Placement(BaseModel):
@@ -261,7 +253,7 @@ def create(
         command=redact_argv(command, known_secrets),
         config=redact_data(values, known_secrets),
         versions=_versions(),
-        git=_git(),
+        git=checkout.commit(),
         host=socket.gethostname(),
         directory=str(Path.cwd()),
         pid=os.getpid(),
@@ -273,7 +265,7 @@ def create(
     write_private(path / CONFIG, config_text)
     write_private(path / LOG, "")
     if record.git is not None and record.git.is_dirty:
-        write_private(path / DIFF, redact_text(_diff(), known_secrets))
+        write_private(path / DIFF, redact_text(checkout.difference(), known_secrets))
     job = Job(path, record, known_secrets)
     job._write()
     return job
@@ -367,37 +359,6 @@ def _versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return versions
-
-
-def _git() -> Git | None:
-    """Return the commit of the checkout that this code runs from; None for an installed wheel."""
-    source = Path(nemotron.__file__).parent
-    # A wheel inside of somebody's checkout is not tracked there: that commit is not ours.
-    if _git_output(source, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    sha = _git_output(source, "rev-parse", "HEAD")
-    changed = _git_output(source, "status", "--porcelain", "--untracked-files=no")
-    return Git(sha=sha, is_dirty=bool(changed)) if sha else None
-
-
-def _diff() -> str:
-    """Return how the tracked files of the checkout differ from its commit."""
-    source = Path(nemotron.__file__).resolve().parent
-    return (_git_output(source, "diff", "HEAD", "--", ":/") or "") + "\n"
-
-
-def _git_output(directory: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(directory), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def now() -> str:
