@@ -6,6 +6,7 @@ here first. ``/proc`` answers on Linux, ``ps`` elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -38,6 +39,31 @@ def runs(pid: int, start: str | None) -> bool:
     """
     found = start_of(pid)
     return found is not None and start in (None, found)
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that one has started, and those that they have, in any session."""
+    parents = _parents() if _BOOT_ID.exists() else _parents_from_ps()
+    found = [pid]
+    for parent in found:  # which grows on the way
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found[1:]
+
+
+def _parents() -> dict[int, int]:
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            stat = path.read_text(encoding="utf-8", errors="replace")
+            parents[int(path.parent.name)] = int(stat.rpartition(")")[2].split()[1])
+    return parents
+
+
+def _parents_from_ps() -> dict[int, int]:
+    command = ["ps", "-A", "-o", "pid=", "-o", "ppid="]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    pairs = (line.split() for line in done.stdout.splitlines())
+    return {int(pid): int(parent) for pid, parent in pairs}
 
 
 def _start_from_ps(pid: int) -> str | None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 
 import pytest
 
-from nemotron.processes import _start_from_ps, runs, start_of
+from nemotron.processes import (
+    _parents,
+    _parents_from_ps,
+    _start_from_ps,
+    descendants,
+    runs,
+    start_of,
+)
 
 
 def wait_until_zombie(pid: int) -> None:
@@ -53,3 +61,19 @@ def test_ps_knows_the_same_where_there_is_no_proc() -> None:
         wait_until_zombie(child.pid)
         assert _start_from_ps(child.pid) is None
     assert _start_from_ps(child.pid) is None
+
+
+def test_descendants_are_found_in_sessions_of_their_own() -> None:
+    script = "setsid sh -c 'sleep 60 & echo $!; echo $$; wait' & echo $!; wait"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = {int(parent.stdout.readline()) for _ in range(3)}
+        found = descendants(parent.pid)
+        assert set(found) >= pids
+        for pid in {*found, parent.pid}:
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="there is no ps")
+def test_ps_knows_parents_too() -> None:
+    assert _parents_from_ps()[os.getpid()] == _parents()[os.getpid()] == os.getppid()

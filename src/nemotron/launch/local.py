@@ -25,7 +25,7 @@ from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.jobs import Job
 from nemotron.launch.base import Console, Submission
 from nemotron.launch.ending import Ending, ending, stopped
-from nemotron.launch.signals import SignalForwarder, signal_group
+from nemotron.launch.signals import SignalForwarder, kill, signal_group
 from nemotron.plan import JobPlan
 from nemotron.processes import start_of
 from nemotron.redaction import secret_values
@@ -148,7 +148,7 @@ def _run_command(plan: JobPlan, job: Job, console: Console, signals: SignalForwa
                 _tee(process, _Log(log, console), console)
                 return process.wait()
             except BaseException:
-                signal_group(process, signal.SIGKILL)
+                kill(process)
                 raise
 
 

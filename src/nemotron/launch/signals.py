@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
+from nemotron.processes import descendants
+
 
 class SignalForwarder:
     """Passes what asks this process to stop on to the job's process group, and remembers it.
@@ -55,8 +57,10 @@ class SignalForwarder:
         # twice by who means them once, such as the kernel and the shell of a closed terminal.
         is_impatient = number == signal.SIGINT and number in self.received
         self.received.append(number)
-        if self._process is not None:
-            signal_group(self._process, signal.SIGKILL if is_impatient else number)
+        if self._process is not None and is_impatient:
+            kill(self._process)
+        elif self._process is not None:
+            signal_group(self._process, number)
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
@@ -64,3 +68,12 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     # An empty group is gone (ProcessLookupError), or is one zombie (PermissionError on macOS).
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a job at once, with its ranks: torchrun has put these into sessions of their own."""
+    ranks = descendants(process.pid)  # before their parent is gone
+    signal_group(process, signal.SIGKILL)
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)

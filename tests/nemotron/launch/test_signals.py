@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from nemotron.processes import start_of
+
 Launcher = Callable[..., subprocess.Popen[str]]
 INT, TERM, USR1, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
 
@@ -124,3 +126,23 @@ def test_a_launcher_that_is_stopped_between_two_jobs_starts_no_other(
     assert {record["exit_code"] for record in found.values()} == {code}
     assert found["demo/use"]["error"] is None
     assert "running demo/use" not in out
+
+
+def test_the_second_ctrl_c_ends_ranks_that_hang(demo: Path, launcher: Launcher) -> None:
+    # As torchrun has it: the rank is in a session of its own, and deaf.
+    hanging = """trap '' INT TERM; setsid sh -c 'echo $$ > rank; exec sleep 60' & echo up; wait"""
+    run = start(launcher, "demo/make", doing(f"{hanging}; wait; wait"))
+    read_until(run, "up")
+    end = time.monotonic() + 10
+    while not Path("rank").is_file() or not Path("rank").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    rank = int(Path("rank").read_text())
+    assert start_of(rank) is not None
+    run.send_signal(INT)
+    time.sleep(0.5)
+    assert run.poll() is None
+    run.send_signal(INT)
+    assert end_of(run) == 130
+    assert records()["demo/make"]["status"] == "interrupted"
+    assert start_of(rank) is None
