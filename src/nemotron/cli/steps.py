@@ -123,6 +123,7 @@ def run_step(
 
 
 def _print_plan(job: plan.JobPlan, as_json: bool) -> int:
+    launch.refuse_secrets(job)  # before anything of it is printed
     checks = preflight.check(job, dry_run=True)
     failures = preflight.failures(checks)
     scripts = {} if failures else launch.preview(job)

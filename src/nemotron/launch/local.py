@@ -25,6 +25,7 @@ from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.jobs import Job
 from nemotron.launch.base import Console, Submission
 from nemotron.launch.ending import Ending, ending, stopped
+from nemotron.launch.secrets import refuse_secrets
 from nemotron.launch.signals import SignalForwarder, kill, signal_group
 from nemotron.plan import JobPlan
 from nemotron.processes import start_of
@@ -43,6 +44,7 @@ class LocalBackend:
         Raises:
             NemotronError: A check failed; nothing was started.
         """
+        refuse_secrets(plan)  # first: what checks find is told with the values
         raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
         with SignalForwarder() as signals:
             job = _record(plan, console)
@@ -102,6 +104,7 @@ def _produce_inputs(plan: JobPlan, console: Console, signals: SignalForwarder) -
             )
         done.add(name)
         console.say(f"{plan.step.id} needs {name}, which runs first")
+        refuse_secrets(maker)
         code = _run(maker, _record(maker, console), console, signals)
         if signals.received and code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
             return Ending(code)

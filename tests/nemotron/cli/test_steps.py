@@ -130,6 +130,17 @@ def test_no_value_of_a_variable_or_secret_is_printed(
         assert "hunter2" not in text
 
 
+@pytest.mark.parametrize("extra", [[], ["--json"], ["peft.dim=13"]])
+def test_a_dry_run_with_a_secret_prints_nothing_of_it(
+    demo: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, extra: list[str]
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "hunter2hunter2")
+    assert main(["steps", "run", "demo/train", "-d", "run_name=hunter2hunter2", *extra]) == 2
+    out, err = capsys.readouterr()
+    assert "secret_in_job" in out + err
+    assert "hunter2" not in out + err
+
+
 def test_options_may_stand_anywhere_before_the_dashes(demo: Path, capsys: Captured) -> None:
     first = data(capsys, "steps", "run", "-d", "-c", "tiny", "demo/train", "peft.dim=8")
     last = data(capsys, "steps", "run", "demo/train", "peft.dim=8", "-c", "tiny", "--dry-run")
