@@ -199,4 +199,6 @@ def _claim_error_file(text: str) -> bool:
             stream.write(text)
     except FileExistsError:
         return False
+    except OSError:  # a full disk: told where it still can be
+        return True
     return True

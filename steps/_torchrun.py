@@ -171,7 +171,8 @@ def _report_lost(rank: int, problem: str, fix: str) -> int:
     print(error, file=sys.stderr)
     path = os.environ.get(ERROR_FILE)
     if path:
-        write_text(Path(path), json.dumps(error.to_dict() | {"rank": rank}))
+        with contextlib.suppress(OSError):  # a full disk; the exit code still tells
+            write_text(Path(path), json.dumps(error.to_dict() | {"rank": rank}))
     return int(error.exit_code)
 
 

@@ -8,13 +8,13 @@ A job is a directory ``.nemotron/jobs/<time>-<step>-<random>/`` that only its ow
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import os
 import platform
 import secrets
 import socket
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import nemotron
+from nemotron import checkout
+from nemotron.checkout import Git
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.redaction import redact_argv, redact_data, redact_text
+from nemotron.files import write_atomically
+from nemotron.processes import runs, start_of
+from nemotron.redaction import redact_argv, redact_data, redact_text, secret_values
 
 JOBS_ROOT = Path(".nemotron") / "jobs"
 RECORD, CONFIG, LOG, ERROR = "job.json", "train.yaml", "log.txt", "error.json"
@@ -41,15 +45,6 @@ Status = Literal[
     "unknown",
 ]
 ENDED = ("succeeded", "failed", "preempted", "interrupted", "cancelled", "lost")
-
-
-class Git(BaseModel):
-    """The commit of the code that ran; ``is_dirty`` when tracked files differed from it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sha: str
-    is_dirty: bool
 
 
 class Placement(BaseModel):
@@ -70,8 +65,9 @@ class Placement(BaseModel):
 class JobRecord(BaseModel):
     """The content of a ``job.json``; times are ISO 8601 with the offset of the host.
 
-    ``pid`` is the launcher that waits for the job and records its end; a job with a ``placement``
-    needs none. ``code`` is the digest of the code archive that a remote job runs.
+    ``pid`` is the launcher that waits for the job and records its end, ``pid_start`` tells it from
+    others that get its number; a job with a ``placement`` needs none. ``code`` is the digest of the
+    code archive that a remote job runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,12 +88,14 @@ class JobRecord(BaseModel):
     host: str
     directory: str
     pid: int
+    pid_start: str | None = None
     log: str
     executor: str = "local"
     placement: Placement | None = None
     code: str | None = None
     restarts: int = 0
     reason: str = ""
+    is_cancelled: bool = False  # somebody asked for its end
     error: dict[str, Any] | None = None
 
 
@@ -116,9 +114,27 @@ class Job:
         """Everything that the job printed."""
         return self.path / LOG
 
+    def change(self, make: Callable[[JobRecord], dict[str, Any] | None]) -> None:
+        """Change the record as it is on disk by now, durably; others may have changed it too.
+
+        Args:
+            make: Returns the fields to change in what the record is, or None to leave it.
+        """
+        self.record = self.record.model_copy(update=make(self.record))
+        with _locked(self.path):
+            with contextlib.suppress(NemotronError):  # damaged: this one is whole
+                record = _read_record(self.path)
+                changes = make(record)
+                self.record = record.model_copy(update=changes)
+                if changes is None:
+                    return
+            self._write()
+
     def update(self, **changes: Any) -> None:
-        """Change fields of the record, durably."""
-        self.record = self.record.model_copy(update=changes)
+        """Change fields of the record."""
+        self.change(lambda _: changes)
+
+    def _write(self) -> None:
         write_private(self.path / RECORD, self.record.model_dump_json(indent=2) + "\n")
 
     def start(self) -> None:
@@ -126,21 +142,37 @@ class Job:
         self.update(status="running", started=now())
 
     def end(
-        self, exit_code: int, error: dict[str, Any] | None = None, status: Status | None = None
+        self,
+        exit_code: int,
+        error: dict[str, Any] | None = None,
+        status: Status | None = None,
+        **changes: Any,
     ) -> None:
-        """Record how the job ended; ``status`` where the exit code does not say it."""
-        statuses: dict[int, Status] = {
-            ExitCode.OK: "succeeded",
-            ExitCode.PREEMPTED: "preempted",
-            ExitCode.INTERRUPTED: "interrupted",
-        }
-        status = status or statuses.get(exit_code, "failed")
-        shown = redact_data(error, self._known_secrets)
-        self.update(status=status, reason="", exit_code=exit_code, ended=now(), error=shown)
+        """Record how the job ended; an end that is recorded stays.
+
+        Args:
+            exit_code: Its exit code.
+            error: The error that it ended with.
+            status: What it is called, where the exit code does not say it.
+            changes: Further fields of the record.
+        """
+        # Who asks about a job from elsewhere was not told its secrets.
+        known = self._known_secrets | secret_values(os.environ)
+        changes |= {"reason": "", "exit_code": exit_code, "ended": now()}
+        changes["error"] = redact_data(error, known)
+
+        def ended(record: JobRecord) -> dict[str, Any] | None:
+            if record.status in ENDED:
+                return None
+            is_cancelled = record.is_cancelled and exit_code == ExitCode.INTERRUPTED
+            by_code = "cancelled" if is_cancelled else status_of(exit_code)
+            return changes | {"status": status or by_code}
+
+        self.change(ended)
 
     @contextlib.contextmanager
     def ends_on_error(self, otherwise: ExitCode) -> Iterator[None]:
-        """Record the job's end if the block raises.
+        """Record the job's end if the block raises, and if the disk takes it.
 
         Args:
             otherwise: Exit code where it raises what is no error of ours.
@@ -148,13 +180,25 @@ class Job:
         try:
             yield
         except NemotronError as error:
-            self.end(int(error.exit_code), error.to_dict())
+            with contextlib.suppress(OSError):
+                self.end(int(error.exit_code), error.to_dict())
             raise
         except BaseException as error:
             is_interrupt = isinstance(error, KeyboardInterrupt)
             problem = {"code": "unexpected", "problem": f"{type(error).__name__}: {error}"}
-            self.end(ExitCode.INTERRUPTED if is_interrupt else otherwise, problem)
+            with contextlib.suppress(OSError):
+                self.end(ExitCode.INTERRUPTED if is_interrupt else otherwise, problem)
             raise
+
+
+def status_of(exit_code: int) -> Status:
+    """Return what a job is called that ended with this exit code."""
+    statuses: dict[int, Status] = {
+        ExitCode.OK: "succeeded",
+        ExitCode.PREEMPTED: "preempted",
+        ExitCode.INTERRUPTED: "interrupted",
+    }
+    return statuses.get(exit_code, "failed")
 
 
 def new_directory(step: str, root: Path | None = None) -> Path:
@@ -209,10 +253,11 @@ def create(
         command=redact_argv(command, known_secrets),
         config=redact_data(values, known_secrets),
         versions=_versions(),
-        git=_git(),
+        git=checkout.commit(),
         host=socket.gethostname(),
         directory=str(Path.cwd()),
         pid=os.getpid(),
+        pid_start=start_of(os.getpid()),
         log=str(path / LOG),
         executor=executor,
         code=code,
@@ -220,9 +265,9 @@ def create(
     write_private(path / CONFIG, config_text)
     write_private(path / LOG, "")
     if record.git is not None and record.git.is_dirty:
-        write_private(path / DIFF, redact_text(_diff(), known_secrets))
+        write_private(path / DIFF, redact_text(checkout.difference(), known_secrets))
     job = Job(path, record, known_secrets)
-    job.update()
+    job._write()
     return job
 
 
@@ -246,8 +291,17 @@ def read_job(path: Path) -> Job:
     Raises:
         NemotronError: ``job_damaged``.
     """
+    record = _read_record(path)
+    needs_launcher = record.placement is None and record.host == socket.gethostname()
+    is_alone = needs_launcher and not runs(record.pid, record.pid_start)
+    if record.status not in ENDED and is_alone:
+        record = record.model_copy(update={"status": "lost"})
+    return Job(path, record)
+
+
+def _read_record(path: Path) -> JobRecord:
     try:
-        record = JobRecord.model_validate_json((path / RECORD).read_bytes())
+        return JobRecord.model_validate_json((path / RECORD).read_bytes())
     except (ValidationError, OSError) as error:
         raise NemotronError(
             "job_damaged",
@@ -256,10 +310,6 @@ def read_job(path: Path) -> Job:
             fix=f"remove {path}",
             exit_code=ExitCode.IO,
         ) from None
-    needs_launcher = record.placement is None and record.host == socket.gethostname()
-    if record.status not in ENDED and needs_launcher and not _runs(record.pid):
-        record = record.model_copy(update={"status": "lost"})
-    return Job(path, record)
 
 
 def find(name: str, root: Path | None = None) -> Job:
@@ -283,14 +333,19 @@ def find(name: str, root: Path | None = None) -> Job:
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, complete or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.unlink(missing_ok=True)
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
+    write_atomically(path, text, mode=0o600)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a job's record, so that nobody else changes it."""
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system that has no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _versions() -> dict[str, str | None]:
@@ -304,47 +359,6 @@ def _versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return versions
-
-
-def _git() -> Git | None:
-    """Return the commit of the checkout that this code runs from; None for an installed wheel."""
-    source = Path(nemotron.__file__).parent
-    # A wheel inside of somebody's checkout is not tracked there: that commit is not ours.
-    if _git_output(source, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    sha = _git_output(source, "rev-parse", "HEAD")
-    changed = _git_output(source, "status", "--porcelain", "--untracked-files=no")
-    return Git(sha=sha, is_dirty=bool(changed)) if sha else None
-
-
-def _diff() -> str:
-    """Return how the tracked files of the checkout differ from its commit."""
-    source = Path(nemotron.__file__).resolve().parent
-    return (_git_output(source, "diff", "HEAD", "--", ":/") or "") + "\n"
-
-
-def _git_output(directory: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(directory), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def now() -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,3 +136,60 @@ def test_a_damaged_record_is_named(here: Path) -> None:
     with pytest.raises(NemotronError, match="cannot be read") as caught:
         jobs.find(job.record.id)
     assert caught.value.exit_code is ExitCode.IO
+
+
+HAMMER = """
+import sys
+from pathlib import Path
+from nemotron import jobs
+job = jobs.read_job(Path(sys.argv[1]))
+for number in range(100):
+    job.update(**{sys.argv[2]: str(number)})
+"""
+
+
+def test_writers_of_one_record_lose_nothing_of_each_other(here: Path) -> None:
+    job = create()
+    fields = ("reason", "started", "log", "directory")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", HAMMER, str(job.path), field]) for field in fields
+    ]
+    while any(writer.poll() is None for writer in writers):
+        jobs.read_job(job.path)  # always whole
+    assert [writer.returncode for writer in writers] == [0] * len(writers)
+    record = json.loads((job.path / "job.json").read_text())
+    assert [record[field] for field in fields] == ["99"] * len(fields)
+    assert not list(job.path.glob("*.partial"))
+
+
+def test_an_end_that_is_recorded_stays(here: Path) -> None:
+    job = create()
+    stale = jobs.read_job(job.path)
+    job.end(4, {"code": "too_odd"})
+    stale.end(0)
+    assert stale.record == jobs.read_job(job.path).record
+    assert (stale.record.status, stale.record.exit_code) == ("failed", 4)
+
+
+def test_a_record_that_cannot_be_written_leaves_the_one_that_is_there(here: Path) -> None:
+    job = create()
+    before = (job.path / "job.json").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            job.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (job.path / "job.json").read_bytes() == before
+    assert not list(job.path.glob("*.partial"))
+    assert job.record.status == "running"  # to be shown, at least
+
+
+def test_an_error_that_comes_from_elsewhere_is_written_without_secrets(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs.read_job(create().path)  # as in another terminal
+    monkeypatch.setenv("MY_PASSWORD", "hunter2hunter2")
+    job.end(1, {"problem": "cannot log in with hunter2hunter2"})
+    assert "hunter2" not in (job.path / "job.json").read_text()

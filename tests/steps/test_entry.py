@@ -131,3 +131,14 @@ def test_an_error_of_the_system_without_a_path_tells_where_it_came_and_what_was_
     err = capsys.readouterr().err
     assert err.startswith("error[input_output_failed]: No space left on device, after step 3\n")
     assert f"  where: {__file__}:" in err
+
+
+def test_an_error_that_cannot_be_recorded_is_printed_and_keeps_its_exit_code(
+    arguments: list[str],
+    error_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("NEMOTRON_ERROR_FILE", str(error_file.parent / "missing" / "error.json"))
+    assert run_step("a/b", Config, fail, arguments) == ExitCode.DATA
+    assert "error[broken]: it broke" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import typer
 import nemotron
 from nemotron.cli import adapter, data, jobs, profiles, steps
 from nemotron.cli.invocation import Invocation
+from nemotron.cli.terminal import forget_reader, say, show
 from nemotron.errors import ExitCode, NemotronError, system_refusal
 
 COMMANDS = (
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
     except (BrokenPipeError, SystemExit):  # typer makes the one the other
-        _forget_reader()
+        forget_reader(sys.stdout)
     except Exception as error:
         return _fail(error, invocation)
     return result if isinstance(result, int) else int(ExitCode.OK)
@@ -99,9 +99,9 @@ def _fail(error: Exception, invocation: Invocation) -> int:
         is_usage = hasattr(error, "format_message")
         error = _usage_error(error, invocation) if is_usage else _unexpected(error)
     if invocation.is_json:
-        print(json.dumps({"error": error.to_dict()}, indent=2))
+        show(json.dumps({"error": error.to_dict()}, indent=2))
     else:
-        print(error, file=sys.stderr)
+        say(str(error))
     return int(error.exit_code)
 
 
@@ -133,10 +133,3 @@ def _unexpected(error: Exception) -> NemotronError:
         "and --debug",
         exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
     )
-
-
-def _forget_reader() -> None:
-    """Let what is left for a pipe go nowhere: that its reader has left (``| head``) is no error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)

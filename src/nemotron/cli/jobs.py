@@ -11,6 +11,7 @@ import typer
 
 from nemotron import jobs, launch, report
 from nemotron.cli import render
+from nemotron.cli.terminal import lasting, say, show
 from nemotron.errors import NemotronError
 from nemotron.launch import OnInterrupt
 
@@ -35,7 +36,7 @@ def list_jobs(as_json: Json = False, debug: Debug = False) -> None:
             found.append(jobs.read_job(path))
             found[-1] = launch.refresh(found[-1])
         except NemotronError as error:
-            _say(f"note: {path.name}: {error.problem}")
+            say(f"note: {path.name}: {error.problem}")
     if as_json:
         print(json.dumps([job.record.model_dump(mode="json") for job in found], indent=2))
     else:
@@ -63,8 +64,9 @@ def show_logs(
     debug: Debug = False,
 ) -> int:
     """Print what a job printed."""
-    console = launch.Console(argv=[], say=_say, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
     found = jobs.find(job)
+    stdout = lasting(sys.stdout) if follow else sys.stdout.buffer
+    console = launch.Console(argv=[], say=say, stdout=stdout, stderr=sys.stderr.buffer)
     return launch.logs(found, console, is_followed=follow, on_interrupt=on_interrupt) or 0
 
 
@@ -80,7 +82,7 @@ def wait_for_job(job: JobName, as_json: Json = False, debug: Debug = False) -> i
     found = jobs.find(job)
     code = launch.wait(found)
     if as_json:
-        print(jobs.read_job(found.path).record.model_dump_json(indent=2))
+        show(jobs.read_job(found.path).record.model_dump_json(indent=2))
     return code
 
 
@@ -108,7 +110,3 @@ def write_report(
 
 def _show(job: jobs.Job, as_json: bool) -> None:
     print(job.record.model_dump_json(indent=2) if as_json else render.job_page(job.record))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import typer
 from nemotron import catalog, launch, plan, preflight
 from nemotron.cli import render
 from nemotron.cli.invocation import Invocation
-from nemotron.cli.terminal import rewriting
+from nemotron.cli.terminal import job_console, say, show
 from nemotron.errors import NemotronError, raise_all
 from nemotron.launch import OnInterrupt
 from nemotron.profile import load_profile
@@ -110,21 +110,20 @@ def run_step(
     if dry_run:
         return _print_plan(job, as_json)
     for note in job.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     # With --json, stdout holds the record alone.
-    shown = sys.stderr if as_json else sys.stdout
-    with rewriting(shown.buffer, sys.stderr.buffer) as (stdout, stderr):
-        argv = ["nemotron", *invocation.argv]
-        console = launch.Console(argv, _say, stdout=stdout, stderr=stderr)
+    stdout = sys.stderr if as_json else sys.stdout
+    with job_console(["nemotron", *invocation.argv], stdout=stdout) as console:
         submission = launch.submit(job, console, on_interrupt=on_interrupt)
     if as_json:
-        print(submission.job.record.model_dump_json(indent=2))
+        show(submission.job.record.model_dump_json(indent=2))
     elif submission.exit_code is None:
-        print(submission.job.record.id)
+        show(submission.job.record.id)
     return submission.exit_code or 0
 
 
 def _print_plan(job: plan.JobPlan, as_json: bool) -> int:
+    launch.refuse_secrets(job)  # before anything of it is printed
     checks = preflight.check(job, dry_run=True)
     failures = preflight.failures(checks)
     scripts = {} if failures else launch.preview(job)
@@ -136,7 +135,3 @@ def _print_plan(job: plan.JobPlan, as_json: bool) -> int:
     sys.stdout.flush()
     raise_all(failures)
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""A job's progress on a terminal: of its lines of progress, only the newest stays.
+"""What is shown of a job while it runs: its output, its progress, and what the launcher says.
+
+A job must not end because whoever read of it has left (``| head``, a closed terminal): what is left
+to be shown goes nowhere then, and the exit code is the job's.
 
 A job writes lines, since they go to its log too. Where the launcher's own output is a terminal, a
 line of progress is shortened and takes the place of the one before; everything else passes through.
@@ -7,15 +10,59 @@ line of progress is shortened and takes the place of the one before; everything 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
-from collections.abc import Iterator
-from typing import BinaryIO, cast
+import sys
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, TextIO, cast
+
+from nemotron.launch import Console
 
 _ERASE = b"\r\x1b[K"
 # As the trainer prints it: "iteration 10/60 | lm loss 2.3412 | ... | ETA 0:01:20".
 _PROGRESS = re.compile(rb"iteration +\d+/\d+ \| .* \| ETA .*")
 _KEPT = re.compile(rb"iteration .*|lm loss .*|.* tokens/s|ETA .*")
+
+
+@contextlib.contextmanager
+def job_console(argv: Sequence[str], *, stdout: TextIO) -> Iterator[Console]:
+    """Yield where a job is shown while it runs, and outlasts who reads it.
+
+    Args:
+        argv: The command line, as the job's record has it.
+        stdout: Where the job's stdout goes.
+    """
+    with rewriting(lasting(stdout), lasting(sys.stderr)) as (out, err):
+        yield Console(argv, say, out, err)
+
+
+def lasting(stream: TextIO) -> BinaryIO:
+    """Return what a job's output is written to: ``stream``, for as long as it takes any."""
+    return cast(BinaryIO, _Lasting(stream))
+
+
+def say(text: str) -> None:
+    """Tell the user something on stderr, if there still is one."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        forget_reader(sys.stderr)
+
+
+def show(text: str) -> None:
+    """Print the result of a command whose exit code says something else than that it was read."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        forget_reader(sys.stdout)
+
+
+def forget_reader(stream: TextIO) -> None:
+    """Let what is left for a stream go nowhere, also what Python writes at its own end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 @contextlib.contextmanager
@@ -30,6 +77,31 @@ def rewriting(stdout: BinaryIO, stderr: BinaryIO) -> Iterator[tuple[BinaryIO, Bi
         yield cast(BinaryIO, progress), cast(BinaryIO, _Beside(progress, stderr))
     finally:
         progress.close()
+
+
+class _Lasting:
+    """Writes bytes, which is all that is done with a job's output, and never fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def write(self, block: bytes) -> None:
+        with self._forgetting():
+            self._stream.buffer.write(block)
+
+    def flush(self) -> None:
+        with self._forgetting():
+            self._stream.buffer.flush()
+
+    @contextlib.contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # EPIPE of a pipe, EIO of a terminal, ENOSPC of a file
+            forget_reader(self._stream)
 
 
 class _Progress:

@@ -7,6 +7,7 @@ from nemotron.launch.check import check_profile
 from nemotron.launch.follow import cancel, logs, refresh, wait
 from nemotron.launch.local import LocalBackend
 from nemotron.launch.remote import OnInterrupt
+from nemotron.launch.secrets import refuse_secrets
 from nemotron.launch.submit import preview, submit_remote
 from nemotron.plan import JobPlan
 
@@ -19,6 +20,7 @@ __all__ = [
     "logs",
     "preview",
     "refresh",
+    "refuse_secrets",
     "submit",
     "wait",
 ]

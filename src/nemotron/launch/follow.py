@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,11 +11,12 @@ from collections.abc import Callable
 
 from nemotron import jobs
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.jobs import Job
+from nemotron.jobs import Job, JobRecord
 from nemotron.launch.base import Console
 from nemotron.launch.cluster import SlurmHandle
 from nemotron.launch.lepton_jobs import LeptonHandle
 from nemotron.launch.remote import Handle, OnInterrupt, follow, note
+from nemotron.processes import runs
 
 _POLL_SECONDS = 0.2
 _KILL_AFTER_SECONDS = 30.0
@@ -40,6 +42,9 @@ def logs(job: Job, console: Console, *, is_followed: bool, on_interrupt: OnInter
 
     Returns:
         The job's exit code where it was followed to its end.
+
+    Raises:
+        NemotronError: ``job_lost``: it was followed, and nothing will ever say how it ended.
     """
     if job.record.placement is None:
         return _local_log(job, console, is_followed)
@@ -62,14 +67,7 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
     while True:
         job = refresh(job)
         record = job.record
-        if record.status == "lost":
-            raise NemotronError(
-                "job_lost",
-                f"{record.id} ended without a word: its launcher is gone",
-                where=record.log,
-                fix=f"look at its log: nemotron jobs logs {record.id}",
-                exit_code=ExitCode.RANK_DIED,
-            )
+        _refuse_lost(record)
         if record.exit_code is not None:
             return record.exit_code
         pause(_POLL_SECONDS if record.placement is None else handle_of(job).poll_seconds)
@@ -98,14 +96,23 @@ def _cancel_local(job: Job, pause: Callable[[float], None]) -> Job:
             f"{record.id} runs on {record.host}",
             fix=f"run this there: nemotron jobs cancel {record.id}",
         )
-    os.kill(record.pid, signal.SIGINT)
+    with contextlib.suppress(OSError):  # a full disk keeps no job alive
+        job.update(is_cancelled=True)
+    _interrupt(record)
     asked = time.monotonic()
     while (job := jobs.read_job(job.path)).record.status not in jobs.ENDED:
         if time.monotonic() - asked > _KILL_AFTER_SECONDS:
-            os.kill(record.pid, signal.SIGINT)  # the second one kills the ranks
+            _interrupt(record)  # the second one kills the ranks
             asked = time.monotonic()
         pause(_POLL_SECONDS)
     return job
+
+
+def _interrupt(record: JobRecord) -> None:
+    # Once more, and last: it may have ended since the record was read, and its pid be another's.
+    if runs(record.pid, record.pid_start):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(record.pid, signal.SIGINT)
 
 
 def _local_log(job: Job, console: Console, is_followed: bool) -> int | None:
@@ -115,6 +122,20 @@ def _local_log(job: Job, console: Console, is_followed: bool) -> int | None:
             record = jobs.read_job(job.path).record
             console.stdout.write(log.read())
             console.stdout.flush()
-            if record.status in jobs.ENDED or not is_followed:
-                return record.exit_code if is_followed else None
+            if not is_followed:
+                return None
+            _refuse_lost(record)
+            if record.status in jobs.ENDED:
+                return record.exit_code
             time.sleep(_POLL_SECONDS)
+
+
+def _refuse_lost(record: JobRecord) -> None:
+    if record.status == "lost":
+        raise NemotronError(
+            "job_lost",
+            f"{record.id} ended without a word: its launcher is gone",
+            where=record.log,
+            fix=f"look at its log: nemotron jobs logs {record.id}",
+            exit_code=ExitCode.RANK_DIED,
+        )

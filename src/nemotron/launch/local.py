@@ -7,25 +7,28 @@ alone, which then passes it on to all ranks and records the interruption.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import selectors
 import signal
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 from nemotron import jobs, preflight
 from nemotron.config import dump
 from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.jobs import Job
 from nemotron.launch.base import Console, Submission
+from nemotron.launch.ending import Ending, ending, stopped
+from nemotron.launch.secrets import refuse_secrets
+from nemotron.launch.signals import SignalForwarder, kill, signal_group
 from nemotron.plan import JobPlan
+from nemotron.processes import start_of
 from nemotron.redaction import secret_values
 
 _BLOCK_BYTES = 65536
@@ -41,12 +44,14 @@ class LocalBackend:
         Raises:
             NemotronError: A check failed; nothing was started.
         """
+        refuse_secrets(plan)  # first: what checks find is told with the values
         raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
-        job = _record(plan, console)
-        if plan.is_detached:
-            _detach(job, lambda quiet: _run(plan, job, quiet), console)
-            return Submission(job, None)
-        return Submission(job, _run(plan, job, console))
+        with SignalForwarder() as signals:
+            job = _record(plan, console)
+            if plan.is_detached:
+                _detach(job, lambda quiet: _run(plan, job, quiet, signals), console)
+                return Submission(jobs.read_job(job.path), None)  # the pid is its own
+            return Submission(job, _run(plan, job, console, signals))
 
 
 def _record(plan: JobPlan, console: Console) -> Job:
@@ -63,21 +68,21 @@ def _record(plan: JobPlan, console: Console) -> Job:
     )
 
 
-def _run(plan: JobPlan, job: Job, console: Console) -> int:
+def _run(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder) -> int:
     """Run the producers of missing inputs, then the plan itself; record the end in all cases."""
     with job.ends_on_error(ExitCode.FAILED):
-        code, error = _produce_inputs(plan, console)
-        if code == ExitCode.OK:
-            code, error = _execute(plan, job, console)
-        job.end(code, error)
-    return code
+        end = _produce_inputs(plan, console, signals)
+        if end is None:
+            end = _execute(plan, job, console, signals)
+        _note(lambda: job.end(end.exit_code, end.error), console)
+    return end.exit_code
 
 
-def _produce_inputs(plan: JobPlan, console: Console) -> tuple[int, dict[str, Any] | None]:
+def _produce_inputs(plan: JobPlan, console: Console, signals: SignalForwarder) -> Ending | None:
     """Run one producer after the other until no input is missing that has one.
 
     Returns:
-        Exit code of the first that failed, and what to record about it.
+        How the plan ended if it cannot run, because one failed or was told to stop.
 
     Raises:
         NemotronError: ``producer_output_missing``: it ended well, but the input is not there.
@@ -88,7 +93,7 @@ def _produce_inputs(plan: JobPlan, console: Console) -> tuple[int, dict[str, Any
         raise_all(preflight.failures(checks))
         maker = next((check.producer for check in checks if check.producer), None)
         if maker is None:
-            return int(ExitCode.OK), None
+            return None
         name = preflight.label(maker)
         if name in done:
             raise NemotronError(
@@ -99,72 +104,55 @@ def _produce_inputs(plan: JobPlan, console: Console) -> tuple[int, dict[str, Any
             )
         done.add(name)
         console.say(f"{plan.step.id} needs {name}, which runs first")
-        code = _run(maker, _record(maker, console), console)
+        refuse_secrets(maker)
+        code = _run(maker, _record(maker, console), console, signals)
+        if signals.received and code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
+            return Ending(code)
         if code != ExitCode.OK:
             problem = f"{name} failed; {plan.step.id} was not started"
             console.say(problem)
-            return code, {"code": "producer_failed", "problem": problem, "exit_code": code}
+            error = {"code": "producer_failed", "problem": problem, "exit_code": code}
+            return Ending(code, error)
 
 
-def _execute(plan: JobPlan, job: Job, console: Console) -> tuple[int, dict[str, Any] | None]:
-    """Run the command of a plan; return its exit code and the error that it reported."""
-    error_file = job.path / jobs.ERROR
-    ours = {"NEMOTRON_ERROR_FILE": str(error_file), "NEMOTRON_JOB": job.record.id}
-    environment = os.environ | plan.environment | ours
+def _execute(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder) -> Ending:
+    """Run the command of a plan; return how it ended, and say why if the step did not say it."""
+    if signals.received:
+        console.say(f"told to stop before {preflight.label(plan)} was started")
+        return stopped(signals.received)
     console.say(f"running {preflight.label(plan)} ({_relative(job.path)})")
-    with _SignalForwarder() as signals:
+    code = _run_command(plan, job, console, signals)
+    end = ending(
+        code,
+        told_by=signals.received,
+        reported=_reported(job.path / jobs.ERROR),
+        log=_relative(job.log),
+    )
+    news = "interrupted" if end.exit_code == ExitCode.INTERRUPTED else end.news
+    if news:
+        console.say(news)
+    return end
+
+
+def _run_command(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder) -> int:
+    ours = {"NEMOTRON_ERROR_FILE": str(job.path / jobs.ERROR), "NEMOTRON_JOB": job.record.id}
+    with job.log.open("ab", buffering=0) as log:
         process = subprocess.Popen(
             plan.command(_relative(job.path)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
+            env=os.environ | plan.environment | ours,
             process_group=0,
         )
-        signals.forward_to(process)
-        job.start()
-        try:
-            _tee(process, job.log, console)
-            code = process.wait()
-        except BaseException:
-            _signal_group(process, signal.SIGKILL)
-            raise
-    return _outcome(job, code, signals.received, error_file, console)
-
-
-def _outcome(
-    job: Job, code: int, received: list[int], error_file: Path, console: Console
-) -> tuple[int, dict[str, Any] | None]:
-    """Turn how the process ended into our exit code; say why if the step did not say it."""
-    if received and code != ExitCode.PREEMPTED:
-        console.say("interrupted")
-        return int(ExitCode.INTERRUPTED), None
-    if code == 0:
-        return int(ExitCode.OK), None
-    reported = _reported(error_file)
-    if reported is not None:
-        return int(reported["exit_code"]), reported
-    if code == ExitCode.PREEMPTED:
-        return code, None
-    if code < 0:
-        error = NemotronError(
-            "job_killed",
-            f"the job was killed by signal {-code} ({signal.Signals(-code).name})",
-            where=_relative(job.log),
-            fix="look at the end of the log; SIGKILL mostly means that memory ran out",
-            exit_code=ExitCode.RANK_DIED,
-        )
-        code = int(ExitCode.RANK_DIED)
-    else:
-        error = NemotronError(
-            "job_failed",
-            f"the job ended with exit code {code} and reported no error",
-            where=_relative(job.log),
-            fix="look at the end of the log",
-            exit_code=ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED,
-        )
-    console.say(str(error))
-    return code, error.to_dict()
+        with signals.forwarding_to(process):
+            try:
+                _note(job.start, console)
+                _tee(process, _Log(log, console), console)
+                return process.wait()
+            except BaseException:
+                kill(process)
+                raise
 
 
 def _reported(error_file: Path) -> dict[str, Any] | None:
@@ -175,78 +163,51 @@ def _reported(error_file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _tee(process: subprocess.Popen[bytes], log: Path, console: Console) -> None:
+def _note(change: Callable[[], None], console: Console) -> None:
+    """Change a job's record; a disk that is full must not cost the job."""
+    try:
+        change()
+    except OSError as error:
+        console.say(f"note: the job's record cannot be written: {error.strerror}; the job goes on")
+
+
+class _Log:
+    """The log of a job; what a full disk does not take of it is lost, which is said once."""
+
+    def __init__(self, stream: io.FileIO, console: Console) -> None:
+        self._stream, self._console = stream, console
+        self._has_failed = False
+
+    def write(self, block: bytes) -> None:
+        try:
+            self._stream.write(block)
+        except OSError as error:
+            if not self._has_failed:
+                problem = f"{jobs.LOG} cannot be written: {error.strerror}"
+                self._console.say(f"note: the job's {problem}; the job goes on")
+            self._has_failed = True
+
+
+def _tee(process: subprocess.Popen[bytes], log: _Log, console: Console) -> None:
     """Copy what the job prints, as it comes, to the terminal and to the log."""
     assert process.stdout is not None  # noqa: S101 - opened as pipes
     assert process.stderr is not None  # noqa: S101
-    with (
-        process.stdout,
-        process.stderr,
-        selectors.DefaultSelector() as selector,
-        log.open("ab", buffering=0) as log_stream,
-    ):
+    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ, console.stdout)
         selector.register(process.stderr, selectors.EVENT_READ, console.stderr)
         while selector.get_map():
             ready = selector.select(timeout=_GRACE_SECONDS)
             if not ready and process.poll() is not None:
-                _signal_group(process, signal.SIGKILL)  # a stray rank holds the pipes open
+                signal_group(process, signal.SIGKILL)  # a stray rank holds the pipes open
                 return
             for key, _ in ready:
                 block = os.read(key.fd, _BLOCK_BYTES)
                 if not block:
                     selector.unregister(key.fileobj)
                     continue
-                log_stream.write(block)
-                _show(key.data, block)
-
-
-def _show(stream: BinaryIO, block: bytes) -> None:
-    try:
-        stream.write(block)
-        stream.flush()
-    except BrokenPipeError:
-        # Whoever read the terminal is gone (| head); the job and its log go on.
-        return
-
-
-class _SignalForwarder:
-    """Passes SIGINT, SIGTERM and SIGUSR1 on to the job's process group, and remembers them."""
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._process: subprocess.Popen[bytes] | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        # Python takes signals in its main thread only.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._previous[number] = signal.signal(number, self._forward)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def forward_to(self, process: subprocess.Popen[bytes]) -> None:
-        """Name the job; a signal that came before it is passed on now."""
-        self._process = process
-        for number in self.received:
-            _signal_group(process, number)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        # The second Ctrl-C of an impatient user ends ranks that hang.
-        is_again = number in self.received
-        self.received.append(number)
-        if self._process is not None:
-            _signal_group(self._process, signal.SIGKILL if is_again else number)
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    # An empty group is gone (ProcessLookupError), or is one zombie (PermissionError on macOS).
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+                log.write(block)
+                key.data.write(block)
+                key.data.flush()
 
 
 def _detach(job: Job, run: Callable[[Console], int], console: Console) -> None:
@@ -273,10 +234,11 @@ def _detach(job: Job, run: Callable[[Console], int], console: Console) -> None:
         os.dup2(source, target)
 
     def say(text: str) -> None:
-        os.write(log, f"{text}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(log, f"{text}\n".encode())
 
     try:
-        job.update(pid=os.getpid())
+        job.update(pid=os.getpid(), pid_start=start_of(os.getpid()))
         os.close(tell)
         with os.fdopen(null, "wb") as nowhere:
             run(Console(console.argv, say, nowhere, nowhere))

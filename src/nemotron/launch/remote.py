@@ -20,8 +20,9 @@ from typing import Any, Literal, Protocol, Self
 
 from nemotron import jobs
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.jobs import Job, Status
+from nemotron.jobs import Job, JobRecord, Status
 from nemotron.launch.base import Console
+from nemotron.launch.ending import ending
 
 OnInterrupt = Literal["ask", "cancel", "leave"]
 # What was written on another machine may show up here a moment later.
@@ -49,32 +50,13 @@ class State:
         status: Status | None = None,
     ) -> Self:
         """Return the state of a job that has ended."""
-        statuses: dict[int, Status] = {
-            ExitCode.OK: "succeeded",
-            ExitCode.PREEMPTED: "preempted",
-        }
-        status = status or statuses.get(exit_code, "failed")
-        return cls(status, "", restarts, exit_code, error)
+        return cls(status or jobs.status_of(exit_code), "", restarts, exit_code, error)
 
 
 def ended_silently(code: int, restarts: int) -> State:
-    """Return the state of a job that ended with ``code`` and reported no error of its own.
-
-    A shell says 128 + N of a command that signal N killed.
-    """
-    if code in (ExitCode.OK, ExitCode.PREEMPTED):
-        return State.ended(code, None, restarts)
-    fix = "look at the end of the log"
-    if code == ExitCode.INTERRUPTED or code not in range(129, 129 + signal.NSIG):
-        problem = f"the job ended with exit code {code} and reported no error"
-        error = NemotronError("job_failed", problem, fix=fix)
-    else:
-        name = signal.strsignal(code - 128) or "unknown"
-        problem = f"the job was killed by signal {code - 128} ({name})"
-        fix += "; SIGKILL mostly means that memory ran out"
-        error = NemotronError("job_killed", problem, fix=fix)
-        code = int(ExitCode.RANK_DIED)
-    return State.ended(code, error.to_dict() | {"exit_code": code}, restarts)
+    """Return the state of a job that ended with ``code`` and reported no error of its own."""
+    end = ending(code)
+    return State.ended(end.exit_code, end.error, restarts)
 
 
 class Handle(Protocol):
@@ -96,18 +78,20 @@ class Handle(Protocol):
 
 
 def note(job: Job, state: State) -> None:
-    """Write a state into the job's record, if it says something new."""
-    if job.record.status in jobs.ENDED:
-        return
+    """Write a state into the job's record, if it says something new; an end that is there stays."""
     if state.exit_code is not None:
-        job.update(restarts=state.restarts)
-        job.end(state.exit_code, state.error, state.status)
+        job.end(state.exit_code, state.error, state.status, restarts=state.restarts)
         return
-    shown = (state.status, state.reason, state.restarts)
-    if state.status == "unknown" or shown == _noted(job):
-        return
-    started = job.record.started or (jobs.now() if state.status == "running" else None)
-    job.update(status=state.status, reason=state.reason, restarts=state.restarts, started=started)
+
+    def news(record: JobRecord) -> dict[str, Any] | None:
+        said = {"status": state.status, "reason": state.reason, "restarts": state.restarts}
+        is_known = record.model_dump(include=set(said)) == said
+        if record.status in jobs.ENDED or state.status == "unknown" or is_known:
+            return None
+        is_first = state.status == "running" and record.started is None
+        return said | ({"started": jobs.now()} if is_first else {})
+
+    job.change(news)
 
 
 def follow(job: Job, handle: Handle, console: Console, on_interrupt: OnInterrupt) -> int:
@@ -203,15 +187,8 @@ def _ask(console: Console, interrupts: _Interrupts) -> OnInterrupt:
 
 
 def _show(console: Console, block: bytes) -> None:
-    try:
-        console.stdout.write(block)
-        console.stdout.flush()
-    except BrokenPipeError:
-        return  # whoever read the terminal is gone (| head); the job goes on
-
-
-def _noted(job: Job) -> tuple[str, str, int]:
-    return job.record.status, job.record.reason, job.record.restarts
+    console.stdout.write(block)
+    console.stdout.flush()
 
 
 class _Interrupts:

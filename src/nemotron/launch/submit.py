@@ -6,23 +6,23 @@ import os
 from types import ModuleType
 
 from nemotron import jobs, preflight
-from nemotron.errors import ExitCode, NemotronError, raise_all
+from nemotron.errors import ExitCode, raise_all
 from nemotron.jobs import Job
 from nemotron.launch import lepton, script, slurm
 from nemotron.launch.base import Console, Submission
 from nemotron.launch.follow import handle_of
 from nemotron.launch.lepton import LeptonFiles
 from nemotron.launch.remote import OnInterrupt, follow
+from nemotron.launch.secrets import refuse_secrets
 from nemotron.launch.slurm import SlurmFiles
 from nemotron.plan import JobPlan
-from nemotron.redaction import redact_argv, redact_text, secret_values
+from nemotron.redaction import secret_values
 
 
 def preview(plan: JobPlan) -> dict[str, str]:
     """Return the scripts that a submission of the plan would use, by name; none for this host."""
     if plan.executor == "local":
         return {}
-    _refuse_secrets(plan)
     return _backend(plan).preview(plan)
 
 
@@ -32,8 +32,8 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
     Raises:
         NemotronError: A check failed, or the scheduler did not take the job.
     """
+    refuse_secrets(plan)  # first: what checks find is told with the values
     raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
-    _refuse_secrets(plan)
     backend = _backend(plan)
     backend.require_inputs(plan)
     directory = jobs.new_directory(plan.step.id)
@@ -69,26 +69,6 @@ def _place(
         placement = backend.submit(plan, shipped, job_id=job.record.id, console=console)
     job.update(placement=placement, log=f"{placement.host or 'here'}:{placement.directory}")
     console.say(f"{job.record.id} is {plan.executor} job {placement.id}")
-
-
-def _refuse_secrets(plan: JobPlan) -> None:
-    """Refuse a plan whose files would hold a secret; a job's files are written to disk and shown.
-
-    Raises:
-        NemotronError: ``secret_in_job``.
-    """
-    known = secret_values(os.environ, plan.execution.secrets)
-    words = [*plan.arguments, *plan.environment.values(), *plan.execution.startup_commands]
-    texts = [plan.config_text, *words, getattr(plan.execution, "setup_lines", None) or ""]
-    if redact_argv(words, known) == words and all(redact_text(t, known) == t for t in texts):
-        return
-    raise NemotronError(
-        "secret_in_job",
-        "an argument or a value of the job is a secret",
-        why="the files of a job are written to disk and shown; secrets must not be",
-        fix='name its variable in the profile instead: secrets = ["HF_TOKEN"]; '
-        "the job reads it from its environment",
-    )
 
 
 def _backend(plan: JobPlan) -> ModuleType:

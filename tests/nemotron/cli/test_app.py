@@ -199,6 +199,20 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         assert (done.returncode, done.stderr) == (0, ""), command
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_cost_what_they_would_show(here: Path, closed: str) -> None:
+    words = "steps run convert/hf_to_megatron -c tiny output_dir=out"
+    script = f"{sys.executable} -m nemotron {words} {closed}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = Path(".nemotron", "jobs").glob("*/job.json")
+    assert json.loads(path.read_text())["status"] == "succeeded"
+    assert "read back and compared" in (path.parent / "log.txt").read_text()
+    assert ("read back and compared" in done.stdout) == (">&-" not in closed.split())
+    failed = f"{sys.executable} -m nemotron steps show nope {closed}"
+    assert subprocess.run(["bash", "-c", failed], capture_output=True, check=False).returncode == 2
+
+
 def test_an_interrupt_while_python_still_imports_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}

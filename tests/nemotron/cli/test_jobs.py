@@ -68,7 +68,7 @@ def test_a_detached_local_job_is_cancelled_and_waited_for(demo: Path, capsys: Ca
         assert time.monotonic() < end
         time.sleep(0.05)
     assert main(["jobs", "cancel", job_id, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["status"] == "interrupted"
+    assert json.loads(capsys.readouterr().out)["status"] == "cancelled"
     assert main(["jobs", "wait", job_id]) == 130
     assert main(["jobs", "logs", "-f", job_id]) == 130
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,17 @@ def test_no_value_of_a_variable_or_secret_is_printed(
         assert "hunter2" not in text
 
 
+@pytest.mark.parametrize("extra", [[], ["--json"], ["peft.dim=13"]])
+def test_a_dry_run_with_a_secret_prints_nothing_of_it(
+    demo: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, extra: list[str]
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "hunter2hunter2")
+    assert main(["steps", "run", "demo/train", "-d", "run_name=hunter2hunter2", *extra]) == 2
+    out, err = capsys.readouterr()
+    assert "secret_in_job" in out + err
+    assert "hunter2" not in out + err
+
+
 def test_options_may_stand_anywhere_before_the_dashes(demo: Path, capsys: Captured) -> None:
     first = data(capsys, "steps", "run", "-d", "-c", "tiny", "demo/train", "peft.dim=8")
     last = data(capsys, "steps", "run", "demo/train", "peft.dim=8", "-c", "tiny", "--dry-run")
@@ -186,6 +198,15 @@ def test_a_detached_run_prints_the_id_of_the_job(demo: Path, capsys: Captured) -
     assert "making" in capsys.readouterr().out
     assert main(["jobs", "status", job, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "succeeded"
+
+
+def test_a_detached_run_as_json_has_the_process_that_runs_it(demo: Path, capsys: Captured) -> None:
+    assert main(["steps", "run", "demo/make", "-b", "local", "behaviour=sleep", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["pid"] != os.getpid()
+    assert main(["jobs", "status", record["id"], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pid"] == record["pid"]
+    assert main(["jobs", "cancel", record["id"]]) == 0
 
 
 def test_a_slurm_run_where_there_is_no_slurm_ends_with_exit_code_9(

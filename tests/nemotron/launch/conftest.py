@@ -87,13 +87,13 @@ sys.exit(main())
 def launcher(demo: Path) -> Callable[..., subprocess.Popen[str]]:
     """Return a function that starts the command line, on the demo steps, in a process."""
 
-    def start(*words: str) -> subprocess.Popen[str]:
+    def start(*words: str, **options: Any) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, *words],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
+            **{**pipes, **options},
         )
 
     return start

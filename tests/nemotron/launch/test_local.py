@@ -217,16 +217,37 @@ def test_no_secret_is_in_any_file_that_a_run_leaves(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
     (demo / "env.toml").write_text('[p]\nsecrets = ["HF_TOKEN"]\n')
-    job = build(
-        resolve("demo/make"),
-        profile=load_profile("p"),
-        passthrough=["--extra", "--hf-token=hunter2hunter2"],
-    )
-    run(job)
+    run(build(resolve("demo/make"), profile=load_profile("p"), passthrough=["--extra"]))
     files = [path for path in (demo / ".nemotron").rglob("*") if path.is_file()]
     assert {"job.json", "train.yaml", "log.txt"} <= {path.name for path in files}
-    leaking = [path for path in files if path.name != "log.txt" and "hunter2" in path.read_text()]
-    assert not leaking
+    assert not [path for path in files if "hunter2hunter2" in path.read_text()]
+
+
+@pytest.mark.parametrize(
+    ("override", "passthrough", "where"),
+    [
+        ("output_dir=out/hunter2hunter2", [], "output_dir"),
+        ("source=${oc.env:OTHER}", [], "source"),
+        ("run.env.env_vars.COLOUR=hunter2hunter2", [], "env_vars.COLOUR"),
+        ("run.env.startup_commands=['echo hunter2hunter2']", [], "startup_commands"),
+        ("behaviour=ok", ["--hf-token=hunter2hunter2"], "after --"),
+    ],
+)
+def test_a_secret_among_the_values_of_a_local_job_is_refused(
+    demo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    passthrough: list[str],
+    where: str,
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "hunter2hunter2")
+    monkeypatch.setenv("OTHER", "hunter2hunter2")
+    with pytest.raises(NemotronError) as caught:
+        run(plan("demo/make", override, passthrough=passthrough))
+    assert (caught.value.code, caught.value.where) == ("secret_in_job", where)
+    assert "MY_PASSWORD" in caught.value.problem
+    assert "hunter2" not in str(caught.value)
+    assert not (demo / ".nemotron").exists()
 
 
 def test_ranks_run_under_torchrun_and_the_record_says_so(demo: Path) -> None:

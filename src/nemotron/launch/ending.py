@@ -1,0 +1,80 @@
+"""What an exit means: one answer for jobs of this host, of Slurm and of Lepton.
+
+A job tells how it ended by its exit code and by the error that it reported. Whoever told it to stop
+knows a third thing: that a signal which ended it was no accident.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from nemotron.errors import ExitCode, NemotronError
+
+
+class Ending(NamedTuple):
+    """How a job ended; the exit code is one of ours."""
+
+    exit_code: int
+    error: dict[str, Any] | None = None
+    news: str = ""  # the error as text, where the job has not printed one itself
+
+
+def ending(
+    code: int,
+    *,
+    told_by: Sequence[int] = (),
+    reported: dict[str, Any] | None = None,
+    log: str = "",
+) -> Ending:
+    """Return how a job ended.
+
+    Args:
+        code: Its exit code: -N of a process that signal N killed; a shell says 128 + N of it.
+        told_by: Signals that asked it to stop, in their order.
+        reported: The error that it reported.
+        log: Where to look.
+    """
+    if code == ExitCode.OK:
+        return Ending(code)
+    is_stopped = code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
+    # What stopping ranks make of each other's leaving is no error of the job.
+    if reported is not None and not (is_stopped and reported["code"] == "unexpected"):
+        return Ending(int(reported["exit_code"]), reported)
+    if is_stopped:
+        return Ending(code)
+    number = -code if code < 0 else code - 128
+    # The second Ctrl-C kills.
+    if number in told_by or (number == signal.SIGKILL and told_by.count(signal.SIGINT) > 1):
+        return stopped(told_by)
+    return _killed(number, log) if 0 < number < signal.NSIG else _failed(code, log)
+
+
+def stopped(told_by: Sequence[int]) -> Ending:
+    """Return the end of a job that ended, or never began, because of these signals."""
+    is_interrupt = signal.SIGINT in told_by
+    return Ending(int(ExitCode.INTERRUPTED if is_interrupt else ExitCode.PREEMPTED))
+
+
+def _killed(number: int, log: str) -> Ending:
+    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+    error = NemotronError(
+        "job_killed",
+        f"the job was killed by signal {number} ({name})",
+        where=log,
+        fix="look at the end of the log; SIGKILL mostly means that memory ran out",
+        exit_code=ExitCode.RANK_DIED,
+    )
+    return Ending(int(error.exit_code), error.to_dict(), str(error))
+
+
+def _failed(code: int, log: str) -> Ending:
+    error = NemotronError(
+        "job_failed",
+        f"the job ended with exit code {code} and reported no error",
+        where=log,
+        fix="look at the end of the log",
+        exit_code=ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED,
+    )
+    return Ending(int(error.exit_code), error.to_dict(), str(error))

@@ -1,0 +1,59 @@
+"""Refusing plans whose files would hold a secret, wherever they run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from nemotron.errors import NemotronError
+from nemotron.plan import JobPlan
+from nemotron.redaction import redact_argv, redact_text, secret_values
+
+
+def refuse_secrets(plan: JobPlan) -> None:
+    """Refuse a plan whose files would hold a secret; a job's files are written to disk and shown.
+
+    Raises:
+        NemotronError: ``secret_in_job``.
+    """
+    known = secret_values(os.environ, plan.execution.secrets)
+    arguments = list(plan.arguments)
+    if redact_argv(arguments, known) != arguments:
+        raise _refusal("an argument of the run module", "after --", "".join(arguments), known)
+    for where, text in _texts(plan):
+        if redact_text(text, known) != text:
+            raise _refusal(f"the value of {where}", where, text, known)
+
+
+def _texts(plan: JobPlan) -> Iterator[tuple[str, str]]:
+    """Yield all else that is written for a job, and where it comes from."""
+    yield from _leaves(plan.values)
+    yield from ((f"env_vars.{name}", value) for name, value in plan.environment.items())
+    yield from (("startup_commands", command) for command in plan.execution.startup_commands)
+    yield "setup_lines", getattr(plan.execution, "setup_lines", None) or ""
+    yield "the config", plan.config_text
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item, key)
+    else:
+        yield key, str(value)
+
+
+def _refusal(what: str, where: str, text: str, known: frozenset[str]) -> NemotronError:
+    # The name helps where an ordinary word is somebody's password; the value must not be told.
+    names = [name for name, value in os.environ.items() if value in known and value in text]
+    return NemotronError(
+        "secret_in_job",
+        f"{what} is a secret" + (f", that of {names[0]}" if names else ""),
+        where=where,
+        why="the files of a job are written to disk and shown; secrets must not be",
+        fix='name its variable in the profile instead: secrets = ["HF_TOKEN"]; '
+        "the job reads it from its environment",
+    )

@@ -1,0 +1,79 @@
+"""Asking a job of this host to stop: what reaches the launcher is passed on to all of the job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Self
+
+from nemotron.processes import descendants
+
+
+class SignalForwarder:
+    """Passes what asks this process to stop on to the job's process group, and remembers it.
+
+    SIGHUP, of a terminal that was closed, is passed on as SIGTERM, at which jobs save; where it is
+    ignored (``nohup``) it stays so.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # Python takes signals in its main thread only.
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
+                self._previous[number] = signal.signal(number, self._forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def forwarding_to(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        """Pass signals on to a job as long as it runs; those that have come, now."""
+        self._process = process
+        for number in self.received:
+            signal_group(process, number)
+        try:
+            yield
+        finally:
+            self._process = None
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        # The second Ctrl-C of an impatient user ends ranks that hang. Other signals may be said
+        # twice by who means them once, such as the kernel and the shell of a closed terminal.
+        is_impatient = number == signal.SIGINT and number in self.received
+        self.received.append(number)
+        if self._process is not None and is_impatient:
+            kill(self._process)
+        elif self._process is not None:
+            signal_group(self._process, number)
+
+
+def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to the process group that a job was started in."""
+    # An empty group is gone (ProcessLookupError), or is one zombie (PermissionError on macOS).
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a job at once, with its ranks: torchrun has put these into sessions of their own."""
+    ranks = descendants(process.pid)  # before their parent is gone
+    signal_group(process, signal.SIGKILL)
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)

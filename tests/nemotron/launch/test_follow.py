@@ -1,0 +1,50 @@
+"""nemotron.launch.follow: coming back to jobs of this host."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron import jobs
+from nemotron.jobs import Job
+
+
+def left_running(pid: int) -> Job:
+    """Return a job as a launcher leaves it that was killed and had this pid."""
+    job = jobs.create(
+        jobs.new_directory("demo/make"),
+        step="demo/make",
+        profile=None,
+        argv=[],
+        command=[],
+        values={},
+        config_text="",
+    )
+    job.update(status="running", pid=pid)
+    return job
+
+
+def test_who_has_the_pid_of_a_launcher_that_is_gone_is_not_signalled(
+    here: Path, nemotron: Callable[..., Any]
+) -> None:
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        job = left_running(bystander.pid)
+        assert nemotron("jobs", "cancel", job.record.id, "--json").data["status"] == "lost"
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+@pytest.mark.parametrize("command", [["wait"], ["logs", "-f"]])
+def test_who_has_the_pid_of_a_launcher_that_is_gone_is_not_waited_for(
+    here: Path, nemotron: Callable[..., Any], command: list[str]
+) -> None:
+    job = left_running(1)
+    job.log.write_text("so far\n")
+    ended = nemotron("jobs", *command, job.record.id)
+    assert (ended.code, "error[job_lost]" in ended.err) == (8, True)
+    assert ended.out == ("so far\n" if "logs" in command else "")
+    assert nemotron("jobs", "logs", job.record.id).code == 0
