@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import nemotron
-from nemotron.errors import ExitCode, NemotronError
+from nemotron.errors import ExitCode, NemotronError, writing
 from nemotron.redaction import redact_argv, redact_data, redact_text
 
 JOBS_ROOT = Path(".nemotron") / "jobs"
@@ -286,7 +286,7 @@ def write_private(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.partial")
     aside.unlink(missing_ok=True)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+    with writing(path), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

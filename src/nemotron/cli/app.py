@@ -15,7 +15,7 @@ import typer
 import nemotron
 from nemotron.cli import adapter, data, jobs, profiles, steps
 from nemotron.cli.invocation import Invocation
-from nemotron.errors import ExitCode, NemotronError, system_refusal
+from nemotron.errors import NO_ROOM, ExitCode, NemotronError, system_refusal
 
 COMMANDS = (
     *("steps", "jobs", "data", "profiles", "adapter", "list", "show", "run", "status", "logs"),
@@ -99,9 +99,13 @@ def _fail(error: Exception, invocation: Invocation) -> int:
         is_usage = hasattr(error, "format_message")
         error = _usage_error(error, invocation) if is_usage else _unexpected(error)
     if invocation.is_json:
-        print(json.dumps({"error": error.to_dict()}, indent=2))
-    else:
-        print(error, file=sys.stderr)
+        try:
+            print(json.dumps({"error": error.to_dict()}, indent=2), flush=True)
+        except OSError:  # where it should go may be what failed
+            _forget_reader()
+        else:
+            return int(error.exit_code)
+    print(error, file=sys.stderr)
     return int(error.exit_code)
 
 
@@ -124,7 +128,7 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
 
 
 def _unexpected(error: Exception) -> NemotronError:
-    if isinstance(error, OSError) and (refused := system_refusal(error)):
+    if isinstance(error, OSError) and (refused := system_refusal(error, origin=_origin(error))):
         return refused
     return NemotronError(
         "unexpected",
@@ -133,6 +137,15 @@ def _unexpected(error: Exception) -> NemotronError:
         "and --debug",
         exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
     )
+
+
+def _origin(error: OSError) -> str:
+    """Return what an error of the system is about that names no path."""
+    try:
+        os.getcwd()  # noqa: PTH109 - the question is whether there is one
+    except OSError:
+        return "the working directory"
+    return "standard output" if error.errno in NO_ROOM else ""
 
 
 def _forget_reader() -> None:

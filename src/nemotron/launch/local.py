@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Self
 
 from nemotron import jobs, preflight
 from nemotron.config import dump
-from nemotron.errors import ExitCode, NemotronError, raise_all
+from nemotron.errors import ExitCode, NemotronError, raise_all, writing
 from nemotron.jobs import Job
 from nemotron.launch.base import Console, Submission
 from nemotron.plan import JobPlan
@@ -197,7 +197,8 @@ def _tee(process: subprocess.Popen[bytes], log: Path, console: Console) -> None:
                 if not block:
                     selector.unregister(key.fileobj)
                     continue
-                log_stream.write(block)
+                with writing(log):
+                    log_stream.write(block)
                 _show(key.data, block)
 
 
