@@ -113,6 +113,8 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     if known not in ROLES:
         raise BadRowError("unknown_role", f"message {index} has the role {str(role)[:40]!r}")
     own = ("from", "value") if is_sharegpt else ("role", "content")
+    if own[1] not in raw and not any(raw.get(name) for name in ("tool_calls", *FIELDS)):
+        raise BadRowError("bad_message", f"message {index} has no field {own[1]!r}")
     content = _text(raw.get(own[1]), index)
     others = {key: value for key, value in raw.items() if key not in own and value is not None}
     message: dict[str, Any] = {"role": known, "content": content}
