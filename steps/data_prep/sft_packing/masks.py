@@ -30,6 +30,7 @@ from nemotron.steps.data_prep.sft_packing.rendering import (
 )
 from nemotron.steps.data_prep.sft_packing.sanitizing import Sanitizer
 from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, template_text
+from nemotron.steps.data_prep.sft_packing.tool_use import require_tools
 
 # Encoding one text, or one text in two pieces, gives the same tokens unless the tokenizer adds
 # something at the start of every text, as those with SentencePiece's dummy prefix do.
@@ -103,12 +104,14 @@ class Encoder:
 
     def _render(self, conversation: Conversation) -> list[Rendered] | BadRowError:
         try:
-            return [
+            rendered = [
                 self._render_variant(variant, conversation)
                 for variant in variants(conversation.messages, self.reasoning)
             ]
+            require_tools(self.template, conversation)
         except BadRowError as error:
             return error
+        return rendered
 
     def _render_variant(self, variant: Variant, conversation: Conversation) -> Rendered:
         messages, tools = variant.messages, conversation.tools
