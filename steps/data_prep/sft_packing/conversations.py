@@ -123,9 +123,17 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     message |= others
     if role == "function_call":
         message |= {"content": "", "tool_calls": [_parsed(content)]}
+    if known == "assistant":
+        _require_weight(message.get("weight"), index)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], index)
     return _with_reasoning(message)
+
+
+def _require_weight(weight: Any, index: int) -> None:
+    """OpenAI's: 0 keeps a turn from being trained. It is no part of what the message says."""
+    if isinstance(weight, bool) or weight not in (None, 0, 1):
+        raise BadRowError("bad_message", f"weight of message {index} is neither 0 nor 1")
 
 
 def _text(content: Any, index: int) -> str:

@@ -31,11 +31,14 @@ from nemotron.steps.data_prep.sft_packing.rendering import (
 from nemotron.steps.data_prep.sft_packing.sanitizing import Sanitizer
 from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, template_text
 from nemotron.steps.data_prep.sft_packing.tool_use import require_tools
+from nemotron.steps.data_prep.sft_packing.turns import trained_turns
 
 # Encoding one text, or one text in two pieces, gives the same tokens unless the tokenizer adds
 # something at the start of every text, as those with SentencePiece's dummy prefix do.
 _WHOLE, _PIECES = "a\nb c", ("a\n", "b c")
-_UNTRAINED = BadRowError("no_trainable_tokens", "the template marks nothing as the assistant's")
+_UNTRAINED = BadRowError(
+    "no_trainable_tokens", "the template marks nothing, or every turn is empty or has weight 0"
+)
 
 
 class Document(NamedTuple):
@@ -122,13 +125,7 @@ class Encoder:
         if not self.encodes_pieces and Sanitizer.has_placeholder(rendered.text):
             detail = "this tokenizer cannot encode a control string as text; sanitize=false lets it"
             raise BadRowError("control_string", detail)
-        if variant.num_trained is None:
-            return rendered
-        num_turns = sum(message["role"] == "assistant" for message in messages)
-        if len(rendered.spans) != num_turns:
-            detail = f"{len(rendered.spans)} marked spans for {num_turns} turns of the assistant"
-            raise BadRowError("spans_not_per_turn", detail)
-        return Rendered(rendered.text, rendered.spans[-variant.num_trained :])
+        return trained_turns(rendered, variant, stop=self.template.stop)
 
     def _documents(self, tokens: np.ndarray, ends: np.ndarray) -> Iterator[Document | None]:
         """Yield each document; None where nothing in it is a label.

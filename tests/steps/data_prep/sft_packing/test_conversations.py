@@ -95,7 +95,7 @@ def test_reasoning_is_read_under_each_of_its_names(name: str) -> None:
 
 
 def test_uid_ignores_fields_that_say_nothing() -> None:
-    tagged = {"messages": [USER | {"id": 7}, ASSISTANT]}
+    tagged = {"messages": [USER | {"id": 7}, ASSISTANT | {"weight": 0}]}
     assert read(tagged).uid == read({"messages": [USER, ASSISTANT]}).uid
 
 
@@ -116,6 +116,10 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ({"messages": [{"role": "user", "value": "Q"}, ASSISTANT]}, "bad_message"),
         ({"messages": [USER, {"role": "assistant"}, USER, ASSISTANT]}, "bad_message"),
         ({"conversations": [{"from": "human", "text": "Q"}]}, "bad_message"),
+        *(
+            ({"messages": [USER, ASSISTANT | {"weight": weight}]}, "bad_message")
+            for weight in (0.5, 2, -1, "0", True, [0])
+        ),
         ({"messages": [{"content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"messages": [{"role": "critic", "content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"messages": [{"role": ["user"], "content": "Q"}, ASSISTANT]}, "unknown_role"),
