@@ -157,6 +157,18 @@ def test_export_says_at_which_size_megatron_bridge_reads_parts_that_have_their_o
 
 
 @pytest.mark.parametrize("layout", ["megatron_bridge", "peft"])
+def test_what_export_writes_knows_its_base(
+    tmp_path: Path, capsys: Output, adapter: Path, base_megatron: Path, layout: str
+) -> None:
+    (tmp_path / "base_hf").rename(tmp_path / "elsewhere")  # as the adapter names it
+    first, second = tmp_path / "out" / "first", tmp_path / "out" / "second"
+    exported(adapter, first, layout, base_megatron)
+    assert verified(capsys, first, None)["base"] == str(base_megatron)
+    export.run(ExportConfig(adapter=first, output=second, layout="peft"), PRODUCER)
+    assert verified(capsys, second, None)["base_is_verified"]
+
+
+@pytest.mark.parametrize("layout", ["megatron_bridge", "peft"])
 def test_export_onto_a_full_disk_says_that_it_is_full_whatever_file_it_stops(
     adapter: Path, base_hf: Path, small_disk: SmallDisk, layout: str
 ) -> None:
