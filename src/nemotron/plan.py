@@ -32,7 +32,7 @@ from nemotron.executors import (
 from nemotron.interpolation import escape, resolve
 from nemotron.profile import Profile
 from nemotron.tree import Node, child_at, display, dotted, leaves, merge
-from nemotron.validation import refuse_secrets, validate
+from nemotron.validation import refuse_home, refuse_secrets, validate
 
 YAML_KEEPS = (
     "container_image",
@@ -173,6 +173,7 @@ def build(
     written = override(tree, overrides)
     tree = resolve(written)
     refuse_secrets(tree, references="secret_vars")
+    refuse_home(tree, leave_out="run")
     execution, run, checked = _validate(tree, step, executor, display(path))
     values = checked.model_dump(mode="json", by_alias=True)
     if executor != "local":
