@@ -82,7 +82,9 @@ def read_conversation(row: Any, *, field: str, tools_field: str) -> Conversation
         raise BadRowError("no_conversation", f"{field!r} is not a list of messages")
     messages = [_message(item, index) for index, item in enumerate(raw)]
     system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+    if system and messages[0]["role"] != "system":
+        if not isinstance(system, str):
+            raise BadRowError("bad_message", "system is not text")
         messages.insert(0, {"role": "system", "content": system})
     _require_answer(messages)
     return Conversation(messages, _tools(row.get(tools_field)), _uid(messages))

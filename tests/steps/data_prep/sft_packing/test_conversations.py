@@ -127,6 +127,8 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not_text"),
         ({"messages": [USER, ASSISTANT | {"tool_calls": ["f"]}]}, "bad_message"),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [{"id": 1}]}]}, "bad_message"),
+        ({"messages": [USER, ASSISTANT], "system": ["be good"]}, "bad_message"),
+        ({"instruction": "Q", "output": "A", "system": {"be": "good"}}, "bad_message"),
         ({"messages": [USER]}, "no_assistant_turn"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "empty_answer"),
         ({"messages": [USER, ASSISTANT], "tools": "look"}, "bad_tools"),
