@@ -191,9 +191,12 @@ def _require_answer(messages: list[dict[str, Any]]) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadRowError("no_assistant_turn", "no message has the role assistant")
-    said = ("content", "tool_calls", "reasoning_content")
-    if not any(answer.get(key) for answer in answers for key in said):
+    keys = ("content", "tool_calls", "reasoning_content")
+    said = [answer for answer in answers if any(answer.get(key) for key in keys)]
+    if not said:
         raise BadRowError("empty_answer", "the assistant says nothing")
+    if all(answer.get("weight") == 0 for answer in said):
+        raise BadRowError("untrained", "all that the assistant says has the weight 0")
 
 
 def _tools(value: Any) -> list[Any] | None:

@@ -36,9 +36,7 @@ from nemotron.steps.data_prep.sft_packing.turns import trained_turns
 # Encoding one text, or one text in two pieces, gives the same tokens unless the tokenizer adds
 # something at the start of every text, as those with SentencePiece's dummy prefix do.
 _WHOLE, _PIECES = "a\nb c", ("a\n", "b c")
-_UNTRAINED = BadRowError(
-    "no_trainable_tokens", "the template marks nothing, or every turn is empty or has weight 0"
-)
+_UNTRAINED = BadRowError("no_trainable_tokens", "the template marks nothing as the assistant's")
 
 
 class Document(NamedTuple):

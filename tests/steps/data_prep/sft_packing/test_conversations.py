@@ -95,8 +95,8 @@ def test_reasoning_is_read_under_each_of_its_names(name: str) -> None:
 
 
 def test_uid_ignores_fields_that_say_nothing() -> None:
-    tagged = {"messages": [USER | {"id": 7}, ASSISTANT | {"weight": 0}]}
-    assert read(tagged).uid == read({"messages": [USER, ASSISTANT]}).uid
+    tagged = {"messages": [USER | {"id": 7}, ASSISTANT | {"weight": 0}, USER, ASSISTANT]}
+    assert read(tagged).uid == read({"messages": [USER, ASSISTANT, USER, ASSISTANT]}).uid
 
 
 def test_detect_field_takes_a_named_field_at_its_word() -> None:
@@ -129,6 +129,11 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ({"messages": [USER, ASSISTANT | {"tool_calls": [{"id": 1}]}]}, "bad_message"),
         ({"messages": [USER, ASSISTANT], "system": ["be good"]}, "bad_message"),
         ({"instruction": "Q", "output": "A", "system": {"be": "good"}}, "bad_message"),
+        ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "untrained"),
+        (
+            {"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"content": ""}]},
+            "untrained",
+        ),
         ({"messages": [USER]}, "no_assistant_turn"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "empty_answer"),
         ({"messages": [USER, ASSISTANT], "tools": "look"}, "bad_tools"),

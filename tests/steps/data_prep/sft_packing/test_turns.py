@@ -93,9 +93,3 @@ def test_weights_hold_where_every_turn_is_a_document_of_its_own(tokenizer_dir: P
     reasoned = {"content": "c", "reasoning_content": "hm"}
     documents = trained(encoder, {"content": "a"}, reasoned | {"weight": 0}, {"content": "d"})
     assert documents == [f"a{STOP}", f"d{STOP}"]
-
-
-def test_a_conversation_without_a_turn_to_train_is_a_reject(tokenizer_dir: Path) -> None:
-    found = encode(encoder_of(tokenizer_dir, "chatml"), {"content": "b", "weight": 0})
-    assert isinstance(found, BadRowError)
-    assert found.reason == "no_trainable_tokens"
