@@ -1,4 +1,4 @@
-"""What the tests share: real ranks under torchrun."""
+"""What the tests share: real ranks under torchrun, and disks that are soon full."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 RunRanks = Callable[..., dict[str, Any]]
+SmallDisk = Callable[[int], Path]
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +39,22 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
         return json.loads(report.read_text(encoding="utf-8"))
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """Return a function that makes a directory with room for so many bytes; a page at least."""
+    made: list[Path] = []
+
+    def make(num_bytes: int) -> Path:
+        path = tmp_path / f"disk_{len(made)}"
+        path.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(path)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("a disk of our own needs root that may mount one")
+        made.append(path)
+        return path
+
+    yield make
+    for path in made:
+        subprocess.run(["umount", str(path)], check=True)

@@ -22,7 +22,7 @@ from nemotron.executors import EXECUTORS, WITHOUT_EFFECT, Execution
 from nemotron.interpolation import escape, resolve
 from nemotron.profile import Profile
 from nemotron.tree import Node, child_at, display, merge, plain
-from nemotron.validation import refuse_secrets, validate
+from nemotron.validation import refuse_home, refuse_secrets, validate
 
 YAML_KEEPS = (
     "container_image",
@@ -81,6 +81,7 @@ def compose(step: Step, path: Path, overrides: Sequence[str], profile: Profile |
     written = override(_lay_profile(read_config(path), profile), overrides)
     tree = resolve(written)
     refuse_secrets(tree, references="secret_vars")
+    refuse_home(tree, leave_out="run")
     execution, run, config = _validate(tree, step, executor, display(path))
     read_by_job = config
     if executor != "local":

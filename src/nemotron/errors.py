@@ -7,15 +7,18 @@ traceback and exit with its code. This module imports nothing of ours.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only a write can meet
 # Why a system refuses to read or write that whoever runs the command can mend.
 _REFUSALS = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *NO_ROOM,
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE),
 )
 
@@ -109,6 +112,20 @@ def raise_all(errors: Sequence[NemotronError]) -> None:
         raise errors[0] if len(errors) == 1 else CombinedError(errors)
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name ``path`` in an error of the block that says there is no room, and not where.
+
+    The system names a file that cannot be opened, and none that cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def system_refusal(error: OSError, *, origin: str = "") -> NemotronError | None:
     """Return what the system refused to read or write; None if it is no fault of the place.
 
@@ -116,11 +133,15 @@ def system_refusal(error: OSError, *, origin: str = "") -> NemotronError | None:
     """
     if error.errno not in _REFUSALS:
         return None
+    name, fix = error.filename, "see that it is there and may be used, or choose another place"
+    if error.errno in NO_ROOM:
+        name = error.filename2 or name  # of a copy, the one that was written
+        fix = "make room there (df, quota and ulimit -f say how much there is), or choose another"
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
     return NemotronError(
         "input_output_failed",
         f"{error.strerror}{notes}",
-        where=origin if error.filename is None else os.fsdecode(error.filename),
-        fix="see that it is there and may be used, make room on its disk, or choose another place",
+        where=origin if name is None else os.fsdecode(name),
+        fix=fix,
         exit_code=ExitCode.IO,
     )

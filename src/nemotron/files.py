@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from nemotron.errors import writing
+
 
 def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Write a file aside, and put it in its place when it is on disk; writers may overlap.
@@ -19,7 +21,7 @@ def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with writing(path), os.fdopen(descriptor, "wb") as stream:
             stream.write(text.encode("utf-8", "surrogateescape"))
             stream.flush()
             os.fsync(stream.fileno())

@@ -32,6 +32,7 @@ from nemotron.redaction import redact_argv, redact_data, redact_text, secret_val
 JOBS_ROOT = Path(".nemotron") / "jobs"
 RECORD, CONFIG, LOG, ERROR = "job.json", "train.yaml", "log.txt", "error.json"
 DIFF = "code.diff"
+_NUM_NAMED = 5  # of jobs that a name fits; there may be thousands
 
 Status = Literal[
     "queued",
@@ -320,12 +321,15 @@ def find(name: str, root: Path | None = None) -> Job:
     """
     root = root or JOBS_ROOT
     ids = [path.name for path in job_directories(root)]
-    matches = [name] if name in ids else [job_id for job_id in ids if name in job_id]
+    # An empty text is in every id, and was hardly meant as part of one.
+    matches = [name] if name in ids else [job_id for job_id in ids if name and name in job_id]
     if len(matches) == 1:
         return read_job(root / matches[0])
     if matches:
+        newest = ", ".join(matches[: -_NUM_NAMED - 1 : -1])
+        which = "one of" if len(matches) <= _NUM_NAMED else "the newest are"
         raise NemotronError(
-            "job_ambiguous", f"{name!r} fits several jobs", fix=f"one of: {', '.join(matches)}"
+            "job_ambiguous", f"{name!r} fits {len(matches)} jobs", fix=f"{which}: {newest}"
         )
     fix = f"the newest is {ids[-1]}" if ids else "run a step first: nemotron steps list"
     raise NemotronError("job_unknown", f"no job {name!r} in {root}", fix=fix)

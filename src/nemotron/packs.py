@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron.artifacts import MANIFEST, blake3_file, read_artifact, refuse_unlisted
-from nemotron.errors import ExitCode, NemotronError
+from nemotron.errors import ExitCode, NemotronError, writing
 from nemotron.packed_parquet import (
     COLUMNS,
     check_row,
@@ -161,7 +161,18 @@ def as_data(packs: Packs, stats: dict[str, SplitStats]) -> dict[str, Any]:
 
 
 def draw_histogram(stats: dict[str, SplitStats], file: Path) -> None:
-    """Write a PNG: how many documents have which length, split by split."""
+    """Write a PNG: how many documents have which length, split by split.
+
+    Raises:
+        NemotronError: ``not_png``: the name is that of another format.
+    """
+    if file.suffix.lower() not in ("", ".png"):
+        raise NemotronError(
+            "not_png",
+            f"{file.name} is written as PNG; its name says {file.suffix}",
+            where=str(file),
+            fix=f"pass --png {file.with_suffix('.png')}",
+        )
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -174,7 +185,8 @@ def draw_histogram(stats: dict[str, SplitStats], file: Path) -> None:
         axes.hist(lengths, bins=60, weights=counts, histtype="step", label=name or "rows")
     axes.set(xlabel="tokens of a document at training time", ylabel="documents", yscale="log")
     axes.legend()
-    figure.savefig(file, dpi=120, metadata={"Software": None})
+    with writing(file):
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
     plt.close(figure)
 
 

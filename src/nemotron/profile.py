@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nemotron
-from nemotron.errors import NemotronError
+from nemotron.errors import NemotronError, writing
 from nemotron.executors import EXECUTORS, Execution
 from nemotron.interpolation import resolve
 from nemotron.tree import Node, child_at, display, dotted, from_plain, leaves, merge
@@ -94,7 +94,7 @@ def write_template(executor: str, directory: Path | None = None) -> Path:
     source = next(place for place in places if place.is_dir()) / path.name
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("x", encoding="utf-8") as stream:
+        with writing(path), path.open("x", encoding="utf-8") as stream:
             stream.write(source.read_text(encoding="utf-8"))
     except FileExistsError:
         raise NemotronError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import types
 import typing
@@ -99,6 +100,34 @@ def refuse_secrets(tree: Node, *, references: str = "") -> None:
                 )
             )
     raise_all(failures)
+
+
+def refuse_home(tree: Node, *, leave_out: str) -> None:
+    """Refuse values that begin with ``~/``: no shell reads a config, so it would be a directory.
+
+    It is not expanded either: the job may run where the home is another one.
+
+    Args:
+        tree: The values.
+        leave_out: A section whose values are for the machine here, or for a shell.
+
+    Raises:
+        NemotronError: ``home_in_config``; all of them at once.
+    """
+    raise_all(
+        [
+            NemotronError(
+                "home_in_config",
+                f"{dotted(path)} is {node.value!r}; ~ stands for a home only in a shell",
+                where=node.place,
+                fix="write the path from / on, as it is where the job runs; here it is "
+                f"{os.path.expanduser(node.value)}",  # noqa: PTH111 - never fails
+            )
+            for path, node in leaves(tree)
+            if path[0] != leave_out and isinstance(node.value, str)
+            if node.value == "~" or node.value.startswith("~/")
+        ]
+    )
 
 
 def schema_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

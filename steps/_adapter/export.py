@@ -31,7 +31,10 @@ def run(config: ExportConfig, producer: Producer) -> None:
             partial,
             artifact_type="checkpoint_lora",
             produced_by=producer,
-            inputs=[describe_input("checkpoint_lora", source)],
+            inputs=[
+                describe_input("checkpoint_lora", source),
+                describe_input(opened.base_type, opened.base_path),
+            ],
             properties=opened.record.properties if opened.record else {},
         )
     found = {"output": str(config.output), "layout": config.layout, "kind": kind}

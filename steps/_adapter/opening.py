@@ -19,6 +19,8 @@ from nemotron.steps._formats.lora import LoraAdapter, adapter_error
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron, read_run_config
 from nemotron.steps._formats.weights import ReportedWeights, Weights
 
+_BASES = ("checkpoint_megatron", "checkpoint_hf")
+
 
 @dataclass(frozen=True)
 class OpenedAdapter:
@@ -37,6 +39,11 @@ class OpenedAdapter:
     base_path: Path
     base: Weights
     is_base_verified: bool
+
+    @property
+    def base_type(self) -> str:
+        """Artifact type of the base."""
+        return _BASES[(self.base_path / "config.json").is_file()]
 
     @property
     def layout(self) -> str:
@@ -77,7 +84,7 @@ def open_with_base(path: Path, *, base: Path | None) -> OpenedAdapter:
 def _recorded_base(directory: Path, record: Artifact | None) -> Path | None:
     """Return the base that an adapter says it was trained on, where that is a directory here."""
     inputs = record.inputs if record else ()
-    names = [each.path for each in inputs if each.type.startswith("checkpoint_")]
+    names = [each.path for each in inputs if each.type in _BASES]
     if (directory / ADAPTER_CONFIG).is_file():
         names.append(read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     else:

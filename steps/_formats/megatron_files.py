@@ -8,6 +8,7 @@ Source: Megatron-Bridge, training/checkpointing.py; Megatron-LM, core/dist_check
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,12 +41,12 @@ def write_iteration_files(
     """
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     common = {"checkpoint_version": 3.0, "iteration": iteration, "content_metadata": content}
-    torch.save(common, iteration_dir / "common.pt")
-    torch.save(_train_state(iteration), iteration_dir / "train_state.pt")
+    _save(common, iteration_dir / "common.pt")
+    _save(_train_state(iteration), iteration_dir / "train_state.pt")
     text = yaml.safe_dump(dict(run_config))
     (iteration_dir / RUN_CONFIG).write_text(text, encoding="utf-8")
     (iteration_dir / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
-    torch.save(_train_state(iteration), root / TRAIN_STATE)
+    _save(_train_state(iteration), root / TRAIN_STATE)
     (root / TRACKER).write_text(str(iteration), encoding="utf-8")
 
 
@@ -74,6 +75,13 @@ def run_config_sections(
             "tokenizer_type": "HuggingFaceTokenizer",
         },
     }
+
+
+def _save(value: Mapping[str, Any], path: Path) -> None:
+    """Write a few kB by way of memory: torch's own file does not say why it cannot be written."""
+    held = io.BytesIO()
+    torch.save(value, held)
+    path.write_bytes(held.getvalue())
 
 
 def _train_state(iteration: int) -> dict[str, torch.Tensor]:

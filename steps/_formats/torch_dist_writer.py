@@ -130,7 +130,13 @@ class TorchDistFile:
     def _append(self, name: str, value: Any) -> tuple[int, int]:
         self._stream.write(bytes(-self._stream.size_bytes % _ALIGNMENT_BYTES))
         start = self._stream.size_bytes
-        torch.save(value, self._stream)  # type: ignore[arg-type] (it needs write() only)
+        try:
+            torch.save(value, self._stream)  # type: ignore[arg-type] (it needs write() only)
+        except RuntimeError as error:
+            # torch ends its archive also after a write that failed, and complains of the gap.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         return start, self._stream.size_bytes - start
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from nemotron.errors import CombinedError, ExitCode, NemotronError, raise_all
+from nemotron.errors import (
+    CombinedError,
+    ExitCode,
+    NemotronError,
+    raise_all,
+    system_refusal,
+    writing,
+)
 
 
 def test_error_prints_code_problem_place_cause_and_fix_in_that_order() -> None:
@@ -66,3 +76,29 @@ def test_raise_all_raises_nothing_one_or_all() -> None:
     assert str(both.value) == "error[one]: 1\nerror[two]: 2"
     assert both.value.exit_code is ExitCode.PREFLIGHT
     assert [error["code"] for error in both.value.to_dict()["errors"]] == ["one", "two"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_write_without_room_names_what_was_written_and_asks_for_room(number: int) -> None:
+    with pytest.raises(OSError, match="out") as caught, writing(Path("out")):
+        raise OSError(number, os.strerror(number))
+    refused = system_refusal(caught.value, origin="hashed_file.py:65")
+    assert refused is not None
+    assert (refused.where, refused.exit_code) == ("out", ExitCode.IO)
+    assert refused.fix.startswith("make room there")
+
+
+def test_a_copy_without_room_names_the_copy() -> None:
+    # As shutil raises it.
+    refused = system_refusal(OSError(errno.ENOSPC, "No space left on device", "in", None, "out"))
+    assert refused is not None
+    assert refused.where == "out"
+
+
+def test_what_is_read_in_vain_is_not_taken_for_what_is_written() -> None:
+    with pytest.raises(FileNotFoundError) as caught, writing("out"):
+        Path("in").read_bytes()
+    refused = system_refusal(caught.value)
+    assert refused is not None
+    assert refused.where == "in"
+    assert refused.fix.startswith("see that it is there")

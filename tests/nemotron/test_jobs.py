@@ -123,7 +123,7 @@ def test_find_takes_an_id_or_a_part_that_only_one_has(here: Path) -> None:
     first, second = create("demo/a"), create("demo/b")
     assert jobs.find(first.record.id).record.id == first.record.id
     assert jobs.find("demo-b").record.id == second.record.id
-    with pytest.raises(NemotronError, match="fits several jobs"):
+    with pytest.raises(NemotronError, match="fits 2 jobs"):
         jobs.find("demo")
     with pytest.raises(NemotronError, match="no job 'zzz'") as caught:
         jobs.find("zzz")
@@ -193,3 +193,17 @@ def test_an_error_that_comes_from_elsewhere_is_written_without_secrets(
     monkeypatch.setenv("MY_PASSWORD", "hunter2hunter2")
     job.end(1, {"problem": "cannot log in with hunter2hunter2"})
     assert "hunter2" not in (job.path / "job.json").read_text()
+
+
+def test_a_name_that_fits_many_jobs_is_told_with_the_newest_few(here: Path) -> None:
+    ids = sorted(create().record.id for _ in range(12))
+    with pytest.raises(NemotronError, match="fits 12 jobs") as caught:
+        jobs.find("demo")
+    assert caught.value.fix == f"the newest are: {', '.join(ids[:-6:-1])}"
+
+
+def test_an_empty_name_fits_no_job(here: Path) -> None:
+    create()
+    with pytest.raises(NemotronError) as caught:
+        jobs.find("")
+    assert caught.value.code == "job_unknown"

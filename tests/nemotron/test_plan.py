@@ -119,6 +119,16 @@ def test_errors_of_all_sections_come_at_once(demo: Path) -> None:
     assert str(caught.value).count("error[") == 3
 
 
+def test_a_home_that_no_shell_expands_is_refused_wherever_the_job_runs(slurm: Path) -> None:
+    for profile in (None, "slurm"):
+        with pytest.raises(NemotronError) as caught:
+            plan("demo/train", "save=~/out", profile=profile)
+        assert caught.value.code == "home_in_config"
+        assert caught.value.where == "argument save=~/out"
+        assert caught.value.fix.endswith(str(Path.home() / "out"))
+    assert plan("demo/train", "save=x/~/out").values["save"] == "x/~/out"
+
+
 def test_a_credential_is_refused_before_anything_else(demo: Path) -> None:
     with pytest.raises(NemotronError) as caught:
         plan("demo/train", f"run_name=hf_{'x' * 30}")

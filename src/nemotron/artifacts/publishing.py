@@ -15,7 +15,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nemotron.errors import ExitCode, NemotronError
+from nemotron.errors import ExitCode, NemotronError, writing
 
 MANIFEST = "artifact.json"
 RESUME_DIR = ".resume"  # in a partial directory: what the next run needs to go on with it
@@ -42,7 +42,7 @@ def publish(directory: Path, *, step: str, resume_key: str | None = None) -> Ite
     directory = directory.absolute()
     _refuse_foreign(directory, step)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with hold(directory):
+    with writing(directory), hold(directory):
         if (old := _aside(directory)).is_dir() and not directory.exists():
             old.rename(directory)
         partial = directory.with_name(f".{directory.name}.partial")
@@ -110,7 +110,7 @@ def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it appears complete or not at all: aside, fsync, rename."""
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as stream:
+    with writing(path), aside.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

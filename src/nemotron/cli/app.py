@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ import typer
 import nemotron
 from nemotron.cli import adapter, data, jobs, profiles, steps
 from nemotron.cli.invocation import Invocation
-from nemotron.cli.terminal import forget_reader, say, show
-from nemotron.errors import ExitCode, NemotronError, system_refusal
+from nemotron.cli.terminal import forget_reader, say
+from nemotron.errors import NO_ROOM, ExitCode, NemotronError, system_refusal
 
 COMMANDS = (
     *("steps", "jobs", "data", "profiles", "adapter", "list", "show", "run", "status", "logs"),
@@ -99,9 +100,12 @@ def _fail(error: Exception, invocation: Invocation) -> int:
         is_usage = hasattr(error, "format_message")
         error = _usage_error(error, invocation) if is_usage else _unexpected(error)
     if invocation.is_json:
-        show(json.dumps({"error": error.to_dict()}, indent=2))
-    else:
-        say(str(error))
+        try:
+            print(json.dumps({"error": error.to_dict()}, indent=2), flush=True)
+            return int(error.exit_code)
+        except OSError:  # where it should go may be what failed
+            forget_reader(sys.stdout)
+    say(str(error))
     return int(error.exit_code)
 
 
@@ -124,7 +128,7 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
 
 
 def _unexpected(error: Exception) -> NemotronError:
-    if isinstance(error, OSError) and (refused := system_refusal(error)):
+    if isinstance(error, OSError) and (refused := system_refusal(error, origin=_origin(error))):
         return refused
     return NemotronError(
         "unexpected",
@@ -133,3 +137,12 @@ def _unexpected(error: Exception) -> NemotronError:
         "and --debug",
         exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
     )
+
+
+def _origin(error: OSError) -> str:
+    """Return what an error of the system is about that names no path."""
+    try:
+        os.getcwd()  # noqa: PTH109 - the question is whether there is one
+    except OSError:
+        return "the working directory"
+    return "standard output" if error.errno in NO_ROOM else ""

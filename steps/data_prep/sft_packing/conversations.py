@@ -82,7 +82,9 @@ def read_conversation(row: Any, *, field: str, tools_field: str) -> Conversation
         raise BadRowError("no_conversation", f"{field!r} is not a list of messages")
     messages = [_message(item, index) for index, item in enumerate(raw)]
     system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+    if system and messages[0]["role"] != "system":
+        if not isinstance(system, str):
+            raise BadRowError("bad_message", "system is not text")
         messages.insert(0, {"role": "system", "content": system})
     _require_answer(messages)
     return Conversation(messages, _tools(row.get(tools_field)), _uid(messages))
@@ -115,6 +117,8 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     if known not in ROLES:
         raise BadRowError("unknown_role", f"message {index} has the role {str(role)[:40]!r}")
     own = ("from", "value") if is_sharegpt else ("role", "content")
+    if own[1] not in raw and not any(raw.get(name) for name in ("tool_calls", *FIELDS)):
+        raise BadRowError("bad_message", f"message {index} has no field {own[1]!r}")
     content = _text(raw.get(own[1]), index)
     others = {key: value for key, value in raw.items() if key not in own and value is not None}
     message: dict[str, Any] = {"role": known, "content": content}
@@ -123,9 +127,17 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     message |= others
     if role == "function_call":
         message |= {"content": "", "tool_calls": [_parsed(content)]}
+    if known == "assistant":
+        _require_weight(message.get("weight"), index)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], index)
     return _with_reasoning(message)
+
+
+def _require_weight(weight: Any, index: int) -> None:
+    """OpenAI's: 0 keeps a turn from being trained. It is no part of what the message says."""
+    if isinstance(weight, bool) or weight not in (None, 0, 1):
+        raise BadRowError("bad_message", f"weight of message {index} is neither 0 nor 1")
 
 
 def _text(content: Any, index: int) -> str:
@@ -181,9 +193,12 @@ def _require_answer(messages: list[dict[str, Any]]) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadRowError("no_assistant_turn", "no message has the role assistant")
-    said = ("content", "tool_calls", "reasoning_content")
-    if not any(answer.get(key) for answer in answers for key in said):
+    keys = ("content", "tool_calls", "reasoning_content")
+    said = [answer for answer in answers if any(answer.get(key) for key in keys)]
+    if not said:
         raise BadRowError("empty_answer", "the assistant says nothing")
+    if all(answer.get("weight") == 0 for answer in said):
+        raise BadRowError("untrained", "all that the assistant says has the weight 0")
 
 
 def _tools(value: Any) -> list[Any] | None:

@@ -30,6 +30,8 @@ from nemotron.steps.data_prep.sft_packing.rendering import (
 )
 from nemotron.steps.data_prep.sft_packing.sanitizing import Sanitizer
 from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, template_text
+from nemotron.steps.data_prep.sft_packing.tool_use import require_tools
+from nemotron.steps.data_prep.sft_packing.turns import trained_turns
 
 # Encoding one text, or one text in two pieces, gives the same tokens unless the tokenizer adds
 # something at the start of every text, as those with SentencePiece's dummy prefix do.
@@ -103,14 +105,16 @@ class Encoder:
 
     def _render(self, conversation: Conversation) -> list[Rendered] | BadRowError:
         try:
-            return [
+            rendered = [
                 self._render_variant(variant, conversation)
                 for variant in variants(conversation.messages, self.reasoning)
             ]
+            require_tools(self.template, conversation)
         except BadRowError as error:
             return error
         except RecursionError:
             return BadRowError("malformed_json", "nested too deeply")
+        return rendered
 
     def _render_variant(self, variant: Variant, conversation: Conversation) -> Rendered:
         messages, tools = variant.messages, conversation.tools
@@ -121,13 +125,7 @@ class Encoder:
         if not self.encodes_pieces and Sanitizer.has_placeholder(rendered.text):
             detail = "this tokenizer cannot encode a control string as text; sanitize=false lets it"
             raise BadRowError("control_string", detail)
-        if variant.num_trained is None:
-            return rendered
-        num_turns = sum(message["role"] == "assistant" for message in messages)
-        if len(rendered.spans) != num_turns:
-            detail = f"{len(rendered.spans)} marked spans for {num_turns} turns of the assistant"
-            raise BadRowError("spans_not_per_turn", detail)
-        return Rendered(rendered.text, rendered.spans[-variant.num_trained :])
+        return trained_turns(rendered, variant, stop=self.template.stop)
 
     def _documents(self, tokens: np.ndarray, ends: np.ndarray) -> Iterator[Document | None]:
         """Yield each document; None where nothing in it is a label.

@@ -55,8 +55,8 @@ def read_rows(part: Part, *, columns: Sequence[str]) -> Iterator[Row]:
         columns: Of a Parquet file only these columns are read, where they exist.
 
     Raises:
-        NemotronError: ``unreadable_input``; ``bad_rows``: a JSON list that does not parse, of which
-            nothing after the fault can be read.
+        NemotronError: ``unreadable_input``; ``malformed_list``: a JSON list that does not parse, of
+            which nothing after the fault can be read.
     """
     read = {"lines": _read_lines, "list": _read_list}.get(part.kind)
     try:
@@ -147,6 +147,8 @@ class _ListReader:
                 position = self._skip(stream, end)
                 if self._at(position) == ",":
                     position = self._skip(stream, position + 1)
+                    if self._at(position) == "]":
+                        self._fail("Illegal trailing comma before end of list", position)
                 elif self._at(position) != "]":
                     self._fail("Expecting ',' delimiter", position)
                 if position > _LIST_CHUNK:
@@ -158,7 +160,7 @@ class _ListReader:
     def _item(self, stream: io.BufferedIOBase, position: int) -> tuple[Any, int]:
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, position)
+                value, end = _decode_item(self._text, position)
             except json.JSONDecodeError as error:
                 message, place = error.msg, error.pos
             except (ValueError, RecursionError) as error:
@@ -200,7 +202,21 @@ class _ListReader:
     def _fail(self, message: str, position: int) -> NoReturn:
         line = self._lines + self._text.count("\n", 0, position)
         problem = f"not a JSON list: {message}"
-        raise step_error(STEP, "bad_rows", problem, where=f"{self._path}:{line}")
+        raise step_error(STEP, "malformed_list", problem, where=f"{self._path}:{line}")
+
+
+def _decode_item(text: str, position: int) -> tuple[Any, int]:
+    """Return the item that begins there, or why it is none of JSON's, and where it ends.
+
+    Raises:
+        ValueError: Where it ends cannot be told.
+    """
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        return BadRowError("malformed_json", str(error)), _ANY_DECODER.raw_decode(text, position)[1]
 
 
 def _read_parquet(part: Part, columns: Sequence[str]) -> Iterator[Row]:
@@ -257,4 +273,5 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+_ANY_DECODER = json.JSONDecoder(parse_int=str)  # of what json takes, numbers of any length included
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_refuse_constant)

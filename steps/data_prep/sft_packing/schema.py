@@ -122,7 +122,7 @@ class Config(Schema):
         pattern=r"^(100|\d{1,2})(\.\d+)?%$",
         description="share of each dataset's documents, such as 10%",
     )
-    sample_seed: int = Field(default=42, description="decides which documents sample takes")
+    sample_seed: int = Field(default=42, ge=0, description="decides which documents sample takes")
     max_bad_fraction: float = Field(
         default=0.05,
         ge=0,
@@ -144,7 +144,7 @@ class Config(Schema):
     max_doc_tokens: int | None = Field(
         default=None, ge=2, description="stored tokens of a document, at most pack_size + 1"
     )
-    seed: int | None = Field(default=None, description="seed of packing; null: sample_seed")
+    seed: int | None = Field(default=None, ge=0, description="seed of packing; null: sample_seed")
 
     train_ratio: float = Field(default=0.98, ge=0, le=1)
     valid_ratio: float = Field(default=0.01, ge=0, le=1)

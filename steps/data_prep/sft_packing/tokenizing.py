@@ -101,7 +101,7 @@ class TokenizeTask:
         """Return the receipt, and whether it was there already.
 
         Raises:
-            NemotronError: ``unreadable_input``, ``bad_rows``: a JSON list that does not parse.
+            NemotronError: ``unreadable_input``, ``malformed_list``.
             EngineMismatchError: ``kitoken`` differs from ``tokenizers``.
         """
         return done_or(self.directory, self.key, self._work)

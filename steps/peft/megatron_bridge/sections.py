@@ -360,8 +360,11 @@ class LoggerConfig(Schema):
 class RngConfig(Schema):
     """The one seed: of the adapter's initial values, of dropout and of the order of the rows."""
 
-    seed: NonNegativeInt = Field(
-        default=1234, description="seed of the adapter, of dropout and of the order of the rows"
+    seed: int = Field(
+        default=1234,
+        ge=0,
+        lt=2**63,  # of torch's 64 bits one less, so that epochs may be added
+        description="seed of the adapter, of dropout and of the order of the rows",
     )
 
 

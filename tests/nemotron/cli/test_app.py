@@ -213,6 +213,29 @@ def test_streams_that_are_closed_cost_what_they_would_show(here: Path, closed: s
     assert subprocess.run(["bash", "-c", failed], capture_output=True, check=False).returncode == 2
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_output_that_has_no_room_is_named_where_it_can_be_read(more: list[str]) -> None:
+    argv = [sys.executable, "-m", "nemotron", "steps", "list", *more]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, lines[:2]) == (
+        6,
+        ["error[input_output_failed]: No space left on device", "  where: standard output"],
+    )
+    assert len(lines) == 3
+
+
+def test_a_working_directory_that_is_gone_is_named(tmp_path: Path) -> None:
+    script = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -m nemotron profiles list"
+    argv = ["bash", "-c", script]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 6
+    assert done.stderr.startswith(
+        "error[input_output_failed]: No such file or directory\n  where: the working directory\n"
+    )
+
+
 def test_an_interrupt_while_python_still_imports_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}

@@ -44,6 +44,24 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "out"
 
 
+@pytest.mark.parametrize("name", ["noext", "lengths.PNG"])
+def test_a_histogram_is_written_under_the_name_that_was_asked_for(
+    packed: Path, tmp_path: Path, name: str
+) -> None:
+    assert main(["data", "stats", str(packed), "--png", str(tmp_path / name)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["lengths.svg", "lengths.jpg", "lengths.x"])
+def test_a_histogram_of_another_format_is_refused(
+    packed: Path, tmp_path: Path, capsys: Captured, name: str
+) -> None:
+    assert main(["data", "stats", str(packed), "--png", str(tmp_path / name)]) == 2
+    assert f"fix: pass --png {tmp_path / 'lengths.png'}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_stats_are_those_of_the_rows(packed: Path, tmp_path: Path, capsys: Captured) -> None:
     capsys.readouterr()
     png = tmp_path / "lengths.png"

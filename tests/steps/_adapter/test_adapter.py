@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from nemotron.artifacts import Producer, read_artifact, verify_files
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._adapter import diff, export, verify
 from nemotron.steps._adapter.schema import DiffConfig, ExportConfig, VerifyConfig
+from tests.conftest import SmallDisk
 from tests.steps._formats.harm import HARMS, resign
 
 PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
@@ -151,6 +154,36 @@ def test_export_says_at_which_size_megatron_bridge_reads_parts_that_have_their_o
     rewrite(weights, tensors)
     exported(adapter, tmp_path / "canonical", "megatron_bridge", base_hf)
     assert "load it at tensor-parallel size 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["megatron_bridge", "peft"])
+def test_what_export_writes_knows_its_base(
+    tmp_path: Path, capsys: Output, adapter: Path, base_megatron: Path, layout: str
+) -> None:
+    (tmp_path / "base_hf").rename(tmp_path / "elsewhere")  # as the adapter names it
+    first, second = tmp_path / "out" / "first", tmp_path / "out" / "second"
+    exported(adapter, first, layout, base_megatron)
+    assert verified(capsys, first, None)["base"] == str(base_megatron)
+    export.run(ExportConfig(adapter=first, output=second, layout="peft"), PRODUCER)
+    assert verified(capsys, second, None)["base_is_verified"]
+
+
+@pytest.mark.parametrize("layout", ["megatron_bridge", "peft"])
+def test_export_onto_a_full_disk_says_that_it_is_full_whatever_file_it_stops(
+    adapter: Path, base_hf: Path, small_disk: SmallDisk, layout: str
+) -> None:
+    failures: list[int | None] = []
+    while True:
+        output = small_disk((2 + len(failures)) * os.sysconf("SC_PAGE_SIZE")) / "out"
+        try:
+            exported(adapter, output, layout, base_hf)
+            break
+        except OSError as error:
+            failures.append(error.errno)
+            assert not output.exists()
+    assert len(failures) > 3
+    assert set(failures) == {errno.ENOSPC}
+    verify_files(output, read_artifact(output, "checkpoint_lora"))
 
 
 def test_export_refuses_to_write_over_its_inputs(adapter: Path, base_hf: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
 from nemotron.steps.convert.hf_to_megatron.checks import ID, check
 from nemotron.steps.convert.hf_to_megatron.schema import Config
 from nemotron.steps.convert.hf_to_megatron.step import run
+from tests.conftest import SmallDisk
 
 
 def _start(tmp_path: Path, capsys: pytest.CaptureFixture[str], **config: Any) -> tuple[int, str]:
@@ -48,6 +50,27 @@ def test_the_step_converts_a_checkpoint_bit_by_bit(
     assert read_chat_template(converted.hf_dir) == read_chat_template(base_hf)
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (converted.hf_dir / name).read_bytes() == (base_hf / name).read_bytes()
+
+
+def test_a_full_disk_is_an_error_of_the_place_whatever_file_it_stops(
+    tmp_path: Path, base_hf: Path, capsys: pytest.CaptureFixture[str], small_disk: SmallDisk
+) -> None:
+    exit_code, num_pages, stopped = -1, 2, set()
+    while exit_code != ExitCode.OK:
+        output = small_disk(num_pages * os.sysconf("SC_PAGE_SIZE")) / "out"
+        exit_code, text = _start(tmp_path, capsys, hf_model_path=base_hf, output_dir=output)
+        if exit_code != ExitCode.OK:
+            assert exit_code == ExitCode.IO, text
+            what, where, fix = text.splitlines()[-3:]
+            assert what == "error[input_output_failed]: No space left on device"
+            assert where.startswith(f"  where: {output.parent}/")
+            assert fix.startswith("  fix: make room there")
+            assert not output.exists()
+            left = list((output.with_name(".out.partial") / "iter_0000000").glob("*"))
+            stopped |= {max(left, key=lambda path: path.stat().st_mtime_ns).name} if left else set()
+        num_pages += 1
+    assert stopped >= {"__0_0.distcp", "common.pt", "train_state.pt"}
+    verify_files(output, read_artifact(output, "checkpoint_megatron"))
 
 
 def test_the_step_refuses_pickled_weights_and_writes_nothing(

@@ -66,7 +66,7 @@ def make_rows() -> Callable[..., list[Row]]:
         rng = random.Random(seed)
 
         def text() -> str:
-            return " ".join(rng.choices(WORDS, k=rng.randint(1, max_words))).strip()
+            return " ".join(rng.choices(WORDS, k=rng.randint(1, max_words))).strip() or WORDS[0]
 
         rows: list[Row] = []
         for number in range(count):

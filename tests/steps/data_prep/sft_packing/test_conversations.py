@@ -77,6 +77,17 @@ def test_arguments_in_a_string_become_an_object() -> None:
     assert message["tool_calls"][0]["function"]["arguments"] == {"x": 1}
 
 
+@pytest.mark.parametrize("said", [{"tool_calls": [{"name": "f"}]}, {"reasoning_content": "hm"}])
+def test_a_message_needs_no_content_where_it_says_something_else(said: dict[str, Any]) -> None:
+    row = {"messages": [USER, {"role": "assistant", **said}]}
+    assert read(row).messages[1]["content"] == ""
+
+
+def test_content_that_is_null_is_empty_text() -> None:
+    row = {"messages": [{"role": "user", "content": None}, ASSISTANT]}
+    assert read(row).messages[0]["content"] == ""
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_is_read_under_each_of_its_names(name: str) -> None:
     row = {"messages": [USER, {"role": "assistant", "content": "A", name: "hm"}]}
@@ -84,8 +95,8 @@ def test_reasoning_is_read_under_each_of_its_names(name: str) -> None:
 
 
 def test_uid_ignores_fields_that_say_nothing() -> None:
-    tagged = {"messages": [USER | {"id": 7}, ASSISTANT]}
-    assert read(tagged).uid == read({"messages": [USER, ASSISTANT]}).uid
+    tagged = {"messages": [USER | {"id": 7}, ASSISTANT | {"weight": 0}, USER, ASSISTANT]}
+    assert read(tagged).uid == read({"messages": [USER, ASSISTANT, USER, ASSISTANT]}).uid
 
 
 def test_detect_field_takes_a_named_field_at_its_word() -> None:
@@ -101,6 +112,14 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ({"messages": "Q"}, "no_conversation"),
         ({"messages": ["Q"]}, "bad_message"),
         ({"messages": [{"role": "user", "content": 3}, ASSISTANT]}, "bad_message"),
+        ({"messages": [{"role": "user", "text": "Q"}, ASSISTANT]}, "bad_message"),
+        ({"messages": [{"role": "user", "value": "Q"}, ASSISTANT]}, "bad_message"),
+        ({"messages": [USER, {"role": "assistant"}, USER, ASSISTANT]}, "bad_message"),
+        ({"conversations": [{"from": "human", "text": "Q"}]}, "bad_message"),
+        *(
+            ({"messages": [USER, ASSISTANT | {"weight": weight}]}, "bad_message")
+            for weight in (0.5, 2, -1, "0", True, [0])
+        ),
         ({"messages": [{"content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"messages": [{"role": "critic", "content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"messages": [{"role": ["user"], "content": "Q"}, ASSISTANT]}, "unknown_role"),
@@ -108,6 +127,13 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not_text"),
         ({"messages": [USER, ASSISTANT | {"tool_calls": ["f"]}]}, "bad_message"),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [{"id": 1}]}]}, "bad_message"),
+        ({"messages": [USER, ASSISTANT], "system": ["be good"]}, "bad_message"),
+        ({"instruction": "Q", "output": "A", "system": {"be": "good"}}, "bad_message"),
+        ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "untrained"),
+        (
+            {"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"content": ""}]},
+            "untrained",
+        ),
         ({"messages": [USER]}, "no_assistant_turn"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "empty_answer"),
         ({"messages": [USER, ASSISTANT], "tools": "look"}, "bad_tools"),

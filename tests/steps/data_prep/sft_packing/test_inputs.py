@@ -161,7 +161,8 @@ def test_a_json_list_is_read_item_by_item(tmp_path: Path, monkeypatch: pytest.Mo
         ('[{"a": 1}\n{"a": 2}]', 2),
         ('[{"a": 1},\n\n{"a": 1', 3),
         ('[{"a": 1}]\n[1]', 2),
-        ("[1,\nNaN]", 2),
+        ("[1,\n2,\n]", 3),
+        ("[,]", 1),
         ("[" * 100_000, 1),
     ],
 )
@@ -172,8 +173,26 @@ def test_read_rows_names_the_line_where_a_json_list_breaks(
     file.write_text(text)
     with pytest.raises(NemotronError, match="not a JSON list") as caught:
         rows_of(file)
-    assert caught.value.code == "bad_rows"
+    assert caught.value.code == "malformed_list"
     assert caught.value.where == f"{file}:{line}"
+    assert "max_bad_fraction" not in caught.value.fix
+
+
+@pytest.mark.parametrize("is_cut_up", [False, True])
+@pytest.mark.parametrize(
+    "item", ["NaN", '{"a": -Infinity}', '{"a": {"b": 1, "b": 2}}', f'{{"a": {"1" * 5000}}}']
+)
+def test_an_item_of_a_list_that_is_not_json_is_a_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, item: str, *, is_cut_up: bool
+) -> None:
+    if is_cut_up:
+        monkeypatch.setattr(rows_module, "_LIST_CHUNK", 3)
+    file = tmp_path / "list.json"
+    file.write_text(f'[{{"a": 1}}, {item}, {{"a": 2}}]')
+    first, bad, last = (row.value for row in rows_of(file))
+    assert (first, last) == ({"a": 1}, {"a": 2})
+    assert isinstance(bad, BadRowError)
+    assert bad.reason == "malformed_json"
 
 
 @pytest.mark.parametrize("name", ["r.jsonl.gz", "r.jsonl.zst", "r.parquet", "r.json.gz"])

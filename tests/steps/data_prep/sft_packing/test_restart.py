@@ -334,7 +334,7 @@ def test_an_error_in_a_worker_is_the_runs_error(corpus: Path, run_packing: RunPa
     (corpus / "list.json").write_text("[1, ")
     with pytest.raises(NemotronError, match="not a JSON list") as caught:
         run_packing(corpus, num_workers=2)
-    assert caught.value.code == "bad_rows"
+    assert caught.value.code == "malformed_list"
     assert caught.value.fix
 
 

@@ -75,6 +75,8 @@ def test_upstream_keys_of_the_tiny_config_are_accepted() -> None:
         ({"sample": "4"}, "sample"),
         ({"train_ratio": 0.9}, "train_ratio \\+ valid_ratio \\+ test_ratio is 0.92; must be 1"),
         ({"num_shards": 4, "valid_shards": 2, "test_shards": 2}, "leave no shard"),
+        ({"seed": -1}, "seed"),
+        ({"sample_seed": -1}, "seed"),
     ],
 )
 def test_config_refuses_what_the_step_does_not_do(values: dict[str, Any], problem: str) -> None:

@@ -58,6 +58,28 @@ def test_a_floor_above_the_learning_rate_is_refused() -> None:
         Config.model_validate({"optimizer": {"lr": 0.01, "min_lr": 0.1}})
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(f"optimizer.{name}" for name in ("lr", "adam_eps", "weight_decay", "clip_grad")),
+        *("peft.alpha", "peft.lora_plus_lr_ratio", "scheduler.lr_warmup_init"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(key: str, number: float) -> None:
+    section, name = key.split(".")
+    with pytest.raises(ValueError, match=name):
+        Config.model_validate({section: {name: number}})
+    with pytest.raises(ValueError, match="alpha_pattern"):
+        Config.model_validate({"peft": {"alpha_pattern": {"linear_qkv": number}}})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**200])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match="seed"):
+        Config.model_validate({"rng": {"seed": seed}})
+
+
 @pytest.mark.parametrize(
     ("sections", "is_split"),
     [

@@ -1,0 +1,80 @@
+"""Tools: what a template leaves out of a conversation makes it a reject."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron.steps.data_prep.sft_packing.conversations import read_conversation
+from nemotron.steps.data_prep.sft_packing.masks import build_encoder
+from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
+from nemotron.steps.data_prep.sft_packing.tokenizer import load_tokenizer
+
+FIRST_CALL_ONLY = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+)
+CALLS_UNMARKED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.tool_calls }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}"
+    "{% endif %}\n{% endfor %}"
+)
+
+
+def call(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": '{"at": "sky"}'}}
+
+
+def row(*calls: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return a conversation that has the letter ``f``, also the assistant's."""
+    asked: dict[str, Any] = {"role": "assistant", "content": "fine"}
+    if calls:
+        asked |= {"tool_calls": list(calls)}
+    said = [{"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "of course"}]
+    return {"messages": [{"role": "user", "content": "for?"}, asked, *said], **more}
+
+
+def reject(directory: Path, template: str, row: dict[str, Any]) -> str:
+    encoder = build_encoder(
+        tokenizer=load_tokenizer(str(directory)),
+        chat_template=template,
+        add_bos=False,
+        add_eos=True,
+    )
+    (found,) = encoder.encode([read_conversation(row, field="messages", tools_field="tools")])
+    return found.reason if isinstance(found, BadRowError) else ""
+
+
+@pytest.mark.parametrize(
+    ("template", "conversation"),
+    [
+        ("chatml", row(call("f"))),
+        ("chatml", row(tools=[{"type": "function", "function": {"name": "f"}}])),
+        (FIRST_CALL_ONLY, row(call("f"), call("f"))),
+        (FIRST_CALL_ONLY, row(call("f"), tools=[{"name": "f"}])),
+        (CALLS_UNMARKED, row(call("f"))),
+    ],
+)
+def test_a_row_whose_tools_do_not_reach_the_model_is_a_reject(
+    tokenizer_dir: Path, template: str, conversation: dict[str, Any]
+) -> None:
+    assert reject(tokenizer_dir, template, conversation) == "tools_not_rendered"
+
+
+@pytest.mark.parametrize(
+    ("template", "conversation"),
+    [
+        *((name, row(call("f"), call("f"))) for name in ("llama3", "nano3", "qwen3")),
+        *((name, row(call("f"), tools=[call("f")])) for name in ("llama3", "nano3", "qwen3")),
+        ("qwen3", row({"name": "f", "arguments": {}})),
+        (FIRST_CALL_ONLY, row(call("f"))),
+        ("chatml", row()),
+    ],
+)
+def test_a_row_whose_tools_are_rendered_is_kept(
+    tokenizer_dir: Path, template: str, conversation: dict[str, Any]
+) -> None:
+    assert reject(tokenizer_dir, template, conversation) == ""

@@ -1,0 +1,95 @@
+"""Turns: what is empty, or has the weight 0, is read and not trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron.steps.data_prep.sft_packing.conversations import read_conversation
+from nemotron.steps.data_prep.sft_packing.masks import Document, Encoder, build_encoder
+from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
+from nemotron.steps.data_prep.sft_packing.tokenizer import load_tokenizer
+
+STOP = "<|im_end|>"
+PLAIN = (  # without markers
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STOP_OUTSIDE = (  # so that it marks nothing of an empty turn
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+)
+
+
+def encoder_of(directory: Path, template: str, **options: Any) -> Encoder:
+    return build_encoder(
+        tokenizer=load_tokenizer(str(directory)),
+        chat_template=template,
+        add_bos=False,
+        add_eos=True,
+        **options,
+    )
+
+
+def encode(encoder: Encoder, *answers: dict[str, Any]) -> list[Document] | BadRowError:
+    messages: list[dict[str, Any]] = []
+    for number, answer in enumerate(answers):
+        messages.append({"role": "user", "content": f"question {number}"})
+        messages.append({"role": "assistant", **answer})
+    row = {"messages": messages}
+    (found,) = encoder.encode([read_conversation(row, field="messages", tools_field="tools")])
+    return found
+
+
+def trained(encoder: Encoder, *answers: dict[str, Any]) -> list[str]:
+    found = encode(encoder, *answers)
+    assert not isinstance(found, BadRowError)
+    decode = encoder.tokenizer.backend.decode
+    ids = [document.ids[document.mask.astype(bool)].tolist() for document in found]
+    return [decode(said, skip_special_tokens=False) for said in ids]
+
+
+@pytest.mark.parametrize("template", ["chatml", PLAIN, STOP_OUTSIDE])
+@pytest.mark.parametrize(
+    "untrained", [{"content": ""}, {"content": " \n"}, {"content": "b", "weight": 0}]
+)
+def test_an_empty_turn_and_one_with_the_weight_0_are_not_trained(
+    tokenizer_dir: Path, template: str, untrained: dict[str, Any]
+) -> None:
+    encoder = encoder_of(tokenizer_dir, template)
+    good, other = {"content": "c"}, {"content": "d", "weight": 1}
+    for answers in ([untrained, good, other], [good, untrained, other], [good, other, untrained]):
+        assert trained(encoder, *answers) == [f"c{STOP}d{STOP}"]
+
+
+def test_a_turn_that_is_not_trained_is_read(tokenizer_dir: Path) -> None:
+    encoder = encoder_of(tokenizer_dir, "chatml")
+    found = encode(encoder, {"content": "b", "weight": 0}, {"content": "c"})
+    assert not isinstance(found, BadRowError)
+    text = encoder.tokenizer.backend.decode(found[0].ids.tolist(), skip_special_tokens=False)
+    assert f"<|im_start|>assistant\nb{STOP}" in text
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3"])
+def test_a_turn_of_reasoning_that_the_template_leaves_out_is_empty(
+    tokenizer_dir: Path, template: str
+) -> None:
+    encoder = encoder_of(tokenizer_dir, template)
+    stop = encoder.template.stop or ""
+    answers = {"content": "", "reasoning_content": "hm"}, {"content": "c"}
+    assert trained(encoder, *answers) == [f"c{stop}"]
+
+
+def test_reasoning_that_is_stripped_leaves_an_empty_turn(tokenizer_dir: Path) -> None:
+    encoder = encoder_of(tokenizer_dir, "qwen3", reasoning="strip")
+    answers = {"content": "", "reasoning_content": "hm"}, {"content": "c"}
+    assert trained(encoder, *answers) == [f"c{STOP}"]
+
+
+def test_weights_hold_where_every_turn_is_a_document_of_its_own(tokenizer_dir: Path) -> None:
+    encoder = encoder_of(tokenizer_dir, "qwen3", reasoning="split_per_turn")
+    reasoned = {"content": "c", "reasoning_content": "hm"}
+    documents = trained(encoder, {"content": "a"}, reasoned | {"weight": 0}, {"content": "d"})
+    assert documents == [f"a{STOP}", f"d{STOP}"]
