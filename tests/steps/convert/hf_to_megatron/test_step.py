@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -55,22 +56,22 @@ def test_the_step_converts_a_checkpoint_bit_by_bit(
 def test_a_full_disk_is_an_error_of_the_place_whatever_file_it_stops(
     tmp_path: Path, base_hf: Path, capsys: pytest.CaptureFixture[str], small_disk: SmallDisk
 ) -> None:
-    exit_code, num_pages, stopped = -1, 2, set()
-    while exit_code != ExitCode.OK:
+    stopped = set[str]()
+    for num_pages in itertools.count(2):
         output = small_disk(num_pages * os.sysconf("SC_PAGE_SIZE")) / "out"
         exit_code, text = _start(tmp_path, capsys, hf_model_path=base_hf, output_dir=output)
-        if exit_code != ExitCode.OK:
-            assert exit_code == ExitCode.IO, text
-            what, where, fix = text.splitlines()[-3:]
-            assert what == "error[input_output_failed]: No space left on device"
-            assert where.startswith(f"  where: {output.parent}/")
-            assert fix.startswith("  fix: make room there")
-            assert not output.exists()
-            left = list((output.with_name(".out.partial") / "iter_0000000").glob("*"))
-            stopped |= {max(left, key=lambda path: path.stat().st_mtime_ns).name} if left else set()
-        num_pages += 1
+        if exit_code == ExitCode.OK:
+            verify_files(output, read_artifact(output, "checkpoint_megatron"))
+            break
+        assert exit_code == ExitCode.IO, text
+        what, where, fix = text.splitlines()[-3:]
+        assert what == "error[input_output_failed]: No space left on device"
+        assert where.startswith(f"  where: {output.parent}/")
+        assert fix.startswith("  fix: make room there")
+        assert not output.exists()
+        left = list((output.with_name(".out.partial") / "iter_0000000").glob("*"))
+        stopped |= {max(left, key=lambda path: path.stat().st_mtime_ns).name} if left else set()
     assert stopped >= {"__0_0.distcp", "common.pt", "train_state.pt"}
-    verify_files(output, read_artifact(output, "checkpoint_megatron"))
 
 
 def test_the_step_refuses_pickled_weights_and_writes_nothing(

@@ -171,7 +171,8 @@ def test_values_that_only_parquet_has_are_counted(tmp_path: Path, run_packing: R
 def test_no_value_in_any_field_ends_the_run(tokenizer_dir: Path) -> None:
     prints_all = (
         "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
+        "{% generation %}{{ m.content }}{{ m.tool_calls | default([]) | tojson }}<|im_end|>"
+        "{% endgeneration %}{% endif %}{% endfor %}"
     )
     tokenizer = load_tokenizer(str(tokenizer_dir))
     encoder = build_encoder(
