@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
+from nemotron.cli.options import Debug, Json
 from nemotron.errors import ExitCode
 
 app = typer.Typer(
@@ -21,8 +22,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors included.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
 Adapter = Annotated[
     Path,
     typer.Argument(

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from nemotron import packs
+from nemotron.cli.options import Debug, Json
 
 app = typer.Typer(
     help="Look into packed data.",
@@ -22,8 +23,6 @@ app = typer.Typer(
 Packed = Annotated[
     Path, typer.Argument(metavar="PATH", help="Output of data_prep/sft_packing, or packed Parquet.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors included.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
 
 _GREEN, _DIM, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 

@@ -11,6 +11,7 @@ import typer
 
 from nemotron import jobs, launch, report
 from nemotron.cli import render
+from nemotron.cli.options import Debug, Json
 from nemotron.cli.terminal import lasting, say, show
 from nemotron.errors import NemotronError
 from nemotron.launch import OnInterrupt
@@ -21,8 +22,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors included.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="Job id, or a part that only it has.")]
 
 

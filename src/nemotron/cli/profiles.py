@@ -10,6 +10,7 @@ import typer
 
 from nemotron import launch, preflight, profile
 from nemotron.cli import render
+from nemotron.cli.options import Debug, Json
 from nemotron.errors import raise_all
 
 app = typer.Typer(
@@ -18,8 +19,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors included.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
 ProfileName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a profile.")]
 
 

@@ -11,6 +11,7 @@ import typer
 from nemotron import catalog, launch, plan, preflight
 from nemotron.cli import render
 from nemotron.cli.invocation import Invocation
+from nemotron.cli.options import Debug, Json
 from nemotron.cli.terminal import job_console, say, show
 from nemotron.errors import NemotronError, raise_all
 from nemotron.launch import OnInterrupt
@@ -18,8 +19,6 @@ from nemotron.profile import load_profile
 
 app = typer.Typer(help="The steps: list, show, run.", no_args_is_help=True, rich_markup_mode=None)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors included.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
 StepName = Annotated[
     str, typer.Argument(metavar="STEP", help="Step id, or its last part if only one has it.")
 ]
