@@ -14,7 +14,7 @@ from nemotron.errors import ExitCode, NemotronError
 
 
 class Ending(NamedTuple):
-    """How a job ended; the exit code is one of ours."""
+    """How a job ended."""
 
     exit_code: int
     error: dict[str, Any] | None = None
@@ -70,11 +70,11 @@ def _killed(number: int, log: str) -> Ending:
 
 
 def _failed(code: int, log: str) -> Ending:
+    """A step has only codes of ours; any other is that of a command before it, and stays."""
     error = NemotronError(
         "job_failed",
         f"the job ended with exit code {code} and reported no error",
         where=log,
         fix="look at the end of the log",
-        exit_code=ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED,
     )
-    return Ending(int(error.exit_code), error.to_dict(), str(error))
+    return Ending(code, error.to_dict() | {"exit_code": code}, str(error))

@@ -31,8 +31,8 @@ INT, TERM, USR1, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SI
         (-signal.SIGRTMIN - 1, [], 8, "job_killed"),
         (1, [TERM], 1, "job_failed"),
         (4, [], 4, "job_failed"),
-        (127, [], 1, "job_failed"),
-        (255, [], 1, "job_failed"),
+        (127, [], 127, "job_failed"),
+        (255, [], 255, "job_failed"),
     ],
 )
 def test_what_an_exit_without_a_word_means(
