@@ -48,6 +48,9 @@ def ending(
     # The second Ctrl-C kills.
     if number in told_by or (number == signal.SIGKILL and told_by.count(signal.SIGINT) > 1):
         return stopped(told_by)
+    # An interpreter that gets Ctrl-C before it comes to the step ends with 1.
+    if signal.SIGINT in told_by and code == 1:
+        return stopped(told_by)
     return _killed(number, log) if 0 < number < signal.NSIG else _failed(code, log)
 
 

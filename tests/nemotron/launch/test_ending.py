@@ -30,6 +30,7 @@ INT, TERM, USR1, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SI
         (137, [], 8, "job_killed"),
         (-signal.SIGRTMIN - 1, [], 8, "job_killed"),
         (1, [TERM], 1, "job_failed"),
+        (1, [INT], 130, None),
         (4, [], 4, "job_failed"),
         (127, [], 127, "job_failed"),
         (255, [], 255, "job_failed"),
