@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from types import ModuleType
 
+from nemotron.launch.signals import Interrupts
+
 
 def load_nemo() -> ModuleType:
     """Return the module that imports nemo-run."""
-    with warnings.catch_warnings():
+    with Interrupts() as interrupts, interrupts.held(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its imports deprecate each other
         from nemotron.launch import nemo
-
+    interrupts.raise_received()
     return nemo

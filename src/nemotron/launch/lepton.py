@@ -26,6 +26,7 @@ from nemotron.launch import lepton_jobs, script
 from nemotron.launch.archive import Archive, pack_code
 from nemotron.launch.base import Console
 from nemotron.launch.lazy import load_nemo
+from nemotron.launch.signals import Interrupts
 from nemotron.plan import JobPlan
 
 _CHUNK_CHARACTERS = 96 * 1024
@@ -85,19 +86,28 @@ def preview(plan: JobPlan) -> dict[str, str]:
     return {"LeptonExecutor": text, script.LAUNCH: shipped.launch}
 
 
-def submit(plan: JobPlan, shipped: LeptonFiles, *, job_id: str, console: Console) -> Placement:
-    """Hand a job to the workspace and return where it is.
+def submit(
+    plan: JobPlan,
+    shipped: LeptonFiles,
+    *,
+    job_id: str,
+    console: Console,
+    interrupts: Interrupts,
+) -> Placement:
+    """Hand a job to the workspace and return where it is; ``interrupts`` are held meanwhile.
 
     Raises:
         NemotronError: ``submission_failed``, ``workspace_refused``.
     """
     lepton_jobs.require_node_group(_execution(plan))
-    console.say("sending the job's files through a helper job of nemo-run")
+    console.say("sending the job's files through a helper job; Ctrl-C waits for it, twice does not")
     name = job_name(job_id)
-    try:
-        number = _submit_in_turn(plan, shipped, job_id, name)
-    except NemotronError as error:
-        number = _taken_after_all(name, error)
+    load_nemo()
+    with interrupts.held():
+        try:
+            number = _submit_in_turn(plan, shipped, job_id, name)
+        except NemotronError as error:
+            number = _taken_after_all(name, error)
     directory = f"{_nemo_run_dir(plan)}/experiments/nemotron/nemotron_{job_id}"
     return Placement(
         executor="lepton", id=number.rpartition("___")[2], name=name, directory=directory

@@ -94,7 +94,14 @@ def note(job: Job, state: State) -> None:
     job.change(news)
 
 
-def follow(job: Job, handle: Handle, console: Console, on_interrupt: OnInterrupt) -> int:
+def follow(
+    job: Job,
+    handle: Handle,
+    console: Console,
+    on_interrupt: OnInterrupt,
+    *,
+    num_interrupts: int = 0,
+) -> int:
     """Show what a job prints until it has ended; return its exit code.
 
     Args:
@@ -102,8 +109,9 @@ def follow(job: Job, handle: Handle, console: Console, on_interrupt: OnInterrupt
         handle: How to ask about it.
         console: Where to show it.
         on_interrupt: What the first Ctrl-C does; the second one leaves the job in any case.
+        num_interrupts: How many came before, while the job was submitted.
     """
-    with _Interrupts() as interrupts:
+    with _Interrupts(num_interrupts) as interrupts:
         for state in _states(job, handle, console):
             if state.exit_code is not None:
                 return _ended(state, console)
@@ -171,8 +179,13 @@ def _shall_leave(
         console.say(f"cancelling {job.record.id}; Ctrl-C again leaves it as it is")
         handle.cancel()
         return False
-    console.say(f"{job.record.id} goes on; come back with: nemotron jobs logs -f {job.record.id}")
+    leave(job, console)
     return True
+
+
+def leave(job: Job, console: Console) -> None:
+    """Say how to come back to a job that goes on."""
+    console.say(f"{job.record.id} goes on; come back with: nemotron jobs logs -f {job.record.id}")
 
 
 def _ask(console: Console, interrupts: _Interrupts) -> OnInterrupt:
@@ -194,10 +207,12 @@ def _show(console: Console, block: bytes) -> None:
 class _Interrupts:
     """Counts Ctrl-C, and raises it only while waiting, never in the middle of a record."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.is_asking = False
         self._event = threading.Event()
+        if count:
+            self._event.set()
         self._previous: Any = None
 
     def __enter__(self) -> Self:

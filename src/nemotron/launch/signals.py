@@ -1,4 +1,4 @@
-"""Asking a job of this host to stop: what reaches the launcher is passed on to all of the job."""
+"""What asks a launcher to stop: a job of this host is told, handing one over is finished first."""
 
 from __future__ import annotations
 
@@ -61,6 +61,57 @@ class SignalForwarder:
             kill(self._process)
         elif self._process is not None:
             signal_group(self._process, number)
+
+
+class Interrupts:
+    """Makes SIGTERM and SIGHUP act like Ctrl-C, so that what was made is removed; can keep all.
+
+    Other people's code is not made for an exception in its middle: Python drops one that meets a
+    destructor, gives it another type where a class is made, and a job that a scheduler has taken
+    would be recorded as nowhere.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._is_held = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # Python takes signals in its main thread only; what is ignored, as under nohup, stays so.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a signal from now on; the second one raises, and so does a block that fails.
+
+        Raises:
+            KeyboardInterrupt: The block failed, and a signal had come.
+        """
+        self._is_held = True
+        try:
+            yield
+        except Exception as error:
+            if self.received:
+                raise KeyboardInterrupt from error
+            raise
+
+    def raise_received(self) -> None:
+        """Raise ``KeyboardInterrupt`` if a signal was kept."""
+        if self.received:
+            raise KeyboardInterrupt
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        if not self._is_held or len(self.received) > 1:
+            raise KeyboardInterrupt
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from nemotron.launch.archive import Archive, pack_code
 from nemotron.launch.base import Console
 from nemotron.launch.host import Host
 from nemotron.launch.lazy import load_nemo
+from nemotron.launch.signals import Interrupts
 from nemotron.plan import JobPlan
 
 # Fields that nemo-run's executor has under the same name.
@@ -118,8 +117,15 @@ def preview(plan: JobPlan) -> dict[str, str]:
     return {"sbatch": batch, script.LAUNCH: shipped.launch}
 
 
-def submit(plan: JobPlan, shipped: SlurmFiles, *, job_id: str, console: Console) -> Placement:
-    """Hand a job to Slurm and return where it is.
+def submit(
+    plan: JobPlan,
+    shipped: SlurmFiles,
+    *,
+    job_id: str,
+    console: Console,
+    interrupts: Interrupts,
+) -> Placement:
+    """Hand a job to Slurm and return where it is; ``interrupts`` are held from the hand-over on.
 
     Raises:
         NemotronError: ``submission_failed``, and what reaching the cluster raises.
@@ -129,11 +135,8 @@ def submit(plan: JobPlan, shipped: SlurmFiles, *, job_id: str, console: Console)
     _prepare(host, plan)
     if plan.squash is not None and plan.image is not None:
         squash.import_image(plan, host, console)
-    with (
-        _signals_interrupt(),
-        tempfile.TemporaryDirectory(prefix="nemotron-") as name,
-        _private_umask(),
-    ):
+    nemo = load_nemo()
+    with tempfile.TemporaryDirectory(prefix="nemotron-") as name, _private_umask():
         source = Path(name) / "ship"
         _write(shipped, source)
         # On a login node nemo-run's own directory is the job's; over ssh it is copied there.
@@ -141,7 +144,8 @@ def submit(plan: JobPlan, shipped: SlurmFiles, *, job_id: str, console: Console)
         base.mkdir(parents=True, exist_ok=True)
         with _secrets(plan, host, job_id, console) as pre_command:
             executor = _executor(plan, shipped, source, pre_command)
-            number = load_nemo().submit(executor, job_id=job_id, task=task_name(plan), base=base)
+            with interrupts.held():
+                number = nemo.submit(executor, job_id=job_id, task=task_name(plan), base=base)
     if not number.isdigit():
         raise NemotronError(
             "submission_failed",
@@ -310,23 +314,6 @@ def _remove(host: Host, path: str, console: Console) -> None:
     except NemotronError as error:
         # Slurm may have the job by now: that must not look like a job that was not submitted.
         console.say(f"{error.problem}; it holds secrets: remove {path} on {host.name} by hand")
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let signals that would end this process at once act like Ctrl-C: it removes what it made."""
-    replaced: list[signal.Signals] = []
-    # Python takes signals in its main thread only; what is ignored, as under nohup, stays so.
-    if threading.current_thread() is threading.main_thread():
-        numbers = (signal.SIGTERM, signal.SIGHUP)
-        replaced = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
-    try:
-        for number in replaced:
-            signal.signal(number, signal.default_int_handler)
-        yield
-    finally:
-        for number in replaced:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

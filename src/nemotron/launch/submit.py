@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from types import ModuleType
 
 from nemotron import jobs, preflight
@@ -12,8 +13,9 @@ from nemotron.launch import lepton, script, slurm
 from nemotron.launch.base import Console, Submission
 from nemotron.launch.follow import handle_of
 from nemotron.launch.lepton import LeptonFiles
-from nemotron.launch.remote import OnInterrupt, follow
+from nemotron.launch.remote import OnInterrupt, follow, leave
 from nemotron.launch.secrets import refuse_secrets
+from nemotron.launch.signals import Interrupts
 from nemotron.launch.slurm import SlurmFiles
 from nemotron.plan import JobPlan
 from nemotron.redaction import secret_values
@@ -51,10 +53,15 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
         known_secrets=secret_values(os.environ, plan.execution.secrets),
     )
     jobs.write_private(directory / script.LAUNCH, shipped.launch)
-    _place(job, plan, backend, shipped, console)
+    received = _place(job, plan, backend, shipped, console)
+    # Only an attached launcher asks what Ctrl-C means; SIGTERM and SIGHUP always mean the launcher.
+    if received if plan.is_detached else set(received) - {signal.SIGINT}:
+        leave(job, console)
+        return Submission(job, int(ExitCode.INTERRUPTED))
     if plan.is_detached:
         return Submission(job, None)
-    return Submission(job, follow(job, handle_of(job), console, on_interrupt))
+    code = follow(job, handle_of(job), console, on_interrupt, num_interrupts=len(received))
+    return Submission(job, code)
 
 
 def _place(
@@ -63,12 +70,20 @@ def _place(
     backend: ModuleType,
     shipped: SlurmFiles | LeptonFiles,
     console: Console,
-) -> None:
-    """Hand the job over; record where it is, or why it is nowhere."""
-    with job.ends_on_error(ExitCode.SUBMISSION):
-        placement = backend.submit(plan, shipped, job_id=job.record.id, console=console)
-    job.update(placement=placement, log=f"{placement.host or 'here'}:{placement.directory}")
+) -> list[int]:
+    """Hand the job over; record where it is, or why it is nowhere.
+
+    Returns:
+        The signals that came while it was handed over.
+    """
+    with Interrupts() as interrupts:
+        with job.ends_on_error(ExitCode.SUBMISSION):
+            placement = backend.submit(
+                plan, shipped, job_id=job.record.id, console=console, interrupts=interrupts
+            )
+        job.update(placement=placement, log=f"{placement.host or 'here'}:{placement.directory}")
     console.say(f"{job.record.id} is {plan.executor} job {placement.id}")
+    return interrupts.received
 
 
 def _backend(plan: JobPlan) -> ModuleType:

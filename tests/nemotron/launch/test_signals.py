@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nemotron.launch.signals import Interrupts
 from nemotron.processes import start_of
 
 Launcher = Callable[..., subprocess.Popen[str]]
@@ -146,3 +148,37 @@ def test_the_second_ctrl_c_ends_ranks_that_hang(demo: Path, launcher: Launcher) 
     assert end_of(run) == 130
     assert records()["demo/make"]["status"] == "interrupted"
     assert start_of(rank) is None
+
+
+def test_a_signal_in_the_middle_of_an_import_is_an_interrupt_once_that_is_over() -> None:
+    class Interrupted:
+        def __set_name__(self, owner: type, name: str) -> None:
+            os.kill(os.getpid(), INT)  # where Python 3.11 makes a RuntimeError of an exception
+
+    with Interrupts() as interrupts:
+        with interrupts.held():
+            type("Imported", (), {"field": Interrupted()})
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.raise_received()
+
+
+@pytest.mark.parametrize("number", [INT, TERM, HUP])
+def test_a_second_signal_does_not_wait(number: signal.Signals) -> None:
+    with Interrupts() as interrupts, interrupts.held():
+        os.kill(os.getpid(), number)
+        assert interrupts.received == [number]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+
+
+def test_what_is_not_held_interrupts_at_once_and_what_was_ignored_stays_so() -> None:
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            os.kill(os.getpid(), HUP)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), TERM)
+        assert signal.getsignal(HUP) is signal.SIG_IGN
+        assert signal.getsignal(TERM) is signal.SIG_DFL
+    finally:
+        signal.signal(HUP, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -142,6 +143,60 @@ def test_ctrl_c_cancels_or_leaves_the_job_as_asked(
     if choice == "leave":
         assert f"nemotron jobs logs -f {job['id']}" in done.err
         nemotron("jobs", "cancel", job["id"])
+
+
+@pytest.fixture
+def sbatch(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that makes sbatch these lines of shell, with ``real`` for itself."""
+
+    def becomes(lines: str) -> None:
+        script = slurm / "bin" / "sbatch"
+        script.parent.mkdir()
+        real = shutil.which("sbatch")
+        is_version = '[ "$1" = --version ] && exit'
+        script.write_text(f'#!/bin/sh\n{is_version}\nreal() {{ {real} "$@"; }}\n{lines}\n')
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
+    return becomes
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "status"),
+    [
+        (("-r", "rig", "--on-interrupt", "cancel"), "INT", "cancelled"),
+        (("-r", "rig", "--on-interrupt", "leave"), "INT", "running"),
+        (("-r", "rig", "--on-interrupt", "cancel"), "HUP", "running"),
+        (("-b", "rig"), "INT", "running"),
+    ],
+)
+def test_a_signal_while_sbatch_answers_loses_no_job(
+    nemotron: Nemotron,
+    until: Callable[..., Any],
+    sbatch: Callable[[str], None],
+    words: tuple[str, ...],
+    number: str,
+    status: str,
+) -> None:
+    sbatch(f'real "$@" && kill -s {number} {os.getpid()}')
+    done = nemotron("steps", "run", "demo/make", *words, "behaviour=sleep")
+    assert done.code == 130, done.err
+    (job,) = nemotron("jobs", "list", "--json").data
+    until(lambda: nemotron("jobs", "status", job["id"], "--json").data["status"] == status)
+    assert record(job["id"])["placement"]["id"].isdigit()
+    if status == "running":
+        assert f"nemotron jobs logs -f {job['id']}" in done.err
+        nemotron("jobs", "cancel", job["id"])
+
+
+def test_a_submission_that_ctrl_c_broke_is_interrupted_and_not_refused(
+    nemotron: Nemotron, sbatch: Callable[[str], None]
+) -> None:
+    sbatch(f"kill -s INT {os.getpid()}; exit 130")
+    done = nemotron("steps", "run", "demo/make", "-r", "rig")
+    assert done.code == 130, done.err
+    (job,) = nemotron("jobs", "list", "--json").data
+    assert (job["status"], job["exit_code"], job["placement"]) == ("interrupted", 130, None)
 
 
 def test_a_launcher_that_is_killed_loses_nothing(
