@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,12 @@ import pytest
 
 RunRanks = Callable[..., dict[str, Any]]
 SmallDisk = Callable[[int], Path]
+
+
+def pytest_configure() -> None:
+    """Take signals as behind a terminal, also under nohup or in the background of a shell."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
