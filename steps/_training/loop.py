@@ -94,10 +94,20 @@ class Validation:
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest loss on the valid split so far, and after how many steps; 0 is the base alone."""
+    """The lowest loss on the valid split so far, and after how many steps; 0 is the base alone.
+
+    Losses compare over the same rows: with another ``eval_iters``, or number of
+    ``supervised_tokens`` for that, the search begins anew.
+    """
 
     iteration: int
     lm_loss: float
+    supervised_tokens: int
+
+    def is_beaten_by(self, result: Validation) -> bool:
+        """Return whether an evaluation is better, or one of other rows."""
+        is_other = result.supervised_tokens != self.supervised_tokens
+        return is_other or result.lm_loss < self.lm_loss
 
 
 @dataclass(frozen=True)
@@ -352,9 +362,9 @@ class Trainer:
         result = Validation(loss_sum / supervised_tokens, int(supervised_tokens))
         if not math.isfinite(result.lm_loss):
             raise LossNotFiniteError(f"iteration {iteration}: validation loss {result.lm_loss}")
-        is_best = self.best is None or result.lm_loss < self.best.lm_loss
+        is_best = self.best is None or self.best.is_beaten_by(result)
         if is_best:
-            self.best = Best(iteration, result.lm_loss)
+            self.best = Best(iteration, result.lm_loss, result.supervised_tokens)
         self.metrics.validation(
             iteration, result.lm_loss, result.supervised_tokens, is_best=is_best
         )

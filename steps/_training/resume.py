@@ -40,7 +40,7 @@ class SavedRun:
         identity: What its result depends on.
         valid_loss_before: Loss on the valid split before the first step, and over how many tokens.
         is_evaluated: Whether the evaluation that was due at this iteration was finished.
-        best: Iteration and loss of the best evaluation so far.
+        best: Iteration of the best evaluation so far, its loss, and over how many tokens.
     """
 
     directory: Path
@@ -49,7 +49,7 @@ class SavedRun:
     identity: dict[str, Any]
     valid_loss_before: tuple[float, int] | None
     is_evaluated: bool
-    best: tuple[int, float] | None
+    best: tuple[int, float, int] | None
 
     @property
     def is_finished(self) -> bool:
@@ -175,8 +175,13 @@ def read_saved(directory: Path) -> SavedRun:
         identity=dict(values["identity"]),
         valid_loss_before=(float(before[0]), int(before[1])) if before else None,
         is_evaluated=bool(values["is_evaluated"]),
-        best=(int(best[0]), float(best[1])) if best else None,
+        best=_best(best) if best else None,
     )
+
+
+def _best(values: Any) -> tuple[int, float, int]:
+    iteration, lm_loss, supervised_tokens = values
+    return int(iteration), float(lm_loss), int(supervised_tokens)
 
 
 def verify_save(directory: Path, *, digests: bool = True) -> None:

@@ -66,6 +66,12 @@ def as_unfinished(output: Path, **changes: Any) -> Path:
     return output
 
 
+def with_best(output: Path, iteration: int, lm_loss: float, *, num_other: int = 0) -> Path:
+    """Make the saves those of a run whose best was this, with so many supervised tokens more."""
+    _, _, num_tokens = json.loads((output / "iter_0000005/trainer_state.json").read_text())["best"]
+    return as_unfinished(output, best=(iteration, lm_loss, num_tokens + num_other))
+
+
 def comparable(run: Any) -> list[dict[str, Any]]:
     """Return what a run recorded, without times and directories."""
     kept = ("event", "iteration", "lm_loss", "grad_norm", "learning_rate", "consumed_samples")
@@ -225,7 +231,7 @@ def test_layout_intervals_and_logging_may_change_and_the_best_stays(
         "checkpoint.most_recent_k": 2,
     }
     best = 3, 0.5  # an evaluation that no later one comes near
-    output = {"checkpoint.save": str(as_unfinished(resumable, best=best))}
+    output = {"checkpoint.save": str(with_best(resumable, *best))}
     run = train_here(**PLAN | changes | output)
     assert run.exit_code == 0
     properties = read_artifact(run.adapter, "checkpoint_lora").properties
@@ -234,6 +240,14 @@ def test_layout_intervals_and_logging_may_change_and_the_best_stays(
         "iter_0000007",
         "iter_0000008",
     ]
+
+
+def test_the_best_of_other_rows_is_no_best_of_these(train_here: Train, resumable: Path) -> None:
+    output = {"checkpoint.save": str(with_best(resumable, 3, 0.5, num_other=1))}
+    run = train_here(**PLAN, **output)
+    properties = read_artifact(run.adapter, "checkpoint_lora").properties
+    assert properties["best_iteration"] > 5
+    assert properties["best_valid_loss"] > 0.5
 
 
 def test_the_newest_whole_saves_are_kept_and_a_damaged_one_is_not_counted(resumable: Path) -> None:
