@@ -10,6 +10,7 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from nemotron.errors import ExitCode, NemotronError
@@ -86,7 +87,8 @@ class SlurmHandle:
 
     def cancel(self) -> None:
         """Ask Slurm to end the job; one that has ended stays as it is."""
-        self._host.require(["scancel", self.placement.id])
+        if self._from_scontrol() != {}:
+            self._host.require(["scancel", self.placement.id])
 
     def _read(self, path: str) -> bytes:
         start = self._offsets.get(path, 0)
@@ -122,13 +124,21 @@ class SlurmHandle:
         return self._from_files() if is_forgotten else State("unknown", "Slurm does not answer")
 
     def _from_scontrol(self) -> dict[str, str] | None:
-        """Return what Slurm knows of the job: nothing of one that it has forgotten."""
+        """Return what Slurm knows of the job: nothing of one that it has forgotten.
+
+        Numbers begin anew at Slurm's MaxJobId, and each cluster has its own: a job of that number
+        is this one if it writes where this one does.
+        """
         done = self._host.run(["scontrol", "-o", "show", "job", self.placement.id])
         if done.returncode:
             return {} if b"Invalid job id" in done.stderr else None
         text = done.stdout.decode(errors="replace")
         facts = dict(re.findall(r"(\w+)=(\S+)", text))
-        return facts if "JobState" in facts else None
+        directory = self.placement.directory
+        if "JobState" not in facts:
+            return None
+        log = PurePosixPath(facts.get("StdOut", directory))
+        return facts if log.is_relative_to(directory) else {}
 
     def _from_sacct(self) -> dict[str, str] | None:
         command = ["sacct", "-X", "-n", "-P", "-D", "-j", self.placement.id, "-o", "State,ExitCode"]

@@ -132,9 +132,11 @@ def _local_log(job: Job, console: Console, is_followed: bool) -> int | None:
 
 def _refuse_lost(record: JobRecord) -> None:
     if record.status == "lost":
+        is_remote = record.placement is not None
+        why = "its scheduler has forgotten it" if is_remote else "its launcher is gone"
         raise NemotronError(
             "job_lost",
-            f"{record.id} ended without a word: its launcher is gone",
+            f"{record.id} ended without a word: {why}",
             where=record.log,
             fix=f"look at its log: nemotron jobs logs {record.id}",
             exit_code=ExitCode.RANK_DIED,

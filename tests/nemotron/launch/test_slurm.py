@@ -94,6 +94,22 @@ def test_a_running_job_is_cancelled_and_says_so(
     assert nemotron("jobs", "cancel", job_id).code == 0  # again: nothing happens
 
 
+def test_another_job_that_got_the_same_number_is_not_taken_for_ours(
+    slurm: Path, nemotron: Nemotron, until: Callable[..., Any]
+) -> None:
+    ours = nemotron("steps", "run", "demo/make", "-b", "rig", "behaviour=refuse").out.strip()
+    until((Path(record(ours)["placement"]["directory"]) / "code" / "exit.0").exists)
+    other = nemotron("steps", "run", "demo/make", "-b", "rig", "behaviour=sleep").out.strip()
+    until(lambda: "making" in nemotron("jobs", "logs", other).out)
+    text = record(ours)
+    text["placement"]["id"] = record(other)["placement"]["id"]  # as after Slurm's MaxJobId
+    (Path(".nemotron") / "jobs" / ours / "job.json").write_text(json.dumps(text))
+    assert nemotron("jobs", "cancel", ours).code == 0
+    assert record(ours)["exit_code"] == 4
+    assert nemotron("jobs", "status", other, "--json").data["status"] == "running"
+    nemotron("jobs", "cancel", other)
+
+
 def test_what_slurm_refuses_is_said_with_its_words(slurm: Path, nemotron: Nemotron) -> None:
     done = nemotron("steps", "run", "demo/make", "-r", "rig", "run.env.partition=nowhere")
     assert done.code == 9
