@@ -98,15 +98,15 @@ class ColumnParallel(torch.autograd.Function):
         mask: Mask | None,
         groups: Groups,
     ) -> tuple[Tensor, Tensor]:
-        parts = [lora_a_RH.shape[1], len(lora_a_RH)]
+        rank, in_features = lora_a_RH.shape
         # Copied at every call, R / H of the matrix, so that an optimizer may change lora_b without
         # telling anyone; in RowParallel lora_a. The matrix is kept off autograd's saved tensors:
         # the copy changes no value within a step (of which dropout is on or off for the whole), but
         # would look like a change.
-        extended[:, parts[0] :] = lora_b_FR * scale
+        extended[:, in_features:] = lora_b_FR * scale
         lora_a_RH = lora_a_RH.to(x_SH.dtype)
-        x_h = empty_to_send(x_SH, sum(parts), groups.sequence)
-        input_SH, own_h_SR = x_h.split(parts, dim=1)
+        x_h = empty_to_send(x_SH, in_features + rank, groups.sequence)
+        input_SH, own_h_SR = x_h.split([in_features, rank], dim=1)
         if prologue is None:
             kept = x_SH.new_empty(0)
             input_SH.copy_(x_SH)
@@ -114,11 +114,11 @@ class ColumnParallel(torch.autograd.Function):
             kept = prologue.apply(x_SH, out=input_SH)
         torch.mm(dropped(input_SH, mask), lora_a_RH.T, out=own_h_SR)
         num_tokens = len(x_SH) * groups.sequence.size
-        y_SF, h_SR = (x_SH.new_empty(num_tokens, size) for size in (len(extended), parts[1]))
+        y_SF, h_SR = (x_SH.new_empty(num_tokens, size) for size in (len(extended), rank))
 
         def multiply(x_h: Tensor, rows: slice) -> None:
             torch.mm(x_h, extended.T, out=y_SF[rows])
-            h_SR[rows] = x_h[:, parts[0] :]
+            h_SR[rows] = x_h[:, in_features:]
 
         use_rows(x_h, groups.sequence, multiply)()
         _save(ctx, x_SH, kept, h_SR, lora_a_RH, prologue, mask)
@@ -135,13 +135,13 @@ class ColumnParallel(torch.autograd.Function):
         columns = ctx.extended if ctx.needs_input_grad[0] else ctx.extended[:, in_features:]
         dx_dh = empty_to_send(dy_SF, columns.shape[1], ctx.groups.tensor)
         torch.mm(dy_SF, columns, out=dx_dh)
-        backward = _column_of_rows if ctx.groups.sequence.size > 1 else _column_of_all
-        dx_SH, part, da_RH, db_FR = backward(ctx, saved, dy_SF, dx_dh)
+        complete = _complete_rows if ctx.groups.sequence.size > 1 else _complete_whole
+        dx_SH, part, da_RH, db_FR = complete(ctx, saved, dy_SF, dx_dh)
         dx_SH = _through_prologue(ctx, dx_SH, saved, part, dresidual_SH)
         return dx_SH, da_RH, db_FR, None, None, None, None, None
 
 
-def _column_of_all(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor) -> Gradients:
+def _complete_whole(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor) -> Gradients:
     """Return dx, the prologue's part of it, dA and dB of activations that are replicated."""
     x_SH, kept, h_SR, lora_a_RH = saved
     dx_SH = wait = None
@@ -160,7 +160,7 @@ def _column_of_all(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Te
     return dx_SH, part, da_RH, db_FR
 
 
-def _column_of_rows(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor) -> Gradients:
+def _complete_rows(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor) -> Gradients:
     """Return the same of activations that are split over the sequence."""
     x_SH, kept, h_SR, lora_a_RH = saved
     dx_dh, wait = scatter_sum_rows_async(dx_dh, ctx.groups.sequence)
@@ -211,8 +211,8 @@ class RowParallel(torch.autograd.Function):
         mask: Mask | None,
         groups: Groups,
     ) -> Tensor:
-        parts = [len(lora_b_FR), len(lora_a_RH)]
-        extended[parts[0] :] = lora_a_RH
+        out_features, rank = lora_b_FR.shape
+        extended[out_features:] = lora_a_RH
         input_SH, kept = x_SH, x_SH.new_empty(0)
         if prologue is not None:
             input_SH = x_SH.new_empty(len(x_SH), extended.shape[1])
@@ -220,9 +220,9 @@ class RowParallel(torch.autograd.Function):
         y_h = empty_to_send(input_SH, len(extended), groups.tensor)
         torch.mm(input_SH, extended.T, out=y_h)
         if mask is not None:
-            y_h[:, parts[0] :] = dropped(input_SH, mask) @ extended[parts[0] :].T
+            y_h[:, out_features:] = dropped(input_SH, mask) @ extended[out_features:].T
         y_h = scatter_sum_rows(all_reduce(y_h, groups.replicated), groups.sequence)
-        y_SF, h_SR = y_h.split(parts, dim=1)
+        y_SF, h_SR = y_h.split([out_features, rank], dim=1)
         y_SF.addmm_(h_SR, lora_b_FR.to(x_SH.dtype).T, alpha=scale)
         if residual_SF is not None:
             y_SF.add_(residual_SF)
@@ -255,17 +255,18 @@ def _dgrad_of_all(
 
     The rows of dy and dh are gathered in one collective.
     """
-    group, parts = ctx.groups.sequence, [dy_SF.shape[1], dh_SR.shape[1]]
-    weight_FH = ctx.extended[: parts[0]]
+    group = ctx.groups.sequence
+    out_features, rank = dy_SF.shape[1], dh_SR.shape[1]
+    weight_FH = ctx.extended[:out_features]
     if group.size == 1:
         return (dy_SF @ weight_FH if ctx.needs_input_grad[0] else None), dh_SR, lambda: None
-    dy_dh = torch.cat([dy_SF, dh_SR], dim=1, out=empty_to_send(dy_SF, sum(parts), group))
+    dy_dh = torch.cat([dy_SF, dh_SR], dim=1, out=empty_to_send(dy_SF, out_features + rank, group))
     num_tokens = group.size * len(dy_SF)
-    dh_all_SR = dh_SR.new_empty(num_tokens, parts[1])
+    dh_all_SR = dh_SR.new_empty(num_tokens, rank)
     dx_SH = dy_SF.new_empty(num_tokens, weight_FH.shape[1]) if ctx.needs_input_grad[0] else None
 
     def multiply(dy_dh: Tensor, rows: slice) -> None:
-        dy_part, dh_part = dy_dh.split(parts, dim=1)
+        dy_part, dh_part = dy_dh.split([out_features, rank], dim=1)
         dh_all_SR[rows] = dh_part
         if dx_SH is not None:
             torch.mm(dy_part, weight_FH, out=dx_SH[rows])

@@ -7,7 +7,6 @@ terminal, goes on from the record.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -115,10 +114,8 @@ def follow(
         for state in _states(job, handle, console):
             if state.exit_code is not None:
                 return _ended(state, console)
-            with contextlib.suppress(KeyboardInterrupt):
-                interrupts.wait(handle.poll_seconds)
-                continue
-            if _shall_leave(job, handle, console, on_interrupt, interrupts):
+            came = interrupts.came_within(handle.poll_seconds)
+            if came and _shall_leave(job, handle, console, on_interrupt, interrupts):
                 return int(ExitCode.INTERRUPTED)
     raise AssertionError("a job is followed until it ends")
 
@@ -205,7 +202,7 @@ def _show(console: Console, block: bytes) -> None:
 
 
 class _Interrupts:
-    """Counts Ctrl-C, and raises it only while waiting, never in the middle of a record."""
+    """Counts Ctrl-C, and raises it only while asking, never in the middle of a record."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -224,11 +221,12 @@ class _Interrupts:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 
-    def wait(self, seconds: float) -> None:
-        """Wait; a Ctrl-C that came since the last call ends it with ``KeyboardInterrupt``."""
-        if self._event.wait(seconds):
+    def came_within(self, seconds: float) -> bool:
+        """Return whether one has come since the last call; wait for it so long."""
+        came = self._event.wait(seconds)
+        if came:  # else one may come just now
             self._event.clear()
-            raise KeyboardInterrupt
+        return came
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
