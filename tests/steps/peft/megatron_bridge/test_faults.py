@@ -84,7 +84,9 @@ def test_a_job_that_is_told_to_stop_saves_at_once_and_goes_on_as_if_it_had_not(
 def test_a_lost_rank_ends_the_job_and_is_named_with_its_step_and_line(
     launch: Callable[..., Any], fault: str, code: str, problem: str
 ) -> None:
-    changes = {**LONG, **TWO_RANKS, "dist.heartbeat_timeout_seconds": 3}
+    changes = {**LONG, **TWO_RANKS}
+    if code == "rank_silent":  # on a busy machine 3 s of silence may come before a rank's end
+        changes["dist.heartbeat_timeout_seconds"] = 3
     job = launch(str(FAULTY_STEP), fault, **changes)
     job.ranks(after_steps=2)
     began = time.monotonic()
