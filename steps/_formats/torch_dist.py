@@ -1,11 +1,8 @@
 """Directories of torch.distributed.checkpoint (DCP), read without a process group.
 
-``.metadata`` is a pickle. It is read through an unpickler that knows the dozen classes such a file
-needs and refuses every other name, and each tensor by ``torch.load(weights_only=True)`` on its own
-byte range, so nothing in a checkpoint can run code. torch's own reader unpickles freely.
-
 A tensor is stored as chunks, each with its place in the global tensor; reading a slice opens only
-the chunks that intersect it.
+the chunks that intersect it, each by ``torch.load(weights_only=True)`` on its own byte range, so
+that nothing in a checkpoint can run code.
 """
 
 from __future__ import annotations
@@ -14,48 +11,21 @@ import io
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
 
-from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.mapped_bytes import map_tensor
+from nemotron.steps._formats.torch_dist_metadata import (
+    METADATA_FILE,
+    MetadataIndex,
+    StorageInfo,
+    TensorStorageMetadata,
+    read_metadata,
+)
 from nemotron.steps._formats.weights import damaged
-
-METADATA_FILE = ".metadata"
-_CHECKPOINT = "torch.distributed.checkpoint"
-_ALLOWED = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    *(
-        (f"{_CHECKPOINT}.metadata", name)
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
-    *(
-        (f"{_CHECKPOINT}.planner", name)
-        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
-    ),
-}
-# torch notes the directory of a save as it was given to it, often as a path object.
-_PATHS = {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
 
 
 @dataclass(frozen=True)
@@ -83,7 +53,7 @@ class TorchDistReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        metadata = _read_metadata(directory / METADATA_FILE)
+        metadata = read_metadata(directory / METADATA_FILE)
         try:
             self._tensors = {
                 name: entry
@@ -223,58 +193,13 @@ class _Part(io.RawIOBase):
         return self._stream.readinto(view[:left]) or 0
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Finds only the classes that a DCP ``.metadata`` consists of."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        if (module, name) in _PATHS:
-            return PurePosixPath
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise _UnsafeNameError(f"{module}.{name}")
-
-
-class _UnsafeNameError(Exception):
-    pass
-
-
-def _read_metadata(path: Path) -> Metadata:
-    if not path.is_file():
-        raise NemotronError(
-            "checkpoint_missing",
-            f"{path.parent} has no .metadata; wanted a torch_dist checkpoint",
-            where=str(path.parent),
-            fix="pass the directory that a torch_dist checkpoint was saved to",
-            exit_code=ExitCode.DATA,
-        )
-    try:
-        with path.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-    except _UnsafeNameError as name:
-        raise NemotronError(
-            "unsafe_pickle",
-            f"{path} refers to {name}, which no checkpoint needs",
-            where=str(path),
-            why="loading it could run code; nothing of it was run",
-            fix="do not use this checkpoint unless you know who wrote it",
-            exit_code=ExitCode.DATA,
-        ) from None
-    except Exception as error:  # a cut or changed pickle fails in any way it likes
-        raise damaged(path, f"it does not unpickle: {error!r}") from None
-    if not isinstance(metadata, Metadata):
-        raise damaged(path, "it is not the metadata of a torch_dist checkpoint")
-    return metadata
-
-
 def _locate_chunks(
-    name: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, _StorageInfo]
+    name: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, StorageInfo]
 ) -> list[Chunk]:
     chunks = []
     for chunk in entry.chunks:
         place = storage[MetadataIndex(name, chunk.offsets)]
-        if getattr(place, "transform_descriptors", None):
+        if place.transform_descriptors:
             raise KeyError(f"{name} is stored with {place.transform_descriptors}")
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         chunks.append(Chunk(offsets, sizes, place.relative_path, place.offset, place.length))

@@ -16,20 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from nemotron.steps._formats.hashed_file import HashedFile
-from nemotron.steps._formats.torch_dist import METADATA_FILE
+from nemotron.steps._formats.torch_dist_metadata import METADATA_FILE
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES
 
 _ALIGNMENT_BYTES = 64  # torch.save keeps to it within what it writes
@@ -158,25 +148,31 @@ def write_metadata(directory: Path, items: Iterable[StoredItem]) -> None:
     Raises:
         ValueError: The chunks of one tensor differ in type.
     """
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
+    # Here: it takes half a second, and a merge into Hugging Face's layout writes no metadata.
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    entries: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
+    storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
     for item in items:
         place = _StorageInfo(item.file, item.start, item.length_bytes)
         if item.dtype_name is None:
-            entries[item.name] = BytesStorageMetadata()
-            storage[MetadataIndex(item.name)] = place
+            entries[item.name] = dcp.BytesStorageMetadata()
+            storage[dcp.MetadataIndex(item.name)] = place
             continue
         dtype = DTYPES[item.dtype_name]
-        whole = TensorStorageMetadata(
-            TensorProperties(dtype=dtype), torch.Size(item.global_shape), []
+        whole = dcp.TensorStorageMetadata(
+            dcp.TensorProperties(dtype=dtype), torch.Size(item.global_shape), []
         )
         entry = entries.setdefault(item.name, whole)
-        if not isinstance(entry, TensorStorageMetadata) or entry.properties.dtype != dtype:
+        if not isinstance(entry, dcp.TensorStorageMetadata) or entry.properties.dtype != dtype:
             raise ValueError(f"{item.name}: the chunks of one tensor must have one type")
         offsets = torch.Size(item.offsets)
-        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.sizes)))
-        storage[MetadataIndex(item.name, offsets)] = place
-    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")
+        entry.chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size(item.sizes)))
+        storage[dcp.MetadataIndex(item.name, offsets)] = place
+    metadata = dcp.Metadata(
+        entries, storage_data=storage, storage_meta=dcp.StorageMeta(), version="1.0.0"
+    )
     (directory / METADATA_FILE).write_bytes(pickle.dumps(metadata))
 
 

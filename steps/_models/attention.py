@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._tensor_parallel.prologue import RMSNormPrologue
@@ -169,8 +168,11 @@ def flash_on_gpu(
     query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
 ) -> Tensor:
     """Return the same by torch's one kernel for all documents, of bf16 or fp16 on a GPU."""
+    # Here, because it imports torch's compiler: half a second of every start elsewhere.
+    from torch.nn.attention.varlen import varlen_attn
+
     bounds, longest = _bounds(tuple(cu_seqlens), query_SND.device)
-    heads, options = (query_SND, key_SGD, value_SGD), _causal(query_SND, key_SGD)
+    heads, options = (query_SND, key_SGD, value_SGD), _causal(varlen_attn, query_SND, key_SGD)
     out = varlen_attn(*heads, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out
@@ -184,7 +186,7 @@ def _bounds(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, 
     return bounds.to(device, non_blocking=True), longest  # else it waits for all before it
 
 
-def _causal(query_SND: Tensor, key_SGD: Tensor) -> dict[str, Any]:
+def _causal(varlen_attn: Callable[..., Any], query_SND: Tensor, key_SGD: Tensor) -> dict[str, Any]:
     """Return what makes ``varlen_attn`` causal: torch 2.10 has a flag for it, later ones a window.
 
     Grouped heads need a flag of their own since torch 2.12.

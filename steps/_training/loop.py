@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nemotron.steps._tensor_parallel.collectives import all_gather, all_reduce
+from nemotron.steps._training.adamw import FlatAdamW
 from nemotron.steps._training.batches import (
     MicroBatch,
     PackedSplit,
@@ -26,7 +27,6 @@ from nemotron.steps._training.batches import (
 from nemotron.steps._training.distributed import Layout, gather_tensors
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.flops import lora_flops
-from nemotron.steps._training.lora_plus import LoraPlusAdamW
 from nemotron.steps._training.metrics import MetricsLog, peak_memory_bytes
 from nemotron.steps._training.pipeline import PipelineStage, WeightedBatch
 from nemotron.steps._training.preemption import StopRequest
@@ -168,13 +168,12 @@ class Trainer:
             (each for linear in model.adapted_linears() for each in linear.lora_parameters()),
             layout,
         )
-        self.optimizer = LoraPlusAdamW(
+        self.optimizer = FlatAdamW(
             self.adapter,
-            lora_plus_lr_ratio=adam.lora_plus_lr_ratio,
-            lr=schedule.at(0),
             betas=(adam.adam_beta1, adam.adam_beta2),
             eps=adam.adam_eps,
             weight_decay=adam.weight_decay,
+            lora_plus_lr_ratio=adam.lora_plus_lr_ratio,
         )
 
     def run(
@@ -323,13 +322,12 @@ class Trainer:
         return [rank for rank, is_finite in enumerate(finite) if not is_finite]
 
     def _update(self, iteration: int, grad_norm: float) -> float:
-        """Clip, set the learning rate, step the optimizer; return the learning rate used."""
+        """Clip, step the optimizer; return the learning rate used."""
         if self.adam.clip_grad:
             coefficient = self.adam.clip_grad / (grad_norm + 1e-6)
             self.adapter.gradients.mul_(min(1.0, coefficient))
         learning_rate = self.schedule.at(iteration - 1)
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
+        self.optimizer.step(learning_rate)
         return learning_rate
 
     @torch.no_grad()

@@ -99,11 +99,10 @@ class PipelineStage:
 
 
 class _Graph(NamedTuple):
-    """A forward's input, its result in the graph, and the gradient to start from at the last."""
+    """A forward's input, and its result in the graph."""
 
     received: Tensor | None
     edge: GradientEdge | None
-    seed: Tensor | None
 
 
 class _Work:
@@ -130,16 +129,17 @@ class _Work:
         if self._has_backward:
             # The edge, not the tensor: backward needs the graph only, so what was sent is freed.
             edge = get_gradient_edge(out) if out.requires_grad else None
-            seed = torch.ones_like(out) if model.is_last else None
-            self._graphs[action.chunk, action.micro_batch] = _Graph(received_SH, edge, seed)
+            self._graphs[action.chunk, action.micro_batch] = _Graph(received_SH, edge)
         return None if model.is_last else out.detach()
 
     def backward(self, action: Action, received_SH: Tensor | None) -> Tensor | None:
-        """Return the gradient that the stage before gets; None before the first."""
+        """Return the gradient that the stage before gets; None before the first.
+
+        The last one receives none: its result is the loss.
+        """
         graph = self._graphs.pop((action.chunk, action.micro_batch))
-        gradient = received_SH if graph.seed is None else graph.seed
         if graph.edge is not None:  # a first stage without adapters has nothing to do
-            torch.autograd.backward([graph.edge], [gradient])
+            torch.autograd.backward([graph.edge], [received_SH])
         return None if graph.received is None else graph.received.grad
 
 

@@ -13,31 +13,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nemotron.steps._formats.adapter import open_adapter
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
 from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from nemotron.steps._training.adamw import FlatAdamW
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.pipeline import PipelineStage
 from nemotron.steps._training.resume import STATE_FILE
 
 MOMENTS_FILE = "trainer_state.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gather_moments(
-    model: PipelineStage, adapter: FlatAdapter, optimizer: torch.optim.Optimizer
+    model: PipelineStage, adapter: FlatAdapter, optimizer: FlatAdamW
 ) -> dict[str, Tensor]:
     """Return AdamW's moments as whole tensors, such as ``exp_avg/decoder...linear_qkv.lora_a``.
 
-    A collective of the tensor-parallel group, after the first optimizer step.
+    A collective of the tensor-parallel group.
     """
-    state = optimizer.state[adapter.values]
     moments: dict[str, Tensor] = {}
-    for kind in _MOMENTS:
-        shards = adapter.views(state[kind])
+    for kind, moment in optimizer.moments.items():
+        shards = adapter.views(moment)
         for linear, names in _factors(model):
             whole = linear.gather_lora(*(shards[name] for name in names))
             moments |= {f"{kind}/{name}": each for name, each in zip(names, whole, strict=True)}
@@ -70,26 +68,24 @@ def load_moments(
     directory: Path,
     model: PipelineStage,
     adapter: FlatAdapter,
-    optimizer: torch.optim.Optimizer,
+    optimizer: FlatAdamW,
     *,
     iteration: int,
 ) -> None:
-    """Set AdamW's state to this rank's shards of the moments saved at ``iteration``.
+    """Set AdamW to this rank's shards of the moments saved at ``iteration``.
 
     Raises:
         NemotronError: ``artifact_damaged``.
         ValueError: A tensor does not have its factor's shape.
     """
     file = SafetensorsFile(directory / MOMENTS_FILE)
-    state: dict[str, Tensor] = {"step": torch.tensor(float(iteration))}
-    for kind in _MOMENTS:
-        state[kind] = torch.zeros_like(adapter.values)
-        shards = adapter.views(state[kind])
+    for kind, moment in optimizer.moments.items():
+        shards = adapter.views(moment)
         for linear, names in _factors(model):
             whole = [file.read(f"{kind}/{name}") for name in names]
             for name, shard in zip(names, linear.shard_lora(*whole), strict=True):
                 shards[name].copy_(shard)
-    optimizer.state[adapter.values] = state
+    optimizer.num_steps = iteration
 
 
 def _factors(

@@ -1,4 +1,4 @@
-"""Ranks of test_lora_plus.py: the flat optimizer against AdamW with two groups on whole factors."""
+"""Ranks of test_adamw.py: the flat optimizer against AdamW with two groups on whole factors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from nemotron.steps._tensor_parallel.linear import (
     LoraSpec,
     RowParallelLinear,
 )
+from nemotron.steps._training.adamw import FlatAdamW
 from nemotron.steps._training.distributed import make_layout
 from nemotron.steps._training.flat_adapter import FlatAdapter
-from nemotron.steps._training.lora_plus import LoraPlusAdamW
 
 TOKENS, HIDDEN, FEATURES, LORA_DIM, NUM_STEPS = 6, 8, 12, 3, 5
-SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.3}
+LEARNING_RATE = 1e-2
+SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.3}
 Shape = tuple[int, int]
 
 
@@ -53,11 +54,11 @@ def difference(group: ProcessGroup, ratio: float) -> float:
         [*column.lora_parameters(), *row.lora_parameters()],
         make_layout(group.size, group.size, torch.device("cpu")),
     )
-    optimizer = LoraPlusAdamW(adapter, lora_plus_lr_ratio=ratio, **SETTINGS)
+    optimizer = FlatAdamW(adapter, lora_plus_lr_ratio=ratio, **SETTINGS)
     wanted = [factor.clone().requires_grad_() for factor in factors]
     groups = [
-        {"params": wanted[0::2], "lr": SETTINGS["lr"]},
-        {"params": wanted[1::2], "lr": SETTINGS["lr"] * ratio},
+        {"params": wanted[0::2], "lr": LEARNING_RATE},
+        {"params": wanted[1::2], "lr": LEARNING_RATE * ratio},
     ]
     reference = torch.optim.AdamW(groups, **SETTINGS)
     largest = 0.0
@@ -66,7 +67,7 @@ def difference(group: ProcessGroup, ratio: float) -> float:
         adapter.zero_gradients()
         row(column(x)[0]).square().sum().backward()
         adapter.reduce_gradients()
-        optimizer.step()
+        optimizer.step(LEARNING_RATE)
         reference.zero_grad()
         hidden = whole(x, weights[0], *wanted[:2])
         whole(hidden, weights[1], *wanted[2:]).square().sum().backward()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-WORKER = Path(__file__).with_name("lora_plus_worker.py")
+WORKER = Path(__file__).with_name("adamw_worker.py")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
