@@ -1,7 +1,8 @@
-"""What the config says, in the terms of the trainer: each function makes one of its settings."""
+"""What the config says, in the terms of the trainer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,70 @@ from nemotron.steps._training.loop import AdamSettings, BatchSettings, Intervals
 from nemotron.steps._training.schedule import Schedule
 from nemotron.steps.peft.megatron_bridge.schema import Config
 from nemotron.steps.peft.megatron_bridge.start import ResumeSettings
-from nemotron.steps.peft.megatron_bridge.train import ModelSettings
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How the base is held and computed.
+
+    Attributes:
+        dtype: dtype of the base and of activations.
+        sequence_parallel: Whether activations between the linears are split over the sequence.
+        recompute: Whether layers are computed again in the backward pass.
+        num_chunks: Parts of the model on each pipeline stage; more than one: interleaved.
+        num_layers_in_first_stage: Layers of the first pipeline stage, where not an equal part.
+        num_layers_in_last_stage: Layers of the last pipeline stage, likewise.
+    """
+
+    dtype: torch.dtype
+    sequence_parallel: bool
+    recompute: bool
+    num_chunks: int
+    num_layers_in_first_stage: int | None
+    num_layers_in_last_stage: int | None
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is to do, wherever it runs and whatever it reads.
+
+    Attributes:
+        lora: Adapters, and the linears that get one.
+        model: Type of the base, and how it is split and computed.
+        batch: Batch sizes.
+        schedule: Learning rate per iteration.
+        adam: Optimizer settings.
+        intervals: Length of the run, and when it evaluates and saves.
+        seed: Seed of the adapter, the row order and dropout.
+        resume: What the run goes on from, and what it keeps for a run that goes on from it.
+        base_model_name_or_path: What the adapter's config names as its base; the base's own source
+            where None.
+    """
+
+    lora: LoraTargets
+    model: ModelSettings
+    batch: BatchSettings
+    schedule: Schedule
+    adam: AdamSettings
+    intervals: Intervals
+    seed: int
+    resume: ResumeSettings
+    base_model_name_or_path: str | None
+
+
+def run_settings(config: Config, identity: dict[str, Any]) -> RunSettings:
+    """Return the settings of a run; ``identity`` is what must not have changed if it goes on."""
+    return RunSettings(
+        lora=lora_targets(config),
+        model=model(config),
+        batch=batch(config),
+        schedule=schedule(config),
+        adam=adam(config),
+        intervals=intervals(config),
+        seed=config.rng.seed,
+        resume=resume(config, identity),
+        base_model_name_or_path=config.hf_model_path,
+    )
 
 
 def lora_targets(config: Config) -> LoraTargets:

@@ -12,10 +12,10 @@ from nemotron.steps._training.heartbeat import Heartbeat
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.mirror_process import MirrorSettings
 from nemotron.steps._training.preemption import StopRequest
-from nemotron.steps.peft.megatron_bridge import settings
 from nemotron.steps.peft.megatron_bridge.checks import STEP, existing_inputs
 from nemotron.steps.peft.megatron_bridge.identity import run_identity
 from nemotron.steps.peft.megatron_bridge.schema import Config
+from nemotron.steps.peft.megatron_bridge.settings import run_settings
 from nemotron.steps.peft.megatron_bridge.train import named_errors, train_adapter
 
 
@@ -44,23 +44,15 @@ def run(config: Config, produced_by: Producer) -> None:
         named_errors(packed_root, output, metrics),
     ):
         train_adapter(
+            run_settings(config, run_identity(config, packed_root, base_path)),
             layout=layout,
-            stop=stop,
-            heartbeat=heartbeat,
             packed_root=packed_root,
             base_path=base_path,
             output=output,
-            lora=settings.lora_targets(config),
-            batch=settings.batch(config),
-            schedule=settings.schedule(config),
-            adam=settings.adam(config),
-            intervals=settings.intervals(config),
-            model_settings=settings.model(config),
-            seed=config.rng.seed,
             metrics=metrics,
-            base_model_name_or_path=config.hf_model_path,
             produced_by=produced_by,
-            resume=settings.resume(config, run_identity(config, packed_root, base_path)),
+            stop=stop,
+            heartbeat=heartbeat,
         )
 
 
