@@ -1,18 +1,26 @@
-"""What the tests share: real ranks under torchrun, and disks that are soon full."""
+"""What the tests share: real ranks, and disks that are soon full."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+RANK = Path(__file__).with_name("rank.py")
+StartRanks = Callable[..., "Ranks"]
 RunRanks = Callable[..., dict[str, Any]]
 SmallDisk = Callable[[int], Path]
 
@@ -23,26 +31,91 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@dataclass
+class Ranks:
+    """Ranks that run.
+
+    Attributes:
+        processes: Theirs, in order.
+        store: What they meet at; it has to live as long as they do.
+        output: What all of them print.
+    """
+
+    processes: list[BaseProcess]
+    store: Any
+    output: Path
+
+    def end(self, seconds: float) -> tuple[int, str]:
+        """Wait for all; return the exit code of the first one that failed, and what they printed.
+
+        The others have some seconds more, then they are killed.
+        """
+        code, end = 0, time.monotonic() + seconds
+        while left := [process for process in self.processes if process.is_alive()]:
+            wait([process.sentinel for process in left], max(0.0, end - time.monotonic()))
+            failed = [process.exitcode for process in self.processes if process.exitcode]
+            if failed and not code:
+                code, end = failed[0], time.monotonic() + 15
+            if time.monotonic() >= end:
+                code = code or 1
+                for process in left:
+                    process.kill()
+        return code, self.output.read_text(encoding="utf-8", errors="replace")
+
+
 @pytest.fixture(scope="session")
-def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
+def start_ranks() -> StartRanks:
+    """Return a function that starts N gloo ranks of a program, each as torchrun would.
+
+    They are forked from a process that has imported torch, which takes them seconds otherwise.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["pytest", "nemotron.steps.peft.megatron_bridge.step"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # it is read with torch
+        forkserver.ensure_running()
+
+    def start(
+        program: Path, num_ranks: int, arguments: Sequence[str], *, output: Path, **more: str
+    ) -> Ranks:
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        given = {"program": str(program), "arguments": list(arguments), "output": str(output)}
+        ranks = []
+        for rank in range(num_ranks):
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
+                **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+                **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks)),
+                **more,
+            }
+            globals_of_rank = {"GIVEN": given | {"environment": environment}}
+            ranks.append(forks.Process(target=runpy.run_path, args=(str(RANK), globals_of_rank)))
+            ranks[-1].start()
+        return Ranks(ranks, store, output)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_ranks(start_ranks: StartRanks, tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
     """Return a function that runs a worker script on N gloo ranks and returns its JSON report.
 
     The worker gets the path of the report as its last argument; rank 0 writes it.
     """
 
     def run(worker: Path, num_ranks: int, *arguments: str) -> dict[str, Any]:
-        report = tmp_path_factory.mktemp("ranks") / "report.json"
-        command = [sys.executable, "-W", "error::FutureWarning", "-m", "torch.distributed.run"]
-        command += ["--standalone", f"--nproc-per-node={num_ranks}", str(worker)]
-        done = subprocess.run(
-            [*command, *arguments, str(report)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        directory = tmp_path_factory.mktemp("ranks")
+        report, output = directory / "report.json", directory / "output"
+        ranks = start_ranks(worker, num_ranks, [*arguments, str(report)], output=output)
+        code, printed = ranks.end(300)
+        assert code == 0, printed
         return json.loads(report.read_text(encoding="utf-8"))
 
     return run

@@ -1,6 +1,6 @@
 """Ranks of test_core.py: the core against one unsharded model, in float64; figures go to a report.
 
-Run by torchrun. Every figure is a largest difference over all ranks, relative to the reference's
+Run by ``run_ranks``. Every figure is a largest difference over all ranks, relative to the reference's
 largest value, or a count of collectives.
 """
 

@@ -1,6 +1,6 @@
 """Ranks of test_layout_invariance.py: the same training at every layout that these ranks can be.
 
-``layout_worker.py WORLD REPORT``: every layout of as many ranks as torchrun started is trained for
+``layout_worker.py WORLD REPORT``: every layout of as many ranks as were started is trained for
 ``NUM_STEPS`` steps; rank 0 leaves a safetensors file of each beside the report, which names them.
 """
 

@@ -1,8 +1,9 @@
-"""A small random Llama as base, random packed rows, and the step itself under torchrun."""
+"""A small random Llama as base, random packed rows, and the step itself in ranks of its own."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -197,14 +198,22 @@ def random_row(generator: np.random.Generator) -> tuple[list[int], list[int], li
 
 
 @pytest.fixture(scope="session")
-def train(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+def train(
+    world: World, start_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Run]:
     """Return a function that runs the step with some config values changed (dotted keys)."""
 
     def run(**changes: Any) -> Run:
         directory = tmp_path_factory.mktemp("run")
-        process = start(world, directory, "torch.distributed.run", changes)
-        _, stderr = process.communicate(timeout=300)
-        return finished(directory, process.returncode, stderr)
+        path = write_config(world, directory, changes)
+        ranks = start_ranks(
+            Path(step.__file__),
+            num_ranks_of(path),
+            ["--config", str(path)],
+            output=directory / "output",
+            NEMOTRON_ERROR_FILE=str(directory / "error.json"),
+        )
+        return finished(directory, *ranks.end(300))
 
     return run
 
@@ -220,7 +229,7 @@ def launch(world: World, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     def run(*program: str, **changes: Any) -> Launched:
         directory = tmp_path / f"launched{len(started)}"
         directory.mkdir()
-        started.append(start(world, directory, "nemotron.steps._torchrun", changes, program))
+        started.append(start(world, directory, changes, program))
         return Launched(started[-1], directory)
 
     yield run
@@ -250,19 +259,13 @@ STEP_MODULE = ("-m", "nemotron.steps.peft.megatron_bridge.step")
 
 
 def start(
-    world: World,
-    directory: Path,
-    torchrun: str,
-    changes: dict[str, Any],
-    program: Sequence[str] = (),
+    world: World, directory: Path, changes: dict[str, Any], program: Sequence[str]
 ) -> subprocess.Popen[str]:
-    """Start the step under a torchrun, with some config values changed (dotted keys)."""
+    """Start the step under the launcher's torchrun, with some config values changed."""
     path = write_config(world, directory, changes)
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))["recipe"]
-    num_ranks = recipe["tensor_model_parallel_size"] * recipe["data_parallel_size"]
-    num_ranks *= recipe["pipeline_model_parallel_size"]
-    command = [sys.executable, "-m", torchrun, "--standalone", f"--nproc-per-node={num_ranks}"]
-    command += [*(program or STEP_MODULE), "--config", str(path)]
+    command = [sys.executable, "-m", "nemotron.steps._torchrun", "--standalone"]
+    command += [f"--nproc-per-node={num_ranks_of(path)}", *(program or STEP_MODULE)]
+    command += ["--config", str(path)]
     error = {"NEMOTRON_ERROR_FILE": str(directory / "error.json")}
     return subprocess.Popen(
         command,
@@ -271,6 +274,12 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def num_ranks_of(config: Path) -> int:
+    recipe = yaml.safe_load(config.read_text(encoding="utf-8"))["recipe"]
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+    return math.prod(recipe[size] for size in sizes)
 
 
 def write_config(world: World, directory: Path, changes: dict[str, Any]) -> Path:
