@@ -1,7 +1,7 @@
 """Ranks of test_core.py: the core against one unsharded model, in float64; figures go to a report.
 
-Run by ``run_ranks``. Every figure is a largest difference over all ranks, relative to the reference's
-largest value, or a count of collectives.
+Every figure is a largest difference over all ranks, relative to the reference's largest value, or a
+count of collectives.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
 
 def main() -> None:
     *configs, ports, report = sys.argv[1:]
-    # Each run meets at a store of its own: keys of the one before would be found in torchrun's.
+    # Each run meets at a store of its own: keys of the one before would be found in one.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     for config, port in zip(configs, ports.split(","), strict=True):
         os.environ["MASTER_PORT"] = port
