@@ -161,6 +161,12 @@ class SlurmExecution(RemoteExecution):
     build_cache_dir: str | None = None
 
     @model_validator(mode="after")
+    def _jobs_can_be_found(self) -> SlurmExecution:
+        if taken := sorted({"output", "error", "array"} & self.extra.keys()):
+            raise ValueError(f"extra cannot have {taken[0]}: a job is known by where it writes")
+        return self
+
+    @model_validator(mode="after")
     def _ssh_says_where(self) -> SlurmExecution:
         if self.tunnel == "ssh" and self.remote_job_dir is None:
             raise ValueError("tunnel ssh needs remote_job_dir, a directory on the cluster")

@@ -188,7 +188,10 @@ class Job:
             is_interrupt = isinstance(error, KeyboardInterrupt)
             problem = {"code": "unexpected", "problem": f"{type(error).__name__}: {error}"}
             with contextlib.suppress(OSError):
-                self.end(ExitCode.INTERRUPTED if is_interrupt else otherwise, problem)
+                if is_interrupt:
+                    self.end(ExitCode.INTERRUPTED)
+                else:
+                    self.end(otherwise, problem)
             raise
 
 

@@ -141,11 +141,13 @@ class SlurmHandle:
         return facts if log.is_relative_to(directory) else {}
 
     def _from_sacct(self) -> dict[str, str] | None:
-        command = ["sacct", "-X", "-n", "-P", "-D", "-j", self.placement.id, "-o", "State,ExitCode"]
-        done = self._host.run(command)
-        lines = re.findall(
-            r"^([A-Z_]+)[^|\n]*\|(\d+:\d+)$", done.stdout.decode(errors="replace"), re.MULTILINE
-        )
+        command = ["sacct", "-X", "-n", "-P", "-D", "-j", self.placement.id]
+        done = self._host.run([*command, "-o", "State,ExitCode,SubmitLine"])
+        text = done.stdout.decode(errors="replace")
+        found = re.findall(r"^([A-Z_]+)[^|\n]*\|(\d+:\d+)\|(.*)$", text, re.MULTILINE)
+        # Its batch script lies beside the directory of its one task.
+        ours = f"{PurePosixPath(self.placement.directory).parent}/"
+        lines = [(state, code) for state, code, line in found if not line or ours in line]
         if done.returncode or not lines:
             return None
         state, code = lines[-1]

@@ -15,7 +15,7 @@ from nemotron.jobs import Job, JobRecord
 from nemotron.launch.base import Console
 from nemotron.launch.cluster import SlurmHandle
 from nemotron.launch.lepton_jobs import LeptonHandle
-from nemotron.launch.remote import Handle, OnInterrupt, follow, note
+from nemotron.launch.remote import FINAL, MOST_FAILED_POLLS, Handle, OnInterrupt, follow, note
 from nemotron.processes import runs
 
 _POLL_SECONDS = 0.2
@@ -47,7 +47,7 @@ def logs(job: Job, console: Console, *, is_followed: bool, on_interrupt: OnInter
         NemotronError: ``job_lost``: it was followed, and nothing will ever say how it ended.
     """
     if job.record.placement is None:
-        return _local_log(job, console, is_followed)
+        return _local_log(job, console, is_followed, on_interrupt)
     handle = handle_of(job)
     if is_followed and job.record.status not in jobs.ENDED:
         return follow(job, handle, console, on_interrupt)
@@ -64,8 +64,14 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
     Raises:
         NemotronError: ``job_lost``: nothing will ever say how it ended.
     """
+    num_failed = 0
     while True:
-        job = refresh(job)
+        try:
+            job, num_failed = refresh(job), 0
+        except NemotronError as error:  # as where it is followed
+            num_failed += 1
+            if num_failed >= MOST_FAILED_POLLS or error.code in FINAL:
+                raise
         record = job.record
         _refuse_lost(record)
         if record.exit_code is not None:
@@ -101,6 +107,8 @@ def _cancel_local(job: Job, pause: Callable[[float], None]) -> Job:
     _interrupt(record)
     asked = time.monotonic()
     while (job := jobs.read_job(job.path)).record.status not in jobs.ENDED:
+        if job.record.placement is not None:  # it was being handed over
+            return cancel(job, pause)
         if time.monotonic() - asked > _KILL_AFTER_SECONDS:
             _interrupt(record)  # the second one kills the ranks
             asked = time.monotonic()
@@ -115,15 +123,20 @@ def _interrupt(record: JobRecord) -> None:
             os.kill(record.pid, signal.SIGINT)
 
 
-def _local_log(job: Job, console: Console, is_followed: bool) -> int | None:
+def _local_log(
+    job: Job, console: Console, is_followed: bool, on_interrupt: OnInterrupt
+) -> int | None:
     with job.log.open("rb") as log:
         while True:
             # The record first: what is logged before the job ends is read after that.
-            record = jobs.read_job(job.path).record
+            job = jobs.read_job(job.path)
+            record = job.record
             console.stdout.write(log.read())
             console.stdout.flush()
             if not is_followed:
                 return None
+            if record.placement is not None:  # it was being handed over
+                return logs(job, console, is_followed=True, on_interrupt=on_interrupt)
             _refuse_lost(record)
             if record.status in jobs.ENDED:
                 return record.exit_code

@@ -50,8 +50,14 @@ class Host:
         """
         argv = list(command) if self.is_local else [*self._ssh(), shlex.join(command)]
         try:
+            # In a session of its own: what Ctrl-C of the terminal ends is decided by the launcher.
             done = subprocess.run(
-                argv, input=stdin, capture_output=True, timeout=timeout, check=False
+                argv,
+                input=stdin,
+                capture_output=True,
+                timeout=timeout,
+                check=False,
+                start_new_session=True,
             )
         except FileNotFoundError:
             raise _missing(argv[0]) from None

@@ -10,7 +10,8 @@ from nemotron.launch.signals import Interrupts
 
 def load_nemo() -> ModuleType:
     """Return the module that imports nemo-run."""
-    with Interrupts() as interrupts, interrupts.held(), warnings.catch_warnings():
+    with Interrupts() as interrupts, interrupts.blamed_for_failures(), warnings.catch_warnings():
+        interrupts.keep_from_now_on()
         warnings.simplefilter("ignore")  # its imports deprecate each other
         from nemotron.launch import nemo
     interrupts.raise_received()

@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -94,7 +95,7 @@ def submit(
     console: Console,
     interrupts: Interrupts,
 ) -> Placement:
-    """Hand a job to the workspace and return where it is; ``interrupts`` are held meanwhile.
+    """Hand a job to the workspace and return where it is; from the hand-over on signals are kept.
 
     Raises:
         NemotronError: ``submission_failed``, ``workspace_refused``.
@@ -102,29 +103,31 @@ def submit(
     lepton_jobs.require_node_group(_execution(plan))
     console.say("sending the job's files through a helper job; Ctrl-C waits for it, twice does not")
     name = job_name(job_id)
-    load_nemo()
-    with interrupts.held():
-        try:
-            number = _submit_in_turn(plan, shipped, job_id, name)
-        except NemotronError as error:
-            number = _taken_after_all(name, error)
+    nemo = load_nemo()
+    interrupts.keep_from_now_on()
+    try:
+        number = _submit_in_turn(nemo, plan, shipped, job_id, name)
+    except NemotronError as error:
+        number = _taken_after_all(name, error)
     directory = f"{_nemo_run_dir(plan)}/experiments/nemotron/nemotron_{job_id}"
     return Placement(
         executor="lepton", id=number.rpartition("___")[2], name=name, directory=directory
     )
 
 
-def _submit_in_turn(plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str) -> str:
+def _submit_in_turn(
+    nemo: ModuleType, plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str
+) -> str:
     """Submit, again where another submission of this second has nemo-run's helper job."""
     for attempt in range(1, _MOVER_TRIES):
         try:
-            return _submit_once(plan, shipped, job_id, name)
+            return _submit_once(nemo, plan, shipped, job_id, name)
         except NemotronError as error:
             # nemo-run names its helper job by the second.
             if "409" not in error.problem or "data-mover" not in error.problem:
                 raise
             time.sleep(attempt)
-    return _submit_once(plan, shipped, job_id, name)
+    return _submit_once(nemo, plan, shipped, job_id, name)
 
 
 def _taken_after_all(name: str, refused: NemotronError) -> str:
@@ -154,13 +157,14 @@ def job_name(job_id: str) -> str:
     return f"n-{words}-{day[4:]}{clock}-{random}"
 
 
-def _submit_once(plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str) -> str:
+def _submit_once(
+    nemo: ModuleType, plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str
+) -> str:
     with tempfile.TemporaryDirectory(prefix="nemotron-") as base:
         source = Path(base) / "ship"
         source.mkdir()
         (source / script.LAUNCH).write_text(shipped.launch, encoding="utf-8")
         (source / script.CONFIG).write_text(shipped.config, encoding="utf-8")
-        nemo = load_nemo()
         executor = nemo.lepton_executor(
             _options(plan, shipped), source=source, open_client=lepton_jobs.open_client
         )

@@ -45,6 +45,16 @@ class ShippedFiles(run.Packager):
         return ""
 
 
+@dataclass(kw_only=True)
+class OwnSession(LocalTunnel):
+    """Runs commands where Ctrl-C of the terminal, which the launcher keeps, does not reach them."""
+
+    def run(self, command: str, hide: bool = True, warn: bool = False, **options: Any) -> Any:
+        """Run a command as ``LocalTunnel`` does."""
+        prefix = "setsid --wait " if shutil.which("setsid") else ""
+        return super().run(prefix + command, hide=hide, warn=warn, **options)
+
+
 def experiment_id(job_id: str) -> str:
     """Return nemo-run's name for a job of ours."""
     return f"{TITLE}_{job_id}"
@@ -62,7 +72,7 @@ def slurm_executor(
         ssh: Host, user, port and key file of a login node; None: this machine is one.
     """
     base = f"{job_root}/experiments"
-    tunnel: Tunnel = LocalTunnel(job_dir=base) if ssh is None else SSHTunnel(job_dir=base, **ssh)
+    tunnel: Tunnel = OwnSession(job_dir=base) if ssh is None else SSHTunnel(job_dir=base, **ssh)
     return run.SlurmExecutor(
         tunnel=tunnel,
         packager=ShippedFiles(source=str(source)),

@@ -26,8 +26,8 @@ from nemotron.launch.ending import ending
 OnInterrupt = Literal["ask", "cancel", "leave"]
 # What was written on another machine may show up here a moment later.
 _SETTLE_SECONDS = 0.3
-_MOST_FAILED_POLLS = 20
-_FINAL = ("workspace_refused", "workspace_unknown")
+MOST_FAILED_POLLS = 20
+FINAL = ("workspace_refused", "workspace_unknown")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def follow(
         on_interrupt: What the first Ctrl-C does; the second one leaves the job in any case.
         num_interrupts: How many came before, while the job was submitted.
     """
-    with _Interrupts(num_interrupts) as interrupts:
+    with _CtrlC(num_interrupts) as interrupts:
         for state in _states(job, handle, console):
             if state.exit_code is not None:
                 return _ended(state, console)
@@ -134,7 +134,7 @@ def _states(job: Job, handle: Handle, console: Console) -> Iterator[State]:
             num_failed += 1
             if num_failed == 1:
                 console.say(f"{error.problem}; trying again")
-            if num_failed >= _MOST_FAILED_POLLS or error.code in _FINAL:
+            if num_failed >= MOST_FAILED_POLLS or error.code in FINAL:
                 raise
             state = State("unknown")
         if state.exit_code is not None:
@@ -165,7 +165,7 @@ def _shall_leave(
     handle: Handle,
     console: Console,
     on_interrupt: OnInterrupt,
-    interrupts: _Interrupts,
+    interrupts: _CtrlC,
 ) -> bool:
     """Do what the first Ctrl-C asks for; return whether to leave the job to itself."""
     choice = on_interrupt
@@ -185,7 +185,7 @@ def leave(job: Job, console: Console) -> None:
     console.say(f"{job.record.id} goes on; come back with: nemotron jobs logs -f {job.record.id}")
 
 
-def _ask(console: Console, interrupts: _Interrupts) -> OnInterrupt:
+def _ask(console: Console, interrupts: _CtrlC) -> OnInterrupt:
     console.say("Ctrl-C: [c]ancel the job, or [l]eave it running? ")
     interrupts.is_asking = True
     try:
@@ -201,7 +201,7 @@ def _show(console: Console, block: bytes) -> None:
     console.stdout.flush()
 
 
-class _Interrupts:
+class _CtrlC:
     """Counts Ctrl-C, and raises it only while asking, never in the middle of a record."""
 
     def __init__(self, count: int) -> None:

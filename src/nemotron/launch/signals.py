@@ -64,7 +64,7 @@ class SignalForwarder:
 
 
 class Interrupts:
-    """Makes SIGTERM and SIGHUP act like Ctrl-C, so that what was made is removed; can keep all.
+    """Makes SIGTERM and SIGHUP act like Ctrl-C, so that what was made is removed; or keeps all.
 
     Other people's code is not made for an exception in its middle: Python drops one that meets a
     destructor, gives it another type where a class is made, and a job that a scheduler has taken
@@ -73,7 +73,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        self._is_held = False
+        self._is_kept = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -88,14 +88,17 @@ class Interrupts:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def keep_from_now_on(self) -> None:
+        """Keep signals instead of raising; a second Ctrl-C still raises."""
+        self._is_kept = True
+
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep a signal from now on; the second one raises, and so does a block that fails.
+    def blamed_for_failures(self) -> Iterator[None]:
+        """Take a failure of the block for what a signal that was kept did to it.
 
         Raises:
             KeyboardInterrupt: The block failed, and a signal had come.
         """
-        self._is_held = True
         try:
             yield
         except Exception as error:
@@ -109,8 +112,10 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        is_second = number in self.received
         self.received.append(number)
-        if not self._is_held or len(self.received) > 1:
+        # Other signals may be said twice by who means them once, as above.
+        if (number == signal.SIGINT) if is_second else not self._is_kept:
             raise KeyboardInterrupt
 
 

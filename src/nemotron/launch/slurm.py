@@ -125,7 +125,7 @@ def submit(
     console: Console,
     interrupts: Interrupts,
 ) -> Placement:
-    """Hand a job to Slurm and return where it is; ``interrupts`` are held from the hand-over on.
+    """Hand a job to Slurm and return where it is; from the hand-over on signals are kept.
 
     Raises:
         NemotronError: ``submission_failed``, and what reaching the cluster raises.
@@ -144,7 +144,8 @@ def submit(
         base.mkdir(parents=True, exist_ok=True)
         with _secrets(plan, host, job_id, console) as pre_command:
             executor = _executor(plan, shipped, source, pre_command)
-            with interrupts.held():
+            interrupts.keep_from_now_on()
+            with interrupts.blamed_for_failures():
                 number = nemo.submit(executor, job_id=job_id, task=task_name(plan), base=base)
     if not number.isdigit():
         raise NemotronError(

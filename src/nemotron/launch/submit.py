@@ -54,8 +54,9 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
     )
     jobs.write_private(directory / script.LAUNCH, shipped.launch)
     received = _place(job, plan, backend, shipped, console)
-    # Only an attached launcher asks what Ctrl-C means; SIGTERM and SIGHUP always mean the launcher.
-    if received if plan.is_detached else set(received) - {signal.SIGINT}:
+    # What Ctrl-C means is asked while the job is followed; other signals mean the launcher alone.
+    is_asked_later = set() if plan.is_detached else {signal.SIGINT}
+    if set(received) - is_asked_later:
         leave(job, console)
         return Submission(job, int(ExitCode.INTERRUPTED))
     if plan.is_detached:

@@ -83,7 +83,12 @@ def test_every_state_of_slurm_has_a_status_and_an_exit_code(
 def test_accounting_answers_where_scontrol_has_forgotten(
     commands: Path, handle: SlurmHandle
 ) -> None:
-    says(commands, "sacct", "echo 'PREEMPTED|0:0'; echo 'CANCELLED by 0|0:15'")
+    batch = Path(handle.placement.directory).parent / "make_sbatch.sh"
+    ours = ["PREEMPTED|0:0|sbatch --parsable {0}", "CANCELLED by 0|0:15|sbatch --parsable {0}"]
+    lines = [line.format(batch) for line in ours]
+    # Earlier and later jobs of the same number.
+    lines = ["FAILED|9:0|sbatch /elsewhere/job.sh", *lines, "RUNNING|0:0|sbatch /elsewhere/job.sh"]
+    says(commands, "sacct", "\n".join(f"echo '{line}'" for line in lines))
     found = handle.state()
     assert (found.status, found.exit_code, found.restarts) == ("cancelled", 130, 1)
 

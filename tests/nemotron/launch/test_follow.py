@@ -1,4 +1,4 @@
-"""nemotron.launch.follow: coming back to jobs of this host."""
+"""nemotron.launch.follow: coming back to jobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from nemotron import jobs
-from nemotron.jobs import Job
+from nemotron.errors import NemotronError
+from nemotron.jobs import Job, Placement
+from nemotron.launch import follow
+from nemotron.launch.remote import State
 
 
 def left_running(pid: int) -> Job:
@@ -48,3 +51,22 @@ def test_who_has_the_pid_of_a_launcher_that_is_gone_is_not_waited_for(
     assert (ended.code, "error[job_lost]" in ended.err) == (8, True)
     assert ended.out == ("so far\n" if "logs" in command else "")
     assert nemotron("jobs", "logs", job.record.id).code == 0
+
+
+def test_a_wait_outlasts_a_scheduler_that_does_not_answer_for_a_moment(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stumbling:
+        poll_seconds = 0.0
+        said = iter([NemotronError("host_silent", "no answer"), State.ended(4, None, 0)])
+
+        def state(self) -> State:
+            if isinstance(found := next(self.said), NemotronError):
+                raise found
+            return found
+
+    job = left_running(1)
+    job.update(placement=Placement(executor="slurm", id="1", name="make", directory="/nowhere"))
+    stumbling = Stumbling()
+    monkeypatch.setattr(follow, "handle_of", lambda _: stumbling)
+    assert follow.wait(job) == 4

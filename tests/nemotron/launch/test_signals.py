@@ -156,28 +156,30 @@ def test_a_signal_in_the_middle_of_an_import_is_an_interrupt_once_that_is_over()
             os.kill(os.getpid(), INT)  # where Python 3.11 makes a RuntimeError of an exception
 
     with Interrupts() as interrupts:
-        with interrupts.held():
-            type("Imported", (), {"field": Interrupted()})
+        interrupts.keep_from_now_on()
+        type("Imported", (), {"field": Interrupted()})
         with pytest.raises(KeyboardInterrupt):
             interrupts.raise_received()
 
 
-@pytest.mark.parametrize("number", [INT, TERM, HUP])
-def test_a_second_signal_does_not_wait(number: signal.Signals) -> None:
-    with Interrupts() as interrupts, interrupts.held():
-        os.kill(os.getpid(), number)
-        assert interrupts.received == [number]
-        with pytest.raises(KeyboardInterrupt):
+def test_the_second_ctrl_c_does_not_wait_and_a_closed_terminal_says_it_twice() -> None:
+    with Interrupts() as interrupts:
+        interrupts.keep_from_now_on()
+        for number in (HUP, HUP, TERM, TERM, INT):
             os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), INT)
+    assert interrupts.received == [HUP, HUP, TERM, TERM, INT, INT]
 
 
-def test_what_is_not_held_interrupts_at_once_and_what_was_ignored_stays_so() -> None:
+def test_what_is_not_kept_interrupts_at_once_and_what_was_ignored_stays_so() -> None:
     before = signal.signal(HUP, signal.SIG_IGN)
     try:
         with Interrupts():
             os.kill(os.getpid(), HUP)
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), TERM)
+            os.kill(os.getpid(), TERM)  # it does not interrupt what is done about the first
         assert signal.getsignal(HUP) is signal.SIG_IGN
         assert signal.getsignal(TERM) is signal.SIG_DFL
     finally:

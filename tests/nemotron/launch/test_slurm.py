@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -163,14 +164,16 @@ def test_ctrl_c_cancels_or_leaves_the_job_as_asked(
 
 @pytest.fixture
 def sbatch(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Return a function that makes sbatch these lines of shell, with ``real`` for itself."""
+    """Return a function that makes sbatch these lines, with ``real`` for itself and ``$there``."""
 
     def becomes(lines: str) -> None:
         script = slurm / "bin" / "sbatch"
         script.parent.mkdir()
         real = shutil.which("sbatch")
         is_version = '[ "$1" = --version ] && exit'
-        script.write_text(f'#!/bin/sh\n{is_version}\nreal() {{ {real} "$@"; }}\n{lines}\n')
+        there = f"there={shlex.quote(str(slurm))}"
+        real = f'real() {{ {real} "$@"; }}'
+        script.write_text("\n".join(["#!/bin/sh", is_version, there, real, lines, ""]))
         script.chmod(0o755)
         monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
 
@@ -203,6 +206,55 @@ def test_a_signal_while_sbatch_answers_loses_no_job(
     if status == "running":
         assert f"nemotron jobs logs -f {job['id']}" in done.err
         nemotron("jobs", "cancel", job["id"])
+
+
+def test_ctrl_c_of_a_terminal_does_not_reach_sbatch(
+    slurm: Path,
+    nemotron: Nemotron,
+    launcher: Launcher,
+    until: Callable[..., Any],
+    sbatch: Callable[[str], None],
+) -> None:
+    # It is taken, and its answer takes a moment; the terminal tells the whole group.
+    sbatch(
+        'answer=$(real "$@"); kill -s INT -- "-$(cat "$there/group")"; sleep 0.5; echo "$answer"'
+    )
+    words = ("steps", "run", "demo/make", "-b", "rig", "behaviour=sleep")
+    with launcher(*words, start_new_session=True) as process:
+        Path("group").write_text(str(process.pid))
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    (job,) = nemotron("jobs", "list", "--json").data
+    until(lambda: nemotron("jobs", "status", job["id"], "--json").data["status"] == "running")
+    assert f"nemotron jobs logs -f {job['id']}" in err
+    nemotron("jobs", "cancel", job["id"])
+
+
+@pytest.mark.parametrize("words", [("cancel",), ("logs", "-f")])
+def test_who_asks_while_a_job_is_handed_over_asks_its_scheduler_afterwards(
+    slurm: Path,
+    nemotron: Nemotron,
+    launcher: Launcher,
+    until: Callable[..., Any],
+    sbatch: Callable[[str], None],
+    words: tuple[str, ...],
+) -> None:
+    sbatch('touch "$there/asked"; until [ -e "$there/answered" ]; do sleep 0.1; done; real "$@"')
+    run = ("steps", "run", "demo/make", "-b", "rig", "behaviour=refuse")
+    with launcher(*run) as process:
+        until(Path("asked").exists)
+        (job_id,) = os.listdir(".nemotron/jobs")  # noqa: PTH208
+        answer = threading.Timer(1.0, Path("answered").touch)
+        answer.start()
+        done = nemotron("jobs", *words, job_id)
+        process.communicate(timeout=60)
+    answer.join()
+    assert nemotron("jobs", "wait", job_id).code in (4, 130), done.err
+    if words == ("cancel",):
+        assert done.code == 0, done.err
+        assert process.returncode == 130
+    else:
+        assert (done.code, "error[too_odd]" in done.out) == (4, True), done.err
 
 
 def test_a_submission_that_ctrl_c_broke_is_interrupted_and_not_refused(
