@@ -160,7 +160,7 @@ def packed_attention(
     if query_SND.is_cuda and query_SND.dtype in (torch.bfloat16, torch.float16):
         return flash_on_gpu(query_SND, key_SGD, value_SGD, cu_seqlens)
     if query_SND.is_cuda:
-        return _attention_by_document(query_SND, key_SGD, value_SGD, cu_seqlens)
+        return attention_by_document(query_SND, key_SGD, value_SGD, cu_seqlens)
     return _FlashOnCpu.apply(query_SND, key_SGD, value_SGD, cu_seqlens)
 
 
@@ -238,13 +238,25 @@ class _FlashOnCpu(torch.autograd.Function):
         return *gradients, None
 
 
-def _attention_by_document(
+def attention_by_document(
     query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
 ) -> Tensor:
-    documents = (_by_document(each, cu_seqlens) for each in (query_SND, key_SGD, value_SGD))
-    attend = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    """Return the same by a call a document, of any type on any device."""
+    num_heads = query_SND.shape[1]
+    heads = query_SND, for_every_head(key_SGD, num_heads), for_every_head(value_SGD, num_heads)
+    documents = (_by_document(each, cu_seqlens) for each in heads)
+    attend = partial(F.scaled_dot_product_attention, is_causal=True)
     outs = [attend(*heads).squeeze(0).transpose(0, 1) for heads in zip(*documents, strict=True)]
     return torch.cat(outs)
+
+
+def for_every_head(heads_SGD: Tensor, num_heads: int) -> Tensor:
+    """Return keys or values once for every query head, [S, N, D].
+
+    Of a GPU's kernels flash attention alone knows groups, and it takes neither fp32 nor a mask: for
+    those torch would hold all scores.
+    """
+    return heads_SGD.repeat_interleave(num_heads // heads_SGD.shape[1], dim=1)
 
 
 def _by_document(tokens: Tensor, cu_seqlens: Sequence[int]) -> tuple[Tensor, ...]:

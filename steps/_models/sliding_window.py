@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron.steps._models.attention import packed_attention
+from nemotron.steps._models.attention import for_every_head, packed_attention
 
 
 def windowed_attention(
@@ -40,6 +40,9 @@ def windowed_attention(
     """
     if all(end - begin <= window_size for begin, end in pairwise(cu_seqlens)):
         return packed_attention(query_SND, key_SGD, value_SGD, cu_seqlens)
+    if query_SND.is_cuda:
+        num_heads = query_SND.shape[1]
+        key_SGD, value_SGD = (for_every_head(each, num_heads) for each in (key_SGD, value_SGD))
     outs = []
     for begin, end in pairwise(cu_seqlens):
         for start in range(begin, end, window_size):
@@ -49,7 +52,7 @@ def windowed_attention(
             heads = (query_SND[start:stop], key_SGD[first:stop], value_SGD[first:stop])
             query, key, value = (each.transpose(0, 1).unsqueeze(0) for each in heads)
             out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=visible, enable_gqa=True
+                query, key, value, attn_mask=visible, enable_gqa=key.shape[1] != query.shape[1]
             )
             outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from nemotron.steps._models.attention import (
     HeadNorms,
+    attention_by_document,
     packed_attention,
     rotary_tables,
     rotated_heads,
@@ -84,7 +87,10 @@ def test_positions_restart_at_every_document(rotary: tuple[Tensor, Tensor]) -> N
         torch.testing.assert_close(table[6:11], table[:5])
 
 
-def test_documents_do_not_attend_to_each_other_and_gradients_are_exact() -> None:
+@pytest.mark.parametrize("attention", [packed_attention, attention_by_document])
+def test_documents_do_not_attend_to_each_other_and_gradients_are_exact(
+    attention: Callable[..., Tensor],
+) -> None:
     query = random(TOKENS, GROUPS * QUERIES, SIZE, seed=5).requires_grad_()
     key, value = (random(TOKENS, GROUPS, SIZE, seed=each).requires_grad_() for each in (6, 7))
     position = torch.arange(TOKENS)
@@ -94,7 +100,7 @@ def test_documents_do_not_attend_to_each_other_and_gradients_are_exact() -> None
     scores = torch.einsum("snd,tnd->nst", query, wide_key) / SIZE**0.5
     weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
     wanted = torch.einsum("nst,tnd->snd", weights, wide_value)
-    got = packed_attention(query, key, value, CU_SEQLENS)
+    got = attention(query, key, value, CU_SEQLENS)
     torch.testing.assert_close(got, wanted)
     dy = random(*got.shape, seed=8)
     inputs = (query, key, value)
