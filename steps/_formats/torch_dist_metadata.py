@@ -150,8 +150,9 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _RECORDS:
             return _RECORDS[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        found = vars(torch).get(name)  # getattr would import what torch imports when it is asked
+        if module == "torch" and isinstance(found, torch.dtype):
+            return found
         raise _UnsafeNameError(f"{module}.{name}")
 
 
