@@ -65,9 +65,13 @@ class Saves:
             trainer.metrics.saved(progress.iteration, directory)
 
     def _write(self, trainer: Trainer, progress: Progress) -> Path:
+        before, now = progress.before, progress.now
+        # Losses of other rows, as after a change of eval_iters, are no before and after.
+        if before and now and before.supervised_tokens != now.supervised_tokens:
+            before = None
         losses = {
-            "valid_loss_before": progress.before.lm_loss if progress.before else None,
-            "valid_loss": progress.now.lm_loss if progress.now else None,
+            "valid_loss_before": before.lm_loss if before else None,
+            "valid_loss": now.lm_loss if now else None,
             "best_valid_loss": trainer.best.lm_loss if trainer.best else None,
             "best_iteration": trainer.best.iteration if trainer.best else None,
         }

@@ -248,6 +248,14 @@ def test_the_best_of_other_rows_is_no_best_of_these(train_here: Train, resumable
     properties = read_artifact(run.adapter, "checkpoint_lora").properties
     assert properties["best_iteration"] > 5
     assert properties["best_valid_loss"] > 0.5
+    assert properties["valid_loss_before"] is not None
+
+
+def test_a_loss_before_of_other_rows_is_no_loss_before(train_here: Train, resumable: Path) -> None:
+    output = {"checkpoint.save": str(as_unfinished(resumable, valid_loss_before=(9.0, 1)))}
+    run = train_here(**PLAN, **output)
+    properties = read_artifact(run.adapter, "checkpoint_lora").properties
+    assert (properties["valid_loss_before"], properties["valid_loss"] > 0.0) == (None, True)
 
 
 def test_the_newest_whole_saves_are_kept_and_a_damaged_one_is_not_counted(resumable: Path) -> None:
