@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +77,10 @@ class FlatAdapter:
 
     def gradient_norm(self) -> float:
         """Return the L2 norm over all logical parameters, each counted once, at every layout."""
-        whole, sharded = self.gradients.double().split(
-            [self._num_whole, self.gradients.numel() - self._num_whole]
-        )
-        shared_square = sharded.square().sum().reshape(1)
-        square = whole.square().sum() + all_reduce(shared_square, self._layout.tensor)
+        norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+        shared_square = norm(self.gradients[self._num_whole :]).square().reshape(1)
+        whole_square = norm(self.gradients[: self._num_whole]).square()
+        square = whole_square + all_reduce(shared_square, self._layout.tensor)
         return math.sqrt(float(all_reduce(square, self._layout.pipeline)))
 
     def replica_difference(self) -> float:
