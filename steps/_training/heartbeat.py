@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -74,12 +74,13 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self._size > 1 and isinstance(error, SystemExit):
+        if self._size == 1:
+            return
+        if isinstance(error, SystemExit):
             self._own_exit(error)
         self._leaving.set()
-        if self._size > 1:
-            self._thread.join()
-        if self._size > 1 and isinstance(error, SystemExit):
+        self._thread.join()
+        if isinstance(error, SystemExit):
             # As a success it would be waited for by the launcher, and by the ranks it has left.
             raise SystemExit(int(ExitCode.RANK_DIED)) from error
 
@@ -97,18 +98,19 @@ class Heartbeat:
         report(died)
 
     def _watch(self) -> None:
-        # A connection of its own: that of the process group may be blocked in a rendezvous.
-        store = _connect(os.environ, self._timeout_seconds)
         heard = {rank: ("", time.monotonic()) for rank in range(self._size) if rank != self._rank}
         is_leaving, beat, main = False, 0, _MainThread()
         try:
+            # A connection of its own: that of the process group may be blocked in a rendezvous.
+            store = _connect(os.environ, self._timeout_seconds)
             while not is_leaving:
                 is_leaving = self._leaving.wait(min(1.0, self._timeout_seconds / 4))
                 beat += main.works()
                 words = f"{beat} {self.last_step()} {main.place()}"
                 store.set(str(self._rank), _LEFT if is_leaving else words)
+                said = _all_said(store, heard)
                 for rank, (last, since) in heard.items():
-                    text = store.get(str(rank)).decode() if store.check([str(rank)]) else last
+                    text = said.get(rank, last)
                     heard[rank] = (last, since) if text == last else (text, time.monotonic())
                     if text != _LEFT and time.monotonic() - since > self._timeout_seconds:
                         self._end(rank, text)
@@ -135,6 +137,15 @@ class Heartbeat:
             report(error)
         # The main thread waits in a collective that nothing else would end.
         os._exit(ExitCode.RANK_DIED)
+
+
+def _all_said(store: PrefixStore, ranks: Iterable[int]) -> dict[int, str]:
+    """Return what these ranks have last said, by two requests once all of them have."""
+    known = list(ranks)
+    if not store.check([str(rank) for rank in known]):
+        known = [rank for rank in known if store.check([str(rank)])]
+    texts = store.multi_get([str(rank) for rank in known]) if known else []
+    return {rank: text.decode() for rank, text in zip(known, texts, strict=True)}
 
 
 def last_words(environment: Mapping[str, str]) -> LastWords | None:
