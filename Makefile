@@ -22,6 +22,7 @@ $(VENV)/.installed-dev: $(ROOT)pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '$(ROOT)[dev]'
 	touch $@
 
+quickstart: export CUDA_VISIBLE_DEVICES =
 quickstart: $(VENV)/.installed
 	$(BIN)/nemotron steps run data_prep/sft_packing -c tiny
 	$(BIN)/nemotron steps run convert/hf_to_megatron -c tiny

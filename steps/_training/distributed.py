@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -51,8 +54,9 @@ class Layout:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.world.size > 1:
-            dist.barrier(group=self.world.group)
+        # Not by dist.barrier: NCCL's guesses the device, and guesses wrong where ranks leave some
+        # GPUs of a node unused.
+        self.any_rank(False)
 
     def any_rank(self, claim: bool) -> bool:
         """Return whether the claim holds on any rank; the same answer on all of them."""
@@ -77,7 +81,8 @@ def open_layout(
     """Yield the layout of the ranks that torchrun started; tear the groups down at the end.
 
     Raises:
-        NemotronError: ``world_size``: torchrun started another number of ranks than TP x PP x DP.
+        NemotronError: ``world_size``: torchrun started another number of ranks than TP x PP x DP;
+            ``too_few_gpus``: this rank has none of its own.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     stage_size = tensor_model_parallel_size * data_parallel_size
@@ -99,45 +104,70 @@ def open_layout(
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield make_layout(tensor_model_parallel_size, stage_size, device)
-    finally:
-        dist.destroy_process_group()
+        yield make_layout(tensor_model_parallel_size, stage_size, device, timeout)
+    except BaseException:
+        # NCCL's end waits for ranks that wait for this one; leave_process frees them.
+        if device.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def leave_process(exit_code: int) -> NoReturn:
+    """End this process, at once where a failure has left groups of NCCL open."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    raise SystemExit(exit_code)
 
 
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         keep_freed_memory()
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise NemotronError(
+            "too_few_gpus",
+            f"rank {local_rank} of this host has no GPU: {num_gpus} are visible",
+            where="LOCAL_RANK",
+            fix="lower the parallel sizes, or export CUDA_VISIBLE_DEVICES= to compute on the CPU",
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
 
-def make_layout(tensor_size: int, stage_size: int, device: torch.device) -> Layout:
+def make_layout(
+    tensor_size: int, stage_size: int, device: torch.device, timeout: timedelta | None = None
+) -> Layout:
     """Return the layout of all ranks of the default process group; a collective.
 
     Args:
         tensor_size: Ranks of a tensor-parallel group.
         stage_size: Ranks of a pipeline stage, tensor- times data-parallel.
         device: Where this rank computes.
+        timeout: How long a collective of a group may take; None: as long as torch lets it.
     """
     world_size = dist.get_world_size()
     stages = [range(first, first + stage_size) for first in range(0, world_size, stage_size)]
     world = ProcessGroup(dist.group.WORLD, dist.get_rank(), world_size)
-    tensor = _join(range(first, first + tensor_size) for first in range(0, world_size, tensor_size))
+    join = partial(_join, timeout=timeout)
+    tensor = join(range(first, first + tensor_size) for first in range(0, world_size, tensor_size))
     if tensor.group is not None and device.type == "cpu":
         tensor = replace(tensor, host=open_exchange(tensor.group))
     return Layout(
         tensor=tensor,
-        data=_join(stage[rank::tensor_size] for stage in stages for rank in range(tensor_size)),
-        stage=_join(stages) if len(stages) > 1 else world,
-        pipeline=_join(range(rank, world_size, stage_size) for rank in range(stage_size)),
+        data=join(stage[rank::tensor_size] for stage in stages for rank in range(tensor_size)),
+        stage=join(stages) if len(stages) > 1 else world,
+        pipeline=join(range(rank, world_size, stage_size) for rank in range(stage_size)),
         world=world,
         device=device,
     )
 
 
-def _join(groups: Iterable[range]) -> ProcessGroup:
+def _join(groups: Iterable[range], *, timeout: timedelta | None) -> ProcessGroup:
     """Return this rank's group of some that are disjoint and equal in size.
 
     Every rank makes every group, in the same order: new_group is a collective of the world.
@@ -145,7 +175,7 @@ def _join(groups: Iterable[range]) -> ProcessGroup:
     mine = ProcessGroup()
     for ranks in groups:
         if len(ranks) > 1:
-            group = dist.new_group(list(ranks))
+            group = dist.new_group(list(ranks), timeout=timeout)  # else not the world's
             if isinstance(group, dist.ProcessGroup):
                 mine = ProcessGroup(group, ranks.index(dist.get_rank()), len(ranks))
     return mine

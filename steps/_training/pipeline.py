@@ -139,7 +139,9 @@ class _Work:
         """
         graph = self._graphs.pop((action.chunk, action.micro_batch))
         if graph.edge is not None:  # a first stage without adapters has nothing to do
-            torch.autograd.backward([graph.edge], [received_SH])
+            # In this thread on a GPU as well: the heartbeat looks at what this thread does.
+            with torch.autograd.set_multithreading_enabled(False):
+                torch.autograd.backward([graph.edge], [received_SH])
         return None if graph.received is None else graph.received.grad
 
 

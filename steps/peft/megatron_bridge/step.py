@@ -7,7 +7,7 @@ from pathlib import Path
 from nemotron.artifacts import Producer
 from nemotron.steps._entry import reporting, run_step
 from nemotron.steps._training.checkpoint import hold_output
-from nemotron.steps._training.distributed import open_layout
+from nemotron.steps._training.distributed import leave_process, open_layout
 from nemotron.steps._training.heartbeat import Heartbeat
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.mirror_process import MirrorSettings
@@ -57,4 +57,4 @@ def run(config: Config, produced_by: Producer) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_step(STEP, Config, run))
+    leave_process(run_step(STEP, Config, run))
