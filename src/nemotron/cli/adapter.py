@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import typer
 import yaml
 
 from nemotron.cli.options import Debug, Json
-from nemotron.errors import ExitCode
+from nemotron.errors import ExitCode, NemotronError
 
 app = typer.Typer(
     help="LoRA adapters: verify, compare, write in another layout.",
@@ -86,7 +87,43 @@ def _run(command: str, values: dict[str, Any], *, as_json: bool) -> int:
             stderr=subprocess.PIPE if as_json else None,
             check=False,
         )
+        reported = _reported(error)
+    death = None if reported else _death(done)
+    if not (death and as_json):  # one document, not half of another before it
         print(done.stdout.decode(errors="replace"), end="", flush=True)
-        if as_json and error.is_file():
-            print(json.dumps({"error": json.loads(error.read_text(encoding="utf-8"))}, indent=2))
+    if death:
+        raise death
+    if as_json and reported:
+        print(json.dumps({"error": reported}, indent=2))
     return done.returncode if done.returncode >= 0 else int(ExitCode.FAILED)
+
+
+def _reported(error_file: Path) -> dict[str, Any] | None:
+    """Return the error that the process left; None if it left none, or died while writing it."""
+    try:
+        return json.loads(error_file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _death(done: subprocess.CompletedProcess[bytes]) -> NemotronError | None:
+    """Return why a process ended that has not reported it; None if it was told, or is no error."""
+    code, is_seen = done.returncode, done.stderr is None
+    if code in (ExitCode.OK, ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
+        return None
+    if code > 0 and is_seen:  # what it printed went to the terminal; a kill prints nothing
+        return None
+    said = "" if is_seen else done.stderr.decode(errors="replace").strip()
+    if code < 0:
+        how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
+        fix, exit_code = "signal 9 mostly means that memory ran out", ExitCode.RANK_DIED
+    else:
+        how, fix = f"ended with exit code {code}", "run it without --json, which shows all it says"
+        exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
+    return NemotronError(
+        "adapter_failed",
+        f"the process that does the work {how} and reported no error",
+        why=said.rpartition("\n")[2].strip(),
+        fix=fix,
+        exit_code=exit_code,
+    )

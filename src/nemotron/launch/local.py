@@ -26,7 +26,7 @@ from nemotron.jobs import Job
 from nemotron.launch.base import Console, Submission
 from nemotron.launch.ending import Ending, ending, stopped
 from nemotron.launch.secrets import refuse_secrets
-from nemotron.launch.signals import SignalForwarder, kill, signal_group
+from nemotron.launch.signals import SignalForwarder, kill, kill_orphans, signal_group
 from nemotron.plan import JobPlan
 from nemotron.processes import start_of
 from nemotron.redaction import secret_values
@@ -148,7 +148,7 @@ def _run_command(plan: JobPlan, job: Job, console: Console, signals: SignalForwa
         with signals.forwarding_to(process):
             try:
                 _note(job.start, console)
-                _tee(process, _Log(log, console), console)
+                _tee(process, job.record.id, _Log(log, console), console)
                 return process.wait()
             except BaseException:
                 kill(process)
@@ -188,7 +188,7 @@ class _Log:
             self._has_failed = True
 
 
-def _tee(process: subprocess.Popen[bytes], log: _Log, console: Console) -> None:
+def _tee(process: subprocess.Popen[bytes], job_id: str, log: _Log, console: Console) -> None:
     """Copy what the job prints, as it comes, to the terminal and to the log."""
     assert process.stdout is not None  # noqa: S101 - opened as pipes
     assert process.stderr is not None  # noqa: S101
@@ -199,6 +199,8 @@ def _tee(process: subprocess.Popen[bytes], log: _Log, console: Console) -> None:
             ready = selector.select(timeout=_GRACE_SECONDS)
             if not ready and process.poll() is not None:
                 signal_group(process, signal.SIGKILL)  # a stray rank holds the pipes open
+                if process.returncode:  # a job that ended well may leave others for later
+                    kill_orphans(process, job_id)
                 return
             for key, _ in ready:
                 block = os.read(key.fd, _BLOCK_BYTES)

@@ -10,6 +10,9 @@ from nemotron.errors import NemotronError
 from nemotron.plan import JobPlan
 from nemotron.redaction import redact_argv, redact_text, secret_values
 
+# Names of secrets, and what plan.environment says already.
+_NOT_VALUES = {"secrets", "secret_vars", "image_pull_secrets", "env_vars"}
+
 
 def refuse_secrets(plan: JobPlan) -> None:
     """Refuse a plan whose files would hold a secret; a job's files are written to disk and shown.
@@ -30,8 +33,9 @@ def _texts(plan: JobPlan) -> Iterator[tuple[str, str]]:
     """Yield all else that is written for a job, and where it comes from."""
     yield from _leaves(plan.values)
     yield from ((f"env_vars.{name}", value) for name, value in plan.environment.items())
-    yield from (("startup_commands", command) for command in plan.execution.startup_commands)
-    yield "setup_lines", getattr(plan.execution, "setup_lines", None) or ""
+    # A default is nobody's secret, even where its word is somebody's password.
+    said = plan.execution.model_dump(by_alias=True, exclude_defaults=True, exclude=_NOT_VALUES)
+    yield from _leaves(said)
     yield "the config", plan.config_text
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -133,3 +134,32 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     for pid in ranks:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def kill_orphans(process: subprocess.Popen[bytes], job_id: str) -> None:
+    """End what a job that failed has left in sessions of its own: ranks whose torchrun was killed.
+
+    They are nobody's descendants, but have the job's id in what they were started with, and hold
+    its output. What has an output of its own was meant to stay: a launcher of another job, say.
+    No launcher is found either, as a job's id is younger than what its launcher was started with.
+
+    Args:
+        process: The job's process, which has ended; its pipes are open here.
+        job_id: Id of the job.
+    """
+    entry = f"NEMOTRON_JOB={job_id}".encode()
+    pipes = [pipe.fileno() for pipe in (process.stdout, process.stderr) if pipe]
+    held = {f"pipe:[{os.fstat(descriptor).st_ino}]" for descriptor in pipes}
+    for path in Path("/proc").glob("[0-9]*"):  # none elsewhere than on Linux
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
+            is_of_job = entry in (path / "environ").read_bytes().split(b"\0")
+            if is_of_job and held & _open_files(path):
+                os.kill(int(path.name), signal.SIGKILL)
+
+
+def _open_files(process: Path) -> set[str]:
+    found = set[str]()
+    for path in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found.add(str(path.readlink()))
+    return found

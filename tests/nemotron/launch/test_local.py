@@ -18,6 +18,7 @@ from nemotron.errors import ExitCode, NemotronError
 from nemotron.jobs import Job, JobRecord
 from nemotron.launch import Console, Submission
 from nemotron.plan import JobPlan, build
+from nemotron.processes import start_of
 from nemotron.profile import load_profile
 
 
@@ -122,6 +123,50 @@ def test_a_stray_process_that_holds_the_pipes_does_not_hold_the_launcher(demo: P
     submission, _, _ = run(plan("demo/make", "behaviour=spill"))
     assert submission.exit_code == 0
     assert time.monotonic() - started < 30  # the stray one sleeps for 60
+
+
+def left_by(end: str) -> dict[str, int]:
+    """Run a job that starts processes as torchrun starts ranks and then does ``end``.
+
+    Returns:
+        What they are, and the number of each.
+    """
+    sleep = "exec sleep 60'"
+    Path("tree.sh").write_text(
+        f"""setsid sh -c 'echo rank $$ >> pids; sleep 60 & echo worker $! >> pids; {sleep} &
+        setsid sh -c 'echo apart $$ >> pids; {sleep} > apart 2>&1 &
+        NEMOTRON_JOB=other setsid sh -c 'echo other $$ >> pids; {sleep} &
+        until [ "$(wc -l < pids)" -eq 4 ]; do sleep 0.1; done 2> /dev/null
+        {end}"""
+    )
+    run(plan("demo/make", 'run.env.startup_commands=[". ./tree.sh"]'))
+    lines = (line.split() for line in Path("pids").read_text().splitlines())
+    return {name: int(pid) for name, pid in lines}
+
+
+def running(pids: dict[str, int]) -> set[str]:
+    return {name for name, pid in pids.items() if start_of(pid) is not None}
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("end", "survivors"),
+    [
+        ("kill -9 $$", {"apart", "other"}),
+        ("exit 0", {"rank", "worker", "apart", "other"}),
+    ],
+)
+def test_the_ranks_of_a_torchrun_that_was_killed_end_with_the_job(
+    demo: Path, end: str, survivors: set[str]
+) -> None:
+    pids = left_by(end)
+    try:
+        time.sleep(0.5)  # ending takes a moment, and survivors must not end in it
+        assert running(pids) == survivors
+        assert jobs.list_jobs()[-1].record.status == ("succeeded" if "0" in end else "failed")
+    finally:
+        for name in running(pids):
+            os.kill(pids[name], signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,12 @@ from typing import Any
 
 import pytest
 
+from nemotron.catalog import resolve
+from nemotron.errors import NemotronError
+from nemotron.launch import refuse_secrets
+from nemotron.plan import build
+from nemotron.profile import load_profile
+
 Nemotron = Callable[..., Any]
 SECRETS = {
     "HF_TOKEN": "hf_canaryAAAAAAAAAAAAAAAAAAAAAA1",
@@ -115,3 +121,42 @@ def test_a_secret_among_the_arguments_of_the_job_is_refused(
     assert "error[secret_in_job]" in done.err
     assert "canary" not in done.out + done.err
     assert not (slurm / ".nemotron").exists()
+
+
+@pytest.mark.parametrize(
+    ("executor", "line", "where"),
+    [
+        ("slurm", 'run_command = "KEY=hunter2hunter2 {command}"', "run_command"),
+        ("slurm", 'setup_lines = "export KEY=hunter2hunter2"', "setup_lines"),
+        ("slurm", 'srun_args = ["--export=KEY=hunter2hunter2"]', "srun_args"),
+        ("slurm", 'comment = "hunter2hunter2"', "comment"),
+        ("slurm", 'extra = { wckey = "hunter2hunter2" }', "extra.wckey"),
+        ("slurm", 'env_vars = { KEY = "hunter2hunter2" }', "env_vars.KEY"),
+        ("lepton", 'pre_launch_commands = ["echo hunter2hunter2"]', "pre_launch_commands"),
+        ("lepton", 'mounts = [{ path = "/hunter2hunter2", mount_path = "/x" }]', "mounts.path"),
+    ],
+)
+def test_a_secret_in_whatever_a_profile_says_is_refused(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, executor: str, line: str, where: str
+) -> None:
+    monkeypatch.setenv("FAVOURITE_DISH", "hunter2hunter2")
+    (demo / "env.toml").write_text(
+        f'[p]\nexecutor = "{executor}"\nsecrets = ["FAVOURITE_DISH"]\n{line}\n'
+    )
+    plan = build(resolve("demo/make"), profile=load_profile("p"))
+    with pytest.raises(NemotronError) as caught:
+        refuse_secrets(plan)
+    assert (caught.value.code, caught.value.where) == ("secret_in_job", where)
+    assert "FAVOURITE_DISH" in caught.value.problem
+    assert "hunter2" not in str(caught.value)
+
+
+def test_names_of_secrets_and_defaults_of_a_profile_are_not_refused(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PULL_SECRET", "registry")
+    monkeypatch.setenv("MY_PASSWORD", "localhost")
+    pull = 'image_pull_secrets = ["registry"]\nsecret_vars = { A = "registry" }'
+    for said in (f'executor = "lepton"\n{pull}', 'executor = "slurm"'):
+        (demo / "env.toml").write_text(f"[p]\n{said}\n")
+        refuse_secrets(build(resolve("demo/make"), profile=load_profile("p")))
