@@ -121,15 +121,18 @@ class Job:
         Args:
             make: Returns the fields to change in what the record is, or None to leave it.
         """
+        # First here: what is known must hold even if the disk takes nothing.
         self.record = self.record.model_copy(update=make(self.record))
         with _locked(self.path):
-            with contextlib.suppress(NemotronError):  # damaged: this one is whole
+            try:
                 record = _read_record(self.path)
-                changes = make(record)
-                self.record = record.model_copy(update=changes)
-                if changes is None:
-                    return
-            self._write()
+            except NemotronError:  # damaged; the one here is whole
+                self._write()
+                return
+            changes = make(record)
+            self.record = record.model_copy(update=changes)
+            if changes is not None:
+                self._write()
 
     def update(self, **changes: Any) -> None:
         """Change fields of the record."""

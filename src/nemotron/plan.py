@@ -88,6 +88,12 @@ class JobPlan:
         return -(-self.num_ranks // self.nodes)
 
     @property
+    def gpus_per_node(self) -> int:
+        """GPUs to ask for on each node: the profile's word, else the step's."""
+        asked = self.execution.gpus_per_node
+        return self.step.manifest.step.gpus_per_node if asked is None else asked
+
+    @property
     def layout(self) -> str:
         """How many processes, where, in words."""
         if self.step.manifest.step.launch == "python" and self.nodes > 1:

@@ -97,8 +97,7 @@ def _check_layout(plan: JobPlan) -> list[Check]:
 def _check_nodes(plan: JobPlan) -> list[Check]:
     found: list[Check] = []
     info = plan.step.manifest.step
-    gpus = plan.execution.gpus_per_node
-    gpus = info.gpus_per_node if gpus is None else gpus
+    gpus = plan.gpus_per_node
     is_shared = info.shares_work and plan.executor == "slurm"
     if info.launch == "python" and plan.nodes > 1 and not is_shared:
         place = " of Lepton" if info.shares_work else ""

@@ -202,14 +202,12 @@ def _check_extra(execution: LeptonExecution) -> None:
 def _options(plan: JobPlan, shipped: LeptonFiles) -> dict[str, Any]:
     """Return the fields of nemo-run's executor."""
     execution = _execution(plan)
-    gpus = execution.gpus_per_node
-    gpus = plan.step.manifest.step.gpus_per_node if gpus is None else gpus
     chunks = {f"NEMOTRON_CODE_{index}": text for index, text in enumerate(shipped.chunks)}
     options = {
         "container_image": plan.image,
         "nemo_run_dir": _nemo_run_dir(plan),
         "nodes": plan.nodes,
-        "gpus_per_node": gpus,
+        "gpus_per_node": plan.gpus_per_node,
         "shared_memory_size": execution.shared_memory_size,
         "resource_shape": execution.resource_shape,
         "node_group": execution.node_group,

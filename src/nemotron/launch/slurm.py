@@ -89,9 +89,9 @@ def require_inputs(plan: JobPlan) -> None:
     if host.is_local or not wanted:
         return
     # A pattern is not split into words, and stays what it is where nothing fits it.
-    script = """IFS=; for p; do set -- $p; [ -e "$1" ] || { echo; continue; }
+    look = """IFS=; for p; do set -- $p; [ -e "$1" ] || { echo; continue; }
 if [ -d "$1" ] && [ -z "$(ls -A -- "$1")" ]; then echo; else echo there; fi; done"""
-    command = ["sh", "-c", script, "sh", *(str(place) for _, place in wanted)]
+    command = ["sh", "-c", look, "sh", *(str(place) for _, place in wanted)]
     said = host.require(command).decode().splitlines()
     raise_all(
         [
@@ -223,8 +223,6 @@ def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
     """
     execution = _execution(plan)
     image = plan.squash or plan.image
-    gpus = execution.gpus_per_node
-    gpus = plan.step.manifest.step.gpus_per_node if gpus is None else gpus
     chosen = execution.batch_partition if plan.is_detached else execution.run_partition
     directives = {
         **{name: getattr(execution, name) for name in _DIRECTIVES if getattr(execution, name)},
@@ -235,7 +233,7 @@ def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
         "partition": chosen or execution.partition,
         "nodes": plan.nodes,
         "ntasks_per_node": 1,  # launch.sh; it starts the ranks
-        "gpus_per_node": gpus or None,
+        "gpus_per_node": plan.gpus_per_node or None,
         "exclusive": execution.exclusive or None,
         "container_image": shlex.quote(image) if image else None,
         "container_mounts": _quoted_mounts(plan) if image else [],
