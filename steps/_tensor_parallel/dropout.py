@@ -10,12 +10,13 @@ S tokens of a micro batch, F features, T tensor-parallel size.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nemotron.steps._tensor_parallel.keyed_generator import keyed_generator
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class DropoutRows:
         """
         masks = []
         for key, num_tokens in zip(self.keys, self.num_tokens, strict=True):
-            digest = hashlib.blake2b(f"{key}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator(device=x_SF.device)
-            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+            generator = keyed_generator(f"{key}/{name}", x_SF.device)
             uniform = torch.rand((num_tokens, features), generator=generator, device=x_SF.device)
             masks.append(uniform[:, columns] >= p)
         return torch.cat(masks)[tokens].to(x_SF.dtype)

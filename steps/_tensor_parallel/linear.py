@@ -8,7 +8,6 @@ S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T ten
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from nemotron.steps._tensor_parallel.fused import (
     Groups,
     RowParallel,
 )
+from nemotron.steps._tensor_parallel.keyed_generator import keyed_generator
 from nemotron.steps._tensor_parallel.prologue import Mask, RMSNormPrologue, SwiGLUPrologue
 
 
@@ -105,6 +105,26 @@ class _ParallelLinear(nn.Module):
         """
         _check_shape(f"{self.name}.weight", shard, self.weight)
         self.weight.copy_(shard)
+
+    def load_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> None:
+        """Load the whole factors, of which this rank keeps its shard.
+
+        Raises:
+            ValueError: A factor does not have its whole shape; a pre-sliced one is refused too.
+        """
+        self._load_factors(*self.shard_lora(lora_a_RH, lora_b_FR))
+
+    def full_lora(self) -> tuple[Tensor, Tensor]:
+        """Return the whole factors, [R, H] and [F, R], on every rank."""
+        return self.gather_lora(self.lora_a.detach(), self.lora_b.detach())
+
+    def shard_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of what is shaped as the whole factors; raises as load_lora."""
+        raise NotImplementedError
+
+    def gather_lora(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the whole, [R, H] and [F, R], of what is shaped as this rank's factors."""
+        raise NotImplementedError
 
     def _load_factors(self, lora_a: Tensor, lora_b: Tensor) -> None:
         for name, source, target in (("a", lora_a, self.lora_a), ("b", lora_b, self.lora_b)):
@@ -198,14 +218,6 @@ class ColumnParallelLinear(_ParallelLinear):
         lora_a = draw_lora_a(seed, self.name, *self.lora_a.shape)
         self._load_factors(lora_a, torch.zeros_like(self.lora_b))
 
-    def load_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> None:
-        """Load the whole factors, of which this rank keeps its shard.
-
-        Raises:
-            ValueError: A factor does not have its whole shape; a pre-sliced one is refused too.
-        """
-        self._load_factors(*self.shard_lora(lora_a_RH, lora_b_FR))
-
     def shard_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's part of what is shaped as the whole factors; raises as load_lora."""
         whole = (self.num_segments * self.segment_features, self.lora_b.shape[1])
@@ -217,10 +229,6 @@ class ColumnParallelLinear(_ParallelLinear):
         shards = all_gather(lora_b_shard, self.group)
         segments = shards.unflatten(1, (self.num_segments, -1)).transpose(0, 1)
         return lora_a_RH.clone(), segments.reshape(-1, self.lora_b.shape[1])
-
-    def full_lora(self) -> tuple[Tensor, Tensor]:
-        """Return the whole factors, [R, H] and [F, R], on every rank."""
-        return self.gather_lora(self.lora_a.detach(), self.lora_b.detach())
 
     def lora_parameters(self) -> Iterator[LoraParameter]:
         """Yield both factors with what completes their gradients."""
@@ -280,10 +288,6 @@ class RowParallelLinear(_ParallelLinear):
         lora_a = draw_lora_a(seed, self.name, len(self.lora_a), self.in_features)
         self._load_factors(lora_a[:, self.local_columns()], torch.zeros_like(self.lora_b))
 
-    def load_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> None:
-        """Load the whole factors, of which this rank keeps its shard; as for the column."""
-        self._load_factors(*self.shard_lora(lora_a_RH, lora_b_FR))
-
     def shard_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's part of what is shaped as the whole factors; raises as load_lora."""
         whole = (len(self.lora_a), self.in_features)
@@ -295,10 +299,6 @@ class RowParallelLinear(_ParallelLinear):
         shards = all_gather(lora_a_shard, self.group)
         lora_a = shards.transpose(0, 1).reshape(len(self.lora_a), self.in_features)
         return lora_a, lora_b_FR.clone()
-
-    def full_lora(self) -> tuple[Tensor, Tensor]:
-        """Return the whole factors, [R, H] and [F, R], on every rank."""
-        return self.gather_lora(self.lora_a.detach(), self.lora_b.detach())
 
     def lora_parameters(self) -> Iterator[LoraParameter]:
         """Yield both factors with what completes their gradients."""
@@ -314,8 +314,7 @@ def draw_lora_a(seed: int, name: str, lora_dim: int, in_features: int) -> Tensor
     on no layout, no order of construction and no device. Xavier normal, as Megatron-Bridge's
     default, over the whole fan-in: drawn shard by shard it would grow by sqrt(T).
     """
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = keyed_generator(f"{seed}/{name}", torch.device("cpu"))
     std = (2.0 / (in_features + lora_dim)) ** 0.5
     return torch.randn(lora_dim, in_features, generator=generator) * std
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from nemotron.steps._training.pipeline import PipelineStage, WeightedBatch
 from nemotron.steps._training.preemption import StopRequest
 from nemotron.steps._training.schedule import Schedule
 from nemotron.steps._training.trainer_state import gather_moments, load_moments
+from nemotron.steps._training.validation import Best, Validation
 
 
 class LossNotFiniteError(ArithmeticError):
@@ -84,30 +85,13 @@ class Intervals:
     save_interval: int
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Mean loss per supervised token of the valid split, and over how many tokens."""
+class StepTotals(NamedTuple):
+    """Sums over the global batch of a step."""
 
-    lm_loss: float
-    supervised_tokens: int
-
-
-@dataclass(frozen=True)
-class Best:
-    """The lowest loss on the valid split so far, and after how many steps; 0 is the base alone.
-
-    Losses compare over the same rows: with another ``eval_iters``, or number of
-    ``supervised_tokens`` for that, the search begins anew.
-    """
-
-    iteration: int
-    lm_loss: float
-    supervised_tokens: int
-
-    def is_beaten_by(self, result: Validation) -> bool:
-        """Return whether an evaluation is better, or one of other rows."""
-        is_other = result.supervised_tokens != self.supervised_tokens
-        return is_other or result.lm_loss < self.lm_loss
+    loss: float
+    supervised_tokens: float
+    tokens: float
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -231,12 +215,11 @@ class Trainer:
         started = time.perf_counter()
         self.adapter.zero_gradients()
         own_loss, totals = self._accumulate_gradients(iteration)
-        loss_sum, supervised_tokens, _, _ = totals.tolist()
-        lm_loss = loss_sum / max(supervised_tokens, 1.0)
+        lm_loss = totals.loss / max(totals.supervised_tokens, 1.0)
         own = torch.stack([own_loss, self.adapter.gradients.sum(dtype=torch.float64)])
         self.adapter.reduce_gradients()
         if self.batch.calculate_per_token_loss:
-            self.adapter.gradients.div_(max(supervised_tokens, 1.0))
+            self.adapter.gradients.div_(max(totals.supervised_tokens, 1.0))
         grad_norm = self.adapter.gradient_norm()
         if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
             ranks = self._not_finite_on(own)
@@ -257,11 +240,8 @@ class Trainer:
         """Set AdamW's state to what was saved at ``iteration``."""
         load_moments(directory, self.model, self.adapter, self.optimizer, iteration=iteration)
 
-    def _accumulate_gradients(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """Return this rank's loss sum, and sums over the global batch, [4] fp64.
-
-        These are the loss, supervised tokens, tokens and floating-point operations.
-        """
+    def _accumulate_gradients(self, iteration: int) -> tuple[Tensor, StepTotals]:
+        """Return this rank's loss sum, fp64, and the sums over the global batch."""
         rows = self.train_rows.global_batch(
             iteration - 1,
             global_batch_size=self.batch.global_batch_size,
@@ -276,7 +256,7 @@ class Trainer:
         batches = [self._weighted(iteration, pairs) for pairs in micro_batches]
         loss_sum = self.model.train(batches)
         counts = torch.tensor([self._counts(batch.micro) for batch in batches], dtype=torch.float64)
-        return loss_sum, self._totals(loss_sum, counts.sum(dim=0))
+        return loss_sum, StepTotals(*self._totals(loss_sum, counts.sum(dim=0)).tolist())
 
     def _counts(self, micro: MicroBatch) -> tuple[int, int, float]:
         """Return supervised tokens, tokens and floating-point operations of a micro batch."""
@@ -299,17 +279,16 @@ class Trainer:
             totals.zero_()
         return all_reduce(all_reduce(totals, self.layout.data), self.layout.pipeline)
 
-    def _throughput(self, iteration: int, totals: Tensor, seconds: float) -> dict[str, Any]:
+    def _throughput(self, iteration: int, totals: StepTotals, seconds: float) -> dict[str, Any]:
         """Return what a step worked on and how fast; where it is shown also the memory it takes."""
-        _, supervised_tokens, num_tokens, flops = totals.tolist()
         values: dict[str, Any] = {
             "consumed_samples": iteration * self.batch.global_batch_size,
-            "tokens": int(num_tokens),
-            "supervised_tokens": int(supervised_tokens),
+            "tokens": int(totals.tokens),
+            "supervised_tokens": int(totals.supervised_tokens),
             "seconds": seconds,
-            "tokens_per_second": num_tokens / seconds,
-            "supervised_tokens_per_second": supervised_tokens / seconds,
-            "tflops_per_rank": flops / seconds / self.layout.world.size / 1e12,
+            "tokens_per_second": totals.tokens / seconds,
+            "supervised_tokens_per_second": totals.supervised_tokens / seconds,
+            "tflops_per_rank": totals.flops / seconds / self.layout.world.size / 1e12,
         }
         if self.metrics.is_shown(iteration):  # not always: the largest of all ranks is a collective
             own = torch.tensor(peak_memory_bytes(self.layout.device), device=self.layout.device)

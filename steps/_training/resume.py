@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemotron.artifacts import read_artifact, verify_files
 from nemotron.errors import NemotronError
+from nemotron.steps._training.validation import Best, Validation
 
 STATE_FILE = "trainer_state.json"
 _SAVE = re.compile(r"iter_(\d{7,})")
@@ -38,18 +39,18 @@ class SavedRun:
         iteration: Optimizer steps taken.
         train_iters: Optimizer steps that its run was to take.
         identity: What its result depends on.
-        valid_loss_before: Loss on the valid split before the first step, and over how many tokens.
+        before: Evaluation before the first step.
         is_evaluated: Whether the evaluation that was due at this iteration was finished.
-        best: Iteration of the best evaluation so far, its loss, and over how many tokens.
+        best: The best evaluation so far.
     """
 
     directory: Path
     iteration: int
     train_iters: int
     identity: dict[str, Any]
-    valid_loss_before: tuple[float, int] | None
+    before: Validation | None
     is_evaluated: bool
-    best: tuple[int, float, int] | None
+    best: Best | None
 
     @property
     def is_finished(self) -> bool:
@@ -145,18 +146,18 @@ def run_state(
     *,
     train_iters: int,
     identity: Mapping[str, Any],
-    valid_loss_before: tuple[Any, ...] | None,
+    before: Validation | None,
     is_evaluated: bool,
-    best: tuple[Any, ...] | None,
+    best: Best | None,
 ) -> dict[str, Any]:
     """Return the content of a ``trainer_state.json``; the fields are those of ``SavedRun``."""
     return {
         "format_version": 1,
         "train_iters": train_iters,
         "identity": dict(identity),
-        "valid_loss_before": valid_loss_before,
+        "before": asdict(before) if before else None,
         "is_evaluated": is_evaluated,
-        "best": best,
+        "best": asdict(best) if best else None,
     }
 
 
@@ -167,21 +168,16 @@ def read_saved(directory: Path) -> SavedRun:
         OSError, ValueError, KeyError, TypeError: It has no ``trainer_state.json`` that parses.
     """
     values = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-    before, best = values["valid_loss_before"], values["best"]
+    before, best = values["before"], values["best"]
     return SavedRun(
         directory=directory,
         iteration=int(directory.name.removeprefix("iter_")),
         train_iters=int(values["train_iters"]),
         identity=dict(values["identity"]),
-        valid_loss_before=(float(before[0]), int(before[1])) if before else None,
+        before=Validation(**before) if before else None,
         is_evaluated=bool(values["is_evaluated"]),
-        best=_best(best) if best else None,
+        best=Best(**best) if best else None,
     )
-
-
-def _best(values: Any) -> tuple[int, float, int]:
-    iteration, lm_loss, supervised_tokens = values
-    return int(iteration), float(lm_loss), int(supervised_tokens)
 
 
 def verify_save(directory: Path, *, digests: bool = True) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,9 @@ class Saves:
             run_state=run_state(
                 train_iters=self.train_iters,
                 identity=self.resume.identity,
-                valid_loss_before=astuple(progress.before) if progress.before else None,
+                before=progress.before,
                 is_evaluated=progress.is_evaluated,
-                best=astuple(trainer.best) if trainer.best else None,
+                best=trainer.best,
             ),
         )
         if trainer.layout.is_first and self.resume.most_recent_k > 0:

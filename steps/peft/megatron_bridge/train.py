@@ -16,12 +16,10 @@ from nemotron.steps._training.checkpoint import SaveFailedError
 from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.heartbeat import Heartbeat
 from nemotron.steps._training.loop import (
-    Best,
     LossNotFiniteError,
     NothingToValidateError,
     Progress,
     Trainer,
-    Validation,
 )
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.pipeline import PipelineStage
@@ -131,13 +129,8 @@ def _saves(
 def _go_on(trainer: Trainer, saved: SavedRun) -> Progress:
     """Set the optimizer to where a save was made."""
     trainer.load_moments(saved.directory, saved.iteration)
-    trainer.best = Best(*saved.best) if saved.best else None
-    before = saved.valid_loss_before
-    return Progress(
-        saved.iteration,
-        before=Validation(*before) if before else None,
-        is_evaluated=saved.is_evaluated,
-    )
+    trainer.best = saved.best
+    return Progress(saved.iteration, before=saved.before, is_evaluated=saved.is_evaluated)
 
 
 @contextlib.contextmanager

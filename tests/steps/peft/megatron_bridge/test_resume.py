@@ -68,8 +68,10 @@ def as_unfinished(output: Path, **changes: Any) -> Path:
 
 def with_best(output: Path, iteration: int, lm_loss: float, *, num_other: int = 0) -> Path:
     """Make the saves those of a run whose best was this, with so many supervised tokens more."""
-    _, _, num_tokens = json.loads((output / "iter_0000005/trainer_state.json").read_text())["best"]
-    return as_unfinished(output, best=(iteration, lm_loss, num_tokens + num_other))
+    state = json.loads((output / "iter_0000005/trainer_state.json").read_text())
+    num_tokens = state["best"]["supervised_tokens"] + num_other
+    best = {"iteration": iteration, "lm_loss": lm_loss, "supervised_tokens": num_tokens}
+    return as_unfinished(output, best=best)
 
 
 def comparable(run: Any) -> list[dict[str, Any]]:
@@ -252,7 +254,8 @@ def test_the_best_of_other_rows_is_no_best_of_these(train_here: Train, resumable
 
 
 def test_a_loss_before_of_other_rows_is_no_loss_before(train_here: Train, resumable: Path) -> None:
-    output = {"checkpoint.save": str(as_unfinished(resumable, valid_loss_before=(9.0, 1)))}
+    before = {"lm_loss": 9.0, "supervised_tokens": 1}
+    output = {"checkpoint.save": str(as_unfinished(resumable, before=before))}
     run = train_here(**PLAN, **output)
     properties = read_artifact(run.adapter, "checkpoint_lora").properties
     assert (properties["valid_loss_before"], properties["valid_loss"] > 0.0) == (None, True)

@@ -1,0 +1,13 @@
+"""Random numbers that depend on a name alone: on no layout, and on no order of construction."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def keyed_generator(key: str, device: torch.device) -> torch.Generator:
+    """Return a generator on ``device``, seeded with 63 bits of the key's BLAKE2b."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
