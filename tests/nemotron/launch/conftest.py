@@ -194,8 +194,22 @@ def open_login_node(root: Path, cluster: Path, sshd: str) -> Iterator[LoginNode]
     with subprocess.Popen(
         [sshd, "-D", "-f", str(root / "config"), "-E", str(root / "log")]
     ) as server:
+        _wait_until_it_listens(port, server)
         yield LoginNode(port, root / "user", root / "known_hosts", tools)
         server.terminate()
+
+
+def _wait_until_it_listens(port: int, server: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            assert server.poll() is None, "sshd has ended"
+            assert time.monotonic() < end, "sshd does not listen"
+            time.sleep(0.05)
+        else:
+            return
 
 
 @pytest.fixture(scope="session")
