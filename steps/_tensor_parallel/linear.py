@@ -9,6 +9,7 @@ S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T ten
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +61,7 @@ class LoraParameter:
     kind: Literal["partial", "replicated", "sharded"]
 
 
-class _ParallelLinear(nn.Module):
+class _ParallelLinear(nn.Module, ABC):
     """What both linears share: the extended weight, the factors, and the call of the core."""
 
     def __init__(
@@ -118,13 +119,13 @@ class _ParallelLinear(nn.Module):
         """Return the whole factors, [R, H] and [F, R], on every rank."""
         return self.gather_lora(self.lora_a.detach(), self.lora_b.detach())
 
+    @abstractmethod
     def shard_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's part of what is shaped as the whole factors; raises as load_lora."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather_lora(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the whole, [R, H] and [F, R], of what is shaped as this rank's factors."""
-        raise NotImplementedError
 
     def _load_factors(self, lora_a: Tensor, lora_b: Tensor) -> None:
         for name, source, target in (("a", lora_a, self.lora_a), ("b", lora_b, self.lora_b)):
@@ -224,11 +225,11 @@ class ColumnParallelLinear(_ParallelLinear):
         _check_shape(f"{self.name}.lora_b", lora_b_FR, lora_b_FR.new_empty(whole))
         return lora_a_RH, torch.cat([lora_b_FR[rows] for rows in self.local_rows()])
 
-    def gather_lora(self, lora_a_RH: Tensor, lora_b_shard: Tensor) -> tuple[Tensor, Tensor]:
+    def gather_lora(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the whole, [R, H] and [F, R], of what is shaped as this rank's factors."""
-        shards = all_gather(lora_b_shard, self.group)
+        shards = all_gather(lora_b, self.group)
         segments = shards.unflatten(1, (self.num_segments, -1)).transpose(0, 1)
-        return lora_a_RH.clone(), segments.reshape(-1, self.lora_b.shape[1])
+        return lora_a.clone(), segments.reshape(-1, self.lora_b.shape[1])
 
     def lora_parameters(self) -> Iterator[LoraParameter]:
         """Yield both factors with what completes their gradients."""
@@ -294,11 +295,11 @@ class RowParallelLinear(_ParallelLinear):
         _check_shape(f"{self.name}.lora_a", lora_a_RH, lora_a_RH.new_empty(whole))
         return lora_a_RH[:, self.local_columns()], lora_b_FR
 
-    def gather_lora(self, lora_a_shard: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
+    def gather_lora(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the whole, [R, H] and [F, R], of what is shaped as this rank's factors."""
-        shards = all_gather(lora_a_shard, self.group)
-        lora_a = shards.transpose(0, 1).reshape(len(self.lora_a), self.in_features)
-        return lora_a, lora_b_FR.clone()
+        shards = all_gather(lora_a, self.group)
+        lora_a_RH = shards.transpose(0, 1).reshape(len(self.lora_a), self.in_features)
+        return lora_a_RH, lora_b.clone()
 
     def lora_parameters(self) -> Iterator[LoraParameter]:
         """Yield both factors with what completes their gradients."""
