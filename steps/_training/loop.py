@@ -195,13 +195,15 @@ class Trainer:
             progress = Progress(start.iteration, before, now, not stop.is_agreed)
             if 0 < start.iteration == intervals.train_iters and not stop.is_agreed:
                 save(progress)
-        while progress.iteration < intervals.train_iters and not stop.agree():
+        while progress.iteration < intervals.train_iters and not stop.is_agreed:
             iteration = progress.iteration + 1
             self.step(iteration)
+            # Here, and before each batch of an evaluation: whatever is agreed on is saved below.
+            stop.agree()
             is_save = iteration == intervals.train_iters or iteration % intervals.save_interval == 0
             is_due = is_save or iteration % intervals.eval_interval == 0
             now = None
-            if not stop.agree() and is_due:
+            if is_due and not stop.is_agreed:
                 now = self._validate(iteration, intervals.eval_iters, stop)
             is_evaluated = not (is_due and stop.is_agreed)
             progress = Progress(iteration, progress.before, now, is_evaluated)

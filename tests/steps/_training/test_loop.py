@@ -17,7 +17,7 @@ from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.gpt import GPTModel, LoraTargets
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import LoraSpec
-from nemotron.steps._training.batches import PackedSplit, collate
+from nemotron.steps._training.batches import MicroBatch, PackedSplit, collate
 from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.loop import (
     AdamSettings,
@@ -228,6 +228,37 @@ def test_dropout_is_another_at_each_iteration_and_none_in_an_evaluation(
     assert record.valid_losses == without.valid_losses
     losses = [step["lm_loss"] for step in record.steps]
     assert len({*losses, *record.valid_losses}) == 3
+
+
+@pytest.mark.parametrize("moment", ["after a step's answer", "in an evaluation's last batch"])
+def test_whatever_a_stop_interrupts_the_last_step_taken_is_saved(
+    tmp_path: Path, moment: str
+) -> None:
+    record, saved = Record(), list[Progress]()
+    trainer = trainer_of(tmp_path, record)
+    evaluate = trainer.model.evaluate
+    evaluated: list[int] = []
+
+    class Stop(StopRequest):
+        def agree(self) -> bool:
+            agreed = super().agree()
+            if moment == "after a step's answer" and len(record.steps) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return agreed
+
+    def evaluate_and_stop(batches: list[MicroBatch]) -> torch.Tensor:
+        evaluated.append(len(record.steps))
+        if moment == "in an evaluation's last batch" and evaluated.count(3) == NUM_ROWS // 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(batches)
+
+    trainer.model.evaluate = evaluate_and_stop
+    intervals = Intervals(train_iters=9, eval_interval=3, eval_iters=NUM_ROWS, save_interval=8)
+    with Stop(LAYOUT) as stop:
+        reached = trainer.run(intervals, saved.append, start=Progress(), stop=stop)
+    assert stop.is_agreed
+    assert saved == [reached]
+    assert len(record.steps) == reached.iteration
 
 
 @pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
