@@ -74,19 +74,22 @@ def resume_directory(directory: Path, iteration: int, damaged: Sequence[Path]) -
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def retain_newest(directory: Path, most_recent_k: int, *, until: int) -> None:
+def retain_newest(
+    directory: Path, most_recent_k: int, *, until: int, best_iteration: int | None = None
+) -> None:
     """Delete saves beyond the newest ``most_recent_k`` that are whole; damaged ones do not count.
 
     Neither do those after the iteration ``until``, which the run has reached: they are of the time
     before it went back. Those that are kept are hashed first, so that what is deleted is never the
-    last whole one.
+    last whole one. The save of ``best_iteration`` stays as well: of a run that has begun to overfit
+    it is the one that is wanted.
 
     Raises:
         OSError: A save cannot be deleted.
     """
     whole = 0
     for iteration, save in list_saves(directory):
-        if iteration > until:
+        if iteration > until or iteration == best_iteration:
             continue
         if whole < most_recent_k:
             with contextlib.suppress(NemotronError, OSError):

@@ -270,7 +270,8 @@ class CheckpointConfig(Schema):
     )
     most_recent_k: int = Field(
         default=-1,
-        description="saves to keep, 2 or more: older ones go once a newer one is whole; -1: all",
+        description="saves to keep, 2 or more: older ones, except the one with the lowest "
+        "validation loss, go once a newer one is whole; -1: all",
     )
     finetune: Literal[True] = Field(
         default=True,
