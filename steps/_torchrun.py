@@ -45,6 +45,8 @@ _OF_THIS_JOB = ("PET_RDZV_BACKEND", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MAS
 # Not SIGABRT: a collective library aborts when another rank has gone.
 _DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
+# Where torch looks for its allocator's settings; the first counts.
+_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 # How long ranks have once another one has failed. All that is left to do is to notice.
 _GRACE_SECONDS = 5
 # How long the node with the store outlives the barrier at the end. The others have passed it once
@@ -103,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun on ``argv`` and return the exit code for the whole job."""
     argv = sys.argv[1:] if argv is None else argv
     _drop_options_of_others(is_alone="--standalone" in argv)
+    _let_segments_grow()
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         for logger in _with_children(name):
             logger.addFilter(lambda record: not _is_known())
@@ -126,6 +129,16 @@ def _drop_options_of_others(*, is_alone: bool) -> None:
     kept = () if is_alone else _OF_THIS_JOB
     for name in [name for name in os.environ if name.startswith("PET_") and name not in kept]:
         del os.environ[name]
+
+
+def _let_segments_grow() -> None:
+    """Have torch's allocator of a GPU map memory where it is needed, unless told otherwise.
+
+    No two micro batches of packed rows are of one size; what is kept for one hardly fits the next.
+    Here, because torch reads the variable as it is loaded.
+    """
+    if _ALLOCATOR.isdisjoint(os.environ):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _is_known() -> bool:

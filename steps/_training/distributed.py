@@ -20,11 +20,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from nemotron.errors import NemotronError
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
 from nemotron.steps._tensor_parallel.host_exchange import open_exchange
-from nemotron.steps._training.host_memory import keep_freed_memory
+from nemotron.steps._training.device import own_device, refuse_mixed_devices
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def open_layout(
 
     Raises:
         NemotronError: ``world_size``: torchrun started another number of ranks than TP x PP x DP;
-            ``too_few_gpus``: this rank has none of its own.
+            and what ``own_device`` and ``refuse_mixed_devices`` raise.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     stage_size = tensor_model_parallel_size * data_parallel_size
@@ -96,21 +97,41 @@ def open_layout(
             where="WORLD_SIZE",
             fix=f"start torchrun with {wanted} ranks, or set recipe.data_parallel_size",
         )
-    device = _device()
+    device = own_device()
     if world_size == 1:
         alone = ProcessGroup()
         yield Layout(alone, alone, alone, alone, alone, device)
         return
     timeout = timedelta(minutes=timeout_minutes)
+    refuse_mixed_devices(connect("device", os.environ, timeout), int(os.environ["RANK"]), device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield make_layout(tensor_model_parallel_size, stage_size, device, timeout)
+        layout = make_layout(tensor_model_parallel_size, stage_size, device, timeout)
+        # NCCL's groups wait for nobody: a rank that is minutes late in starting would be taken for
+        # one that hangs.
+        layout.barrier()
+        yield layout
     except BaseException:
         # NCCL's end waits for ranks that wait for this one; leave_process frees them.
         if device.type != "cuda":
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def connect(prefix: str, environment: Mapping[str, str], timeout: timedelta) -> PrefixStore:
+    """Return a connection of one's own to the rendezvous store that torchrun keeps for the job.
+
+    Args:
+        prefix: Of all keys, so that uses of the store do not meet.
+        environment: Of a rank.
+        timeout: How long a key is waited for.
+
+    Raises:
+        RuntimeError: There is no store any more.
+    """
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    return PrefixStore(prefix, TCPStore(address, port, is_master=False, timeout=timeout))
 
 
 def leave_process(exit_code: int) -> NoReturn:
@@ -120,23 +141,6 @@ def leave_process(exit_code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(exit_code)
     raise SystemExit(exit_code)
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-        return torch.device("cpu")
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise NemotronError(
-            "too_few_gpus",
-            f"rank {local_rank} of this host has no GPU: {num_gpus} are visible",
-            where="LOCAL_RANK",
-            fix="lower the parallel sizes, or export CUDA_VISIBLE_DEVICES= to compute on the CPU",
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def make_layout(

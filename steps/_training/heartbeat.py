@@ -2,7 +2,9 @@
 
 A collective that waits for a stopped process waits until its own timeout, which must be long enough
 for the slowest step, and then blames the rank that waited. A rank works while its main thread uses
-the CPU or waits for another rank; one that is stopped, or that hangs anywhere else, does neither.
+the CPU, waits for another rank, or for a disk that the kernel waits for too: a shared file system
+may be away for minutes, and comes back. One that is stopped, or that hangs anywhere else, does
+none of it.
 The beat goes through the rendezvous store, so it is the same under gloo and NCCL.
 """
 
@@ -21,12 +23,12 @@ from types import FrameType, TracebackType
 from typing import NamedTuple, Self
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._entry import origin, report
 from nemotron.steps._tensor_parallel import collectives, host_exchange
-from nemotron.steps._training.distributed import Layout
+from nemotron.steps._training.distributed import Layout, connect
 
 _LEFT = "left"
 _TORCH = f"{os.sep}torch{os.sep}"
@@ -163,13 +165,7 @@ def last_words(environment: Mapping[str, str]) -> LastWords | None:
 
 
 def _connect(environment: Mapping[str, str], timeout_seconds: float) -> PrefixStore:
-    store = TCPStore(
-        environment["MASTER_ADDR"],
-        int(environment["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
-    return PrefixStore("heartbeat", store)
+    return connect("heartbeat", environment, timedelta(seconds=timeout_seconds))
 
 
 def _parse(text: str) -> LastWords:
@@ -184,14 +180,25 @@ class _MainThread:
         ident = threading.main_thread().ident
         assert ident is not None  # the main thread has started
         self._ident = ident
+        self._status = Path(f"/proc/self/task/{threading.main_thread().native_id}/stat")
         self._clock = time.pthread_getcpuclockid(ident)
         self._used_seconds = 0.0
 
     def works(self) -> bool:
-        """Whether it has used the CPU since the last call, or waits for another rank."""
+        """Whether it has used the CPU since the last call, or waits for another rank or a disk."""
         before, self._used_seconds = self._used_seconds, time.clock_gettime(self._clock)
         waits = any(f.f_code.co_filename.startswith(_WHERE_RANKS_WAIT) for f in self._frames())
-        return waits or self._used_seconds - before > _IDLE_SECONDS
+        return waits or self._used_seconds - before > _IDLE_SECONDS or self._is_in_the_kernel()
+
+    def _is_in_the_kernel(self) -> bool:
+        """Whether it sleeps uninterruptibly, as in fsync; one that is stopped does not.
+
+        Source: proc_pid_stat(5), the field after the name in parentheses.
+        """
+        try:
+            return self._status.read_bytes().rpartition(b") ")[2].startswith(b"D")
+        except OSError:  # not Linux
+            return False
 
     def place(self) -> str:
         """Return file and line of where it is, outside of torch and of Python's library."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nemotron.steps import _torchrun
+
 # No torch in the ranks: they only end.
 WORKER = """
 import json, os, signal, sys, time
@@ -114,3 +116,19 @@ def test_the_exit_code_is_that_of_the_first_rank_that_failed(
 def test_the_options_of_another_job_are_not_taken_for_ours(tmp_path: Path, name: str) -> None:
     done = run(tmp_path, ["well"], **{name: "2"})
     assert done.returncode == 0, done.stderr
+
+
+def test_segments_of_a_gpus_memory_grow_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in _torchrun._ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    _torchrun._let_segments_grow()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ  # which would count before theirs
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    # Known to monkeypatch, which puts it back.
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
+    _torchrun._let_segments_grow()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"

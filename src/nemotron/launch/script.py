@@ -66,6 +66,8 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         f'nemotron_node="${{{node}:-0}}" nemotron_restart="${{{restart}:-0}}"',
         'export NEMOTRON_ERROR_FILE="$nemotron_here/error.$nemotron_restart.json"',
         f"export NEMOTRON_JOB={shlex.quote(job_id)}",
+        # So that a rank which sees none of them does not compute on the CPU instead.
+        f"export NEMOTRON_GPUS_PER_NODE={plan.gpus_per_node}",
         *(
             f"export {name}={shlex.quote(value)}"
             for name, value in sorted(plan.environment.items())
