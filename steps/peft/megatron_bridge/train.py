@@ -24,13 +24,15 @@ from nemotron.steps._training.loop import (
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.pipeline import PipelineStage
 from nemotron.steps._training.preemption import StopRequest
-from nemotron.steps._training.resume import SavedRun
+from nemotron.steps._training.resume import SavedRun, save_name
 from nemotron.steps._training.trainer_state import load_adapter
+from nemotron.steps._training.validation import Best
 from nemotron.steps.peft.megatron_bridge.checks import STEP
 from nemotron.steps.peft.megatron_bridge.inputs import Inputs, load_model, open_inputs
 from nemotron.steps.peft.megatron_bridge.saves import Saves
 from nemotron.steps.peft.megatron_bridge.settings import RunSettings
 from nemotron.steps.peft.megatron_bridge.start import start_run
+from nemotron.steps.peft.megatron_bridge.summary import summary
 
 
 def train_adapter(
@@ -76,12 +78,24 @@ def train_adapter(
         metrics.resume(saved.iteration, saved.directory)
     heartbeat.last_step = lambda: metrics.iteration
     trainer = _trainer(settings, inputs, model, layout, metrics)
+    if layout.is_first:
+        num_rows = len(trainer.train_rows), len(trainer.valid_rows or ())
+        print(summary(settings, layout, *num_rows), flush=True)
     start = _go_on(trainer, saved) if saved else Progress()
     saves = _saves(settings, inputs, output, produced_by, stop)
     reached = trainer.run(intervals, partial(saves.save, trainer), start=start, stop=stop)
     if reached.iteration < intervals.train_iters or not reached.is_evaluated:
         metrics.stopped(reached.iteration)
         raise PreemptedError(f"stopped at iteration {reached.iteration}/{intervals.train_iters}")
+    if layout.is_first and trainer.best is not None:
+        _say_which_is_best(trainer.best, output, reached)
+
+
+def _say_which_is_best(best: Best, output: Path, reached: Progress) -> None:
+    """Name the save that a merge of the newest would pass over."""
+    directory = output / save_name(best.iteration)
+    if best.iteration < reached.iteration and directory.is_dir():
+        print(f"lowest validation loss: {best.lm_loss:.4f}, of {directory}", flush=True)
 
 
 def _trainer(

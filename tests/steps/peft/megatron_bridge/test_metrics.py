@@ -40,3 +40,20 @@ def test_a_run_goes_on_in_its_records_and_mirrors_whatever_becomes_of_a_tracker(
     assert steps == list(enumerate(np.array(run.losses, np.float32), start=1))
     validations = [event.value for event in mirrored.Scalars("lm loss validation")]
     assert validations == list(np.array(run.valid_losses, np.float32))
+
+
+def test_a_run_says_where_it_computes_and_how_often_it_sees_its_rows(
+    train_here: Train, tmp_path: Path, capfd: Any
+) -> None:
+    plan = {
+        "checkpoint.save": str(tmp_path / "out"),
+        "train.train_iters": 2,
+        "train.eval_interval": 9,
+        "scheduler.lr_warmup_iters": 9,  # of which there is room for one
+    }
+    assert train_here(**plan).exit_code == 0
+    said = capfd.readouterr().out
+    assert "1 rank on cpu (torch " in said
+    assert "): TP 1, PP 1, DP 1; float32\n2 steps of " in said
+    assert "warm-up over 1 steps; " in said
+    assert " rows validated every 2 steps\n" in said

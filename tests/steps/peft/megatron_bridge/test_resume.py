@@ -222,7 +222,7 @@ def test_other_rows_and_another_base_are_refused(
 
 
 def test_layout_intervals_and_logging_may_change_and_the_best_stays(
-    train_here: Train, resumable: Path
+    train_here: Train, resumable: Path, capfd: Any
 ) -> None:
     changes = {
         "train.micro_batch_size": 2,
@@ -239,6 +239,7 @@ def test_layout_intervals_and_logging_may_change_and_the_best_stays(
     properties = read_artifact(run.adapter, "checkpoint_lora").properties
     assert (properties["best_iteration"], properties["best_valid_loss"]) == best
     assert [iteration for iteration, _ in list_saves(resumable)] == [8, 7, 3]  # the best as well
+    assert f"lowest validation loss: 0.5000, of {resumable}/iter_0000003" in capfd.readouterr().out
 
 
 def test_the_best_of_other_rows_is_no_best_of_these(train_here: Train, resumable: Path) -> None:

@@ -1,0 +1,45 @@
+"""What a run is going to do, in the lines that it prints before its first step."""
+
+from __future__ import annotations
+
+from nemotron.steps._training.device import describe
+from nemotron.steps._training.distributed import Layout
+from nemotron.steps.peft.megatron_bridge.settings import RunSettings
+
+
+def summary(settings: RunSettings, layout: Layout, train_rows: int, valid_rows: int) -> str:
+    """Return where the run computes, how often it sees its rows, and what else takes its time.
+
+    Args:
+        settings: What the run does.
+        layout: Where.
+        train_rows: Packed rows of the train split.
+        valid_rows: Packed rows of the valid split; 0 where there is none.
+    """
+    return f"{_place(settings, layout)}\n{_work(settings, train_rows, valid_rows)}"
+
+
+def _place(settings: RunSettings, layout: Layout) -> str:
+    """Return such as ``8 ranks on NVIDIA H200: TP 2 with SP, PP 1, DP 4; bfloat16``."""
+    ranks = "1 rank" if layout.world.size == 1 else f"{layout.world.size} ranks"
+    split = " with SP" if settings.model.sequence_parallel and layout.tensor.size > 1 else ""
+    return (
+        f"{ranks} on {describe(layout.device)}: TP {layout.tensor.size}{split}, "
+        f"PP {layout.pipeline.size}, DP {layout.data.size}; "
+        f"{str(settings.model.dtype).removeprefix('torch.')}"
+    )
+
+
+def _work(settings: RunSettings, train_rows: int, valid_rows: int) -> str:
+    """Return such as ``500 steps of 4 rows: 2.4 epochs of 834; 128 rows validated every 50``."""
+    intervals, rows_per_step = settings.intervals, settings.batch.global_batch_size
+    steps = intervals.train_iters
+    work = f"{steps} steps of {rows_per_step} rows: {steps * rows_per_step / train_rows:.2g} "
+    work += f"epochs of {train_rows}"
+    if settings.schedule.warmup_iters:
+        work += f"; warm-up over {settings.schedule.warmup_iters:g} steps"
+    if not valid_rows:
+        return f"{work}; nothing to validate on"
+    validated = min(valid_rows, intervals.eval_iters * rows_per_step)
+    every = min(steps, intervals.eval_interval, intervals.save_interval)
+    return f"{work}; {validated} rows validated every {every} steps"
