@@ -48,7 +48,7 @@ LLAMA31_ROPE = {
 ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama-3.1": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA31_ROPE}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"head_dim": 12, "sliding_window": 7}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"head_dim": 12, "sliding_window": 4}),
     "qwen2.5": (Qwen2ForCausalLM, Qwen2Config, {"rope_parameters": ROPE, "rms_norm_eps": 1e-6}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "rope_parameters": ROPE}),
 }
