@@ -43,6 +43,10 @@ class Fingerprint:
             digest = blake3(raw_bytes(tensor)).hexdigest()
         self._entries[name] = DTYPE_NAMES[tensor.dtype], list(tensor.shape), digest
 
+    def blake3(self, name: str) -> str:
+        """Return the hexadecimal digest of the bytes of a tensor that was taken in."""
+        return self._entries[name][-1]
+
     def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
         """Return what is known of those of ``names`` that were taken in."""
         return {name: self._entries[name] for name in names if name in self._entries}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from torch import Tensor
 
 from nemotron.artifacts import Artifact, Input, Producer, publish, write_artifact
@@ -111,11 +112,16 @@ def write_weights(
         return tensor
 
     def write(file: str) -> Receipt:
-        names = shards[file]
-        digest = write_safetensors(
-            directory / file, names=names, shape=weights.shape, dtype=weights.dtype, read=read
+        header, names = write_safetensors(
+            directory / file,
+            names=shards[file],
+            shape=weights.shape,
+            dtype=weights.dtype,
+            read=read,
         )
-        return {"blake3": digest, "tensors": fingerprint.entries(names)}
+        pieces = [(len(header), blake3(header).hexdigest())]
+        pieces += [(size_bytes(weights, name), fingerprint.blake3(name)) for name in names]
+        return {"blake3": pieces, "tensors": fingerprint.entries(names)}
 
     receipts = write_files(directory, shards, write)
     fingerprint.restore(*(receipt["tensors"] for receipt in receipts.values()))

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._formats.hashed_file import HashedFile
 from nemotron.steps._formats.mapped_bytes import map_tensor
+from nemotron.steps._formats.output_file import OutputFile
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, damaged
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -108,8 +108,8 @@ def write_safetensors(
     dtype: Callable[[str], torch.dtype],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
-) -> str:
-    """Write a safetensors file and return its BLAKE3; tensors are read while others are written.
+) -> tuple[bytes, list[str]]:
+    """Write a safetensors file; tensors are read while others are written.
 
     Tensors of wider types come first, so that every tensor is aligned to its own width.
 
@@ -120,6 +120,10 @@ def write_safetensors(
         dtype: Returns the type of a tensor.
         read: Returns a tensor; called once per name, by other threads.
         metadata: Text entries beside the obligatory ``format``.
+
+    Returns:
+        What the file consists of: its header with the length in front, and the names of the tensors
+        in the order in which their bytes follow.
     """
 
     def size_bytes(name: str) -> int:
@@ -139,14 +143,15 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with HashedFile(path) as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+    start = len(text).to_bytes(8, "little") + text
+    with OutputFile(path) as stream:
+        stream.write(start)
         for name, tensor in _read_ahead(ordered, read, size_bytes):
             if tuple(tensor.shape) != shape(name) or tensor.dtype != dtype(name):
                 raise ValueError(f"{name} is not of the shape and type announced")
             stream.write(raw_bytes(tensor))
             del tensor  # before the next one is there
-    return stream.blake3
+    return start, ordered
 
 
 def _read_ahead(

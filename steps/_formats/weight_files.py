@@ -22,7 +22,15 @@ from typing import Any
 
 import torch
 
-from nemotron.artifacts import RESUME_DIR, Producer, blake3_file, sha256_json, write_text
+from nemotron.artifacts import (
+    RESUME_DIR,
+    FileEntry,
+    Pieces,
+    Producer,
+    is_as_recorded,
+    sha256_json,
+    write_text,
+)
 from nemotron.errors import NemotronError
 from nemotron.steps._formats.fingerprint import Fingerprint, FingerprintedWeights
 from nemotron.steps._formats.weights import Weights, damaged
@@ -40,11 +48,12 @@ class Written:
 
     Args:
         fingerprint: Taken of them before they were written.
-        digests: BLAKE3 of each of their files, by path relative to the checkpoint.
+        digests: BLAKE3 of each of their files, or of its pieces, by path relative to the
+            checkpoint.
     """
 
     fingerprint: Fingerprint
-    digests: Mapping[str, str]
+    digests: Mapping[str, str | Pieces]
 
 
 def write_files(
@@ -56,7 +65,7 @@ def write_files(
         root: The unfinished checkpoint; receipts are kept if it has a ``RESUME_DIR``.
         files: Paths relative to ``root``.
         write: Writes one of them, down to the disk, and returns plain JSON values, among them its
-            ``blake3``. Not called for a file that has a receipt.
+            ``blake3`` as ``FileEntry`` has it. Not called for a file that has a receipt.
     """
 
     def write_or_find(file: str) -> Receipt:
@@ -152,7 +161,9 @@ def _find_receipt(root: Path, file: str) -> Receipt | None:
     """Return the receipt of a file whose content is what it says."""
     try:
         receipt: Receipt = json.loads(_receipt_path(root, file).read_bytes())
-        return receipt if blake3_file(root / file) == receipt["blake3"] else None
+        size_bytes = (root / file).stat().st_size
+        entry = FileEntry(path=file, size_bytes=size_bytes, blake3=receipt["blake3"])
+        return receipt if is_as_recorded(root, entry) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

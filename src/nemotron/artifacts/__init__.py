@@ -6,6 +6,7 @@ digest, pack_size, base fingerprint, ...). A directory gets its final name only 
 ``publish`` writes it aside, fsyncs it and renames it, so that a killed step leaves no half output.
 """
 
+from nemotron.artifacts.digests import Pieces, blake3_file, sha256_json
 from nemotron.artifacts.publishing import (
     MANIFEST,
     RESUME_DIR,
@@ -19,13 +20,12 @@ from nemotron.artifacts.record import (
     FileEntry,
     Input,
     Producer,
-    blake3_file,
     describe_input,
     is_a,
+    is_as_recorded,
     load_types,
     read_artifact,
     refuse_unlisted,
-    sha256_json,
     verify_files,
     write_artifact,
 )
@@ -36,11 +36,13 @@ __all__ = [
     "Artifact",
     "FileEntry",
     "Input",
+    "Pieces",
     "Producer",
     "blake3_file",
     "describe_input",
     "hold",
     "is_a",
+    "is_as_recorded",
     "load_types",
     "publish",
     "read_artifact",

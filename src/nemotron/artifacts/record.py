@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 
+from nemotron.artifacts.digests import FilePart, Pieces, blake3_file, blake3_parts
 from nemotron.artifacts.publishing import MANIFEST, RESUME_DIR, write_text
 from nemotron.errors import ExitCode, NemotronError
 
 TYPES_FILE = Path(__file__).parents[1] / "steps" / "types.toml"
 _WHY = {
     "artifact_damaged": "a file was cut short or changed after it was written",
-    "artifact_format": "another version of nemotron wrote it; 1 had sha256 of files, 2 has BLAKE3",
+    "artifact_format": "another version of nemotron wrote it; 1 had sha256 of files, 2 has BLAKE3, "
+    "3 has that of a file's pieces where they are known",
 }
-_NUM_THREADS = min(8, os.cpu_count() or 1)  # that hash; BLAKE3 works outside of Python's lock
 
 
 class _Frozen(BaseModel):
@@ -30,11 +26,26 @@ class _Frozen(BaseModel):
 
 
 class FileEntry(_Frozen):
-    """One file of an artifact: path relative to its directory, size and digest."""
+    """One file of an artifact: path relative to its directory, size, and digest or digests.
+
+    A file of weights has one of each tensor, which its writer had taken anyway and several threads
+    can check.
+    """
 
     path: str
     size_bytes: int
-    blake3: str
+    blake3: str | tuple[tuple[NonNegativeInt, str], ...]
+
+    @model_validator(mode="after")
+    def _pieces_make_the_file(self) -> Self:
+        if sum(size for size, _ in self.pieces) != self.size_bytes:
+            raise ValueError(f"the pieces of {self.path} are not {self.size_bytes} bytes together")
+        return self
+
+    @property
+    def pieces(self) -> Pieces:
+        """The file in pieces: itself where it has one digest."""
+        return ((self.size_bytes, self.blake3),) if isinstance(self.blake3, str) else self.blake3
 
 
 class Producer(_Frozen):
@@ -57,23 +68,11 @@ class Artifact(_Frozen):
     """The content of an ``artifact.json``."""
 
     type: str
-    format_version: Literal[2] = 2
+    format_version: Literal[2, 3] = 3
     produced_by: Producer
     inputs: tuple[Input, ...] = ()
     properties: dict[str, Any] = {}
     files: tuple[FileEntry, ...] = ()
-
-
-def blake3_file(path: Path) -> str:
-    """Return the hexadecimal BLAKE3 of a file, as ``b3sum`` prints it."""
-    with path.open("rb") as stream:  # not mapped: that is SIGBUS where the file is cut meanwhile
-        return hashlib.file_digest(stream, blake3).hexdigest()  # pyright: ignore[reportArgumentType]
-
-
-def sha256_json(value: Any) -> str:
-    """Return the sha256 of a value's canonical JSON (sorted keys, no blanks)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_types() -> dict[str, str | None]:
@@ -152,10 +151,17 @@ def verify_files(directory: Path, artifact: Artifact, *, digests: bool = True) -
             raise _damaged(directory, got)
     if not digests:
         return
-    found = _blake3_files(directory, [entry.path for entry in artifact.files])
-    wrong = [directory / each.path for each in artifact.files if found[each.path] != each.blake3]
-    if wrong:
-        raise _damaged(directory, f"{wrong[0]} does not have the BLAKE3 that artifact.json says")
+    parts = [part for entry in artifact.files for part in _parts(entry)]
+    for part, found in zip(parts, blake3_parts(directory, parts), strict=True):
+        if found != part.blake3:
+            problem = f"{directory / part.file} does not have the BLAKE3 that artifact.json says"
+            raise _damaged(directory, problem + part.place)
+
+
+def is_as_recorded(directory: Path, entry: FileEntry) -> bool:
+    """Return whether the bytes of a file have the digests of its entry."""
+    parts = list(_parts(entry))
+    return blake3_parts(directory, parts) == [part.blake3 for part in parts]
 
 
 def refuse_unlisted(directory: Path, artifact: Artifact, pattern: str) -> None:
@@ -183,12 +189,12 @@ def write_artifact(
     produced_by: Producer,
     inputs: Sequence[Input] = (),
     properties: Mapping[str, Any] | None = None,
-    digests: Mapping[str, str] | None = None,
+    digests: Mapping[str, str | Pieces] | None = None,
 ) -> Artifact:
     """Write ``artifact.json`` over all files now in ``directory``; call it last, in ``publish``.
 
-    ``digests`` has the BLAKE3 of those files, by relative path, whose writer took it from the bytes
-    that it wrote; they are not read again.
+    ``digests`` has the BLAKE3 of those files, by relative path, or of their pieces, whose writer
+    took it from the bytes that it wrote; they are not read again.
 
     Raises:
         ValueError: ``artifact_type`` is not in ``steps/types.toml``.
@@ -197,42 +203,31 @@ def write_artifact(
         raise ValueError(f"artifact type {artifact_type!r} is not in {TYPES_FILE}")
     names = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     files = [name.as_posix() for name in names if name.parts[0] != RESUME_DIR]
+    sizes = {file: (directory / file).stat().st_size for file in files}
     known = dict(digests or {})
-    known |= _blake3_files(directory, [file for file in files if file not in known])
+    unknown = [FilePart(file, 0, sizes[file]) for file in files if file not in known]
+    found = blake3_parts(directory, unknown)
+    known |= {part.file: digest for part, digest in zip(unknown, found, strict=True)}
     artifact = Artifact(
         type=artifact_type,
         produced_by=produced_by,
         inputs=tuple(inputs),
         properties=dict(properties or {}),
         files=tuple(
-            FileEntry(path=file, size_bytes=(directory / file).stat().st_size, blake3=known[file])
-            for file in files
+            FileEntry(path=file, size_bytes=sizes[file], blake3=known[file]) for file in files
         ),
     )
     write_text(directory / MANIFEST, artifact.model_dump_json(indent=2) + "\n")
     return artifact
 
 
-def _blake3_files(directory: Path, files: Sequence[str]) -> dict[str, str]:
-    """Return the digest of each file, hashed by several threads, of which the calling one is one.
-
-    It begins with the largest: a rank whose main thread only waited for the others, minutes for a
-    large base, would be taken for one that hangs.
-    """
-    digests: dict[str, str] = {}
-
-    def hash_all(some: Iterable[str]) -> None:
-        for file in some:
-            digests[file] = blake3_file(directory / file)
-
-    by_size = sorted(files, key=lambda file: (directory / file).stat().st_size, reverse=True)
-    rest = iter(by_size[1:])  # shared: each thread takes the next
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        others = threads.map(hash_all, [rest] * (_NUM_THREADS - 1))
-        hash_all(by_size[:1])
-        hash_all(rest)
-        list(others)  # raises what they raised
-    return digests
+def _parts(entry: FileEntry) -> Iterator[FilePart]:
+    start = 0
+    for size, digest in entry.pieces:
+        is_all = size == entry.size_bytes
+        place = "" if is_all else f" of bytes {start:,} to {start + size:,}"
+        yield FilePart(entry.path, start, size, digest, place)
+        start += size
 
 
 def _damaged(directory: Path, problem: str, *, code: str = "artifact_damaged") -> NemotronError:

@@ -6,6 +6,7 @@ import json
 import threading
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -16,11 +17,11 @@ from nemotron.artifacts import (
     Producer,
     blake3_file,
     describe_input,
+    digests,
     is_a,
     load_types,
     publish,
     read_artifact,
-    record,
     refuse_unlisted,
     sha256_json,
     verify_files,
@@ -83,6 +84,44 @@ def test_verify_files_compares_every_file_of_several(tmp_path: Path) -> None:
     verify_files(tmp_path / "out", artifact)
 
 
+def test_a_file_may_have_a_digest_of_each_of_its_pieces(tmp_path: Path) -> None:
+    pieces = [b"header", b"", b"first", b"second tensor"]
+    by_piece = tuple((len(piece), blake3(piece).hexdigest()) for piece in pieces)
+    with publish(tmp_path / "out", step=PRODUCER.step) as partial:
+        (partial / "weights").write_bytes(b"".join(pieces))
+        known = {"weights": by_piece}
+        artifact = write_artifact(
+            partial, artifact_type="checkpoint_lora", produced_by=PRODUCER, digests=known
+        )
+    assert read_artifact(tmp_path / "out", "checkpoint_lora") == artifact
+    verify_files(tmp_path / "out", artifact)
+    with (tmp_path / "out" / "weights").open("r+b") as stream:
+        stream.seek(len(b"headerfirst"))
+        stream.write(b"S")
+    with pytest.raises(NemotronError, match=r"does not have .* says of bytes 11 to 24"):
+        verify_files(tmp_path / "out", artifact)
+
+
+@pytest.mark.parametrize("pieces", [[[2, "0" * 64]], [[4, "0" * 64], [-1, "0" * 64]], []])
+def test_pieces_that_are_not_the_file_are_damage(tmp_path: Path, pieces: list[Any]) -> None:
+    make(tmp_path / "out")
+    manifest = tmp_path / "out" / MANIFEST
+    record = json.loads(manifest.read_text())
+    record["files"][0]["blake3"] = pieces
+    manifest.write_text(json.dumps(record))
+    with pytest.raises(NemotronError, match=r"artifact\.json: files\.0") as caught:
+        read_artifact(tmp_path / "out", "packed_parquet")
+    assert caught.value.code == "artifact_damaged"
+
+
+def test_an_artifact_with_a_digest_of_each_file_only_is_read_as_before(tmp_path: Path) -> None:
+    artifact = make(tmp_path / "out")
+    manifest = tmp_path / "out" / MANIFEST
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"format_version": 3', '"format_version": 2'))
+    assert read_artifact(tmp_path / "out", "packed_parquet").files == artifact.files
+
+
 def test_the_calling_thread_hashes_along_and_takes_the_largest_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,11 +132,11 @@ def test_the_calling_thread_hashes_along_and_takes_the_largest_file(
         artifact = write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
     hashed: dict[str, threading.Thread] = {}
 
-    def hash_file(path: Path) -> str:
+    def hash_file(path: Path, *piece: int) -> str:
         hashed[path.name] = threading.current_thread()
-        return blake3_file(path)
+        return blake3_file(path, *piece)
 
-    monkeypatch.setattr(record, "blake3_file", hash_file)
+    monkeypatch.setattr(digests, "blake3_file", hash_file)
     verify_files(tmp_path / "out", artifact)
     assert hashed["5.bin"] is threading.current_thread()
     assert sorted(hashed) == [entry.path for entry in artifact.files]
@@ -112,15 +151,15 @@ def test_a_file_that_another_thread_cannot_read_is_the_error(
         artifact = write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
     was_tried = threading.Event()
 
-    def hash_file(path: Path) -> str:
+    def hash_file(path: Path, *piece: int) -> str:
         if path.name == "large.bin":
             assert was_tried.wait(timeout=10)
-            return blake3_file(path)
+            return blake3_file(path, *piece)
         was_tried.set()
         raise OSError("no such luck")
 
-    monkeypatch.setattr(record, "_NUM_THREADS", 2)
-    monkeypatch.setattr(record, "blake3_file", hash_file)
+    monkeypatch.setattr(digests, "_NUM_THREADS", 2)
+    monkeypatch.setattr(digests, "blake3_file", hash_file)
     with pytest.raises(OSError, match="no such luck"):
         verify_files(tmp_path / "out", artifact)
 
@@ -166,9 +205,9 @@ def test_an_artifact_of_another_format_is_refused_in_words(tmp_path: Path) -> No
     # What a version that recorded sha256 wrote: no file of it is damaged.
     make(tmp_path / "out")
     manifest = tmp_path / "out" / MANIFEST
-    text = manifest.read_text().replace('"format_version": 2', '"format_version": 1')
+    text = manifest.read_text().replace('"format_version": 3', '"format_version": 1')
     manifest.write_text(text.replace('"blake3": ', '"sha256": '))
-    with pytest.raises(NemotronError, match="is of format 1: Input should be 2") as caught:
+    with pytest.raises(NemotronError, match="is of format 1: Input should be 2 or 3") as caught:
         read_artifact(tmp_path / "out", "packed_parquet")
     assert caught.value.code == "artifact_format"
     assert caught.value.exit_code is ExitCode.DATA
