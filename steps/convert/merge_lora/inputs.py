@@ -42,6 +42,7 @@ class MergeInputs:
     Args:
         adapter: The adapter.
         base: The weights it was trained on.
+        base_path: Where they lie.
         model_files: Directory that config, generation config and tokenizer come from.
         chat_template: Template that the adapter was trained with where it is not the one in
             ``model_files``; None otherwise.
@@ -50,6 +51,7 @@ class MergeInputs:
 
     adapter: LoraAdapter
     base: FingerprintedWeights
+    base_path: Path
     model_files: Path
     chat_template: str | None
     lineage: tuple[Input, ...]
@@ -111,6 +113,7 @@ def open_inputs(
     return MergeInputs(
         adapter=open_any_adapter(adapter_dir, config=opened.weights.config),
         base=FingerprintedWeights(opened.weights, fingerprint),
+        base_path=base,
         model_files=files,
         chat_template=_other_chat_template(adapter_dir, record, files),
         lineage=(describe_input("checkpoint_lora", adapter_dir), opened.lineage),
@@ -161,7 +164,10 @@ def _check_base(
     # A base with a manifest has just been verified file by file, so its word is good.
     got = opened.artifact.properties.get("base_fingerprint") if opened.artifact else None
     if wanted is None:
-        print(f"warning: {adapter_dir} does not record its base: not checked", file=sys.stderr)
+        print(
+            f"warning: {adapter_dir} does not record its base: whether it is {base} is not checked",
+            file=sys.stderr,
+        )
         return got
     if got is None:
         got = base_fingerprint(ReportedWeights(opened.weights, f"fingerprint of {base}"))

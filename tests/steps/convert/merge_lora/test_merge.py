@@ -251,7 +251,9 @@ def test_an_adapter_that_records_no_base_is_refused_unless_told(
     assert "does not record the fingerprint of its base" in error.problem
     assert "allow_unverified_base=true" in error.fix
     _merge(saved, base_hf, tmp_path / "out" / "hf", allow_unverified_base=True)
-    assert "does not record its base: not checked" in capsys.readouterr().err
+    seen = capsys.readouterr()
+    assert f"does not record its base: whether it is {base_hf} is not checked" in seen.err
+    assert f"{saved} is merged into {base_hf}\n" in seen.out
 
 
 def test_an_adapter_that_was_never_validated_is_refused_unless_told(
