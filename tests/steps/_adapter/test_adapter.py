@@ -22,6 +22,7 @@ from nemotron.steps._adapter import diff, export, verify
 from nemotron.steps._adapter.schema import DiffConfig, ExportConfig, VerifyConfig
 from tests.conftest import SmallDisk
 from tests.steps._formats.harm import HARMS, resign
+from tests.steps._formats.plain_lora import PLAIN, save_plain_lora
 
 PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
 Output = pytest.CaptureFixture[str]
@@ -141,6 +142,20 @@ def test_export_writes_both_layouts_and_comes_back_the_same(
         with torch.no_grad():
             logits.append(PeftModel.from_pretrained(base, directory)(ids).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_export_of_what_peft_saved_answers_as_peft_with_it(
+    tmp_path: Path, capsys: Output, base_hf: Path, kind: str
+) -> None:
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        wanted = save_plain_lora(base_hf, tmp_path / "peft", **PLAIN[kind])(ids).logits
+    exported(tmp_path / "peft", tmp_path / "out", "peft", base_hf)
+    base = LlamaForCausalLM.from_pretrained(base_hf)
+    with torch.no_grad():
+        got = PeftModel.from_pretrained(base, tmp_path / "out")(ids).logits
+    assert torch.equal(got, wanted)
 
 
 def test_export_says_at_which_size_megatron_bridge_reads_parts_that_have_their_own_lora_a(

@@ -35,6 +35,7 @@ from nemotron.steps.convert.merge_lora.merge import add_delta, rms_change
 from nemotron.steps.convert.merge_lora.schema import Config
 from nemotron.steps.convert.merge_lora.step import run
 from tests.steps._formats.harm import HARMS, resign
+from tests.steps._formats.plain_lora import PLAIN, save_plain_lora
 
 PRODUCER = Producer(step="convert/merge_lora", config_sha256="0" * 64, code_version="0")
 IDS = torch.arange(60).reshape(3, 20)
@@ -83,6 +84,24 @@ def test_ranks_and_alphas_by_module_are_merged_as_peft_scales_them(
     assert origin["use_rslora"] is use_rslora
     assert set(origin["rank_pattern"].values()) == {5}
     assert set(origin["alpha_pattern"].values()) == {1.5}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_whatever_modules_peft_adapts_the_merge_is_pefts_own(
+    tmp_path: Path, save_base: SaveBase, kind: str
+) -> None:
+    base, output = tmp_path / "base", tmp_path / "out"
+    save_base(base)
+    model = save_plain_lora(base, tmp_path / "adapter", **PLAIN[kind])
+    _merge(tmp_path / "adapter", base, output, allow_unverified_base=True)
+    theirs: Any = model.merge_and_unload()
+    ours = LlamaForCausalLM.from_pretrained(output).state_dict()
+    before = LlamaForCausalLM.from_pretrained(base).state_dict()
+    wanted = theirs.state_dict()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, before[name]) == torch.equal(ours[name], before[name])
+        # fp32: the same sum, of products in another order.
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
