@@ -25,8 +25,8 @@ Factors = tuple[Tensor, Tensor]
 
 def run(config: DiffConfig, producer: Producer) -> None:
     """Compare two adapters of one base and print where they differ."""
-    one = open_with_base(config.adapter, base=config.base)
-    other = open_with_base(config.other, base=config.base or one.base_path)
+    one = open_with_base(config.adapter, base=config.base, base_digests=False)
+    other = open_with_base(config.other, base=config.base or one.base_path, base_digests=False)
     found = compare(one.adapter, other.adapter)
     print(json.dumps(found, indent=2) if config.as_json else _page(found))
 

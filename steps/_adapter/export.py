@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from nemotron.artifacts import Producer, describe_input, publish, refuse_overlap, write_artifact
+from nemotron.artifacts import Producer, publish, refuse_overlap, write_artifact
 from nemotron.steps._adapter.diff import compare
 from nemotron.steps._adapter.opening import OpenedAdapter, open_with_base
 from nemotron.steps._adapter.schema import ExportConfig
@@ -21,7 +21,7 @@ from nemotron.steps._models.layouts import LORA_TARGETS
 
 def run(config: ExportConfig, producer: Producer) -> None:
     """Write an adapter in another layout."""
-    opened = open_with_base(config.adapter, base=config.base)
+    opened = open_with_base(config.adapter, base=config.base, base_digests=False)
     source = opened.adapter.directory
     refuse_overlap(config.output, {"adapter": source, "base": opened.base_path})
     with publish(config.output, step=producer.step) as partial:
@@ -31,11 +31,8 @@ def run(config: ExportConfig, producer: Producer) -> None:
             partial,
             artifact_type="checkpoint_lora",
             produced_by=producer,
-            inputs=[
-                describe_input("checkpoint_lora", source),
-                describe_input(opened.base_type, opened.base_path),
-            ],
-            properties=opened.record.properties if opened.record else {},
+            inputs=opened.lineage,
+            properties=opened.recorded,
         )
     found = {"output": str(config.output), "layout": config.layout, "kind": kind}
     text = f"{source} -> {config.output} ({kind})"
@@ -43,7 +40,7 @@ def run(config: ExportConfig, producer: Producer) -> None:
 
 
 def _write(partial: Path, opened: OpenedAdapter, layout: str) -> str:
-    iteration = int((opened.record.properties.get("iteration") if opened.record else None) or 0)
+    iteration = int(opened.recorded.get("iteration") or 0)
     if layout == "megatron_bridge":
         base = str(opened.base_path.resolve())
         kind = write_megatron_adapter(

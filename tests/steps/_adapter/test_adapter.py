@@ -67,6 +67,36 @@ def test_verify_says_what_cannot_be_verified(capsys: Output, adapter: Path, base
     assert "the adapter records no fingerprint" in page
     assert "no artifact.json" in page
     assert "never measured" in page
+    assert "merge     with allow_unverified_base=true only" in page
+    assert found["merge_needs"] == ["allow_unverified_base"]
+
+
+def test_verify_says_that_a_merge_asks_for_a_held_out_loss(
+    capsys: Output, adapter: Path, base_hf: Path
+) -> None:
+    assert verified(capsys, adapter, base_hf)["merge_needs"] == []
+    resign(adapter / "iter_0000020", valid_loss=None)
+    assert verified(capsys, adapter, base_hf)["merge_needs"] == ["allow_unvalidated"]
+
+
+def test_verify_refuses_a_base_with_a_changed_byte(adapter: Path, base_megatron: Path) -> None:
+    path = base_megatron / "iter_0000000" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(NemotronError) as caught:
+        verify.run(VerifyConfig(adapter=adapter, base=base_megatron), PRODUCER)
+    assert (caught.value.code, caught.value.exit_code) == ("artifact_damaged", ExitCode.DATA)
+    assert "__0_0.distcp" in caught.value.problem
+
+
+def test_verify_refuses_a_base_with_another_tokenizer(adapter: Path, base_hf: Path) -> None:
+    path = base_hf / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    with pytest.raises(NemotronError) as caught:
+        verify.run(VerifyConfig(adapter=adapter, base=base_hf), PRODUCER)
+    assert caught.value.code == "base_model_mismatch"
+    assert "tokenizer.json is not what" in caught.value.problem
 
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
