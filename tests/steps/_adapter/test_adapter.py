@@ -23,6 +23,7 @@ from nemotron.steps._adapter.schema import DiffConfig, ExportConfig, VerifyConfi
 from tests.conftest import SmallDisk
 from tests.steps._formats.harm import HARMS, resign
 from tests.steps._formats.plain_lora import PLAIN, save_plain_lora
+from tests.steps.convert.conftest import SaveAdapter
 
 PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
 Output = pytest.CaptureFixture[str]
@@ -172,6 +173,19 @@ def test_export_writes_both_layouts_and_comes_back_the_same(
         with torch.no_grad():
             logits.append(PeftModel.from_pretrained(base, directory)(ids).logits)
     assert torch.equal(*logits)
+
+
+def test_export_of_rslora_whose_scale_is_rounded_on_the_way_succeeds(
+    tmp_path: Path, capsys: Output, base_hf: Path, save_adapter: SaveAdapter
+) -> None:
+    # 26 / sqrt(12) * 12 / 12 is not 26 / sqrt(12).
+    source = save_adapter(
+        tmp_path / "source", base_hf, dim=12, alpha=26, use_rslora=True, ranks=(12, 12)
+    )
+    exported(source, tmp_path / "out", "megatron_bridge", base_hf)
+    found = compared(capsys, source, tmp_path / "out", base_hf)
+    # The root of a difference of squares, which fp64 rounds to 1e-16.
+    assert 0 < found["relative_difference"] < 1e-7
 
 
 @pytest.mark.parametrize("kind", PLAIN)
