@@ -146,6 +146,36 @@ def test_diff_compares_what_is_added_to_the_weights_not_the_factors(
     assert f"{name}: " in capsys.readouterr().out
 
 
+def test_diff_counts_a_module_that_one_is_not_on_as_one_that_adds_nothing(
+    tmp_path: Path, capsys: Output, adapter: Path, base_hf: Path
+) -> None:
+    one = adapter / "iter_0000020"
+    other = Path(shutil.copytree(one, tmp_path / "other"))
+    tensors = load_file(other / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "q_proj" in name}
+    rewrite(other / "adapter_model.safetensors", kept)
+    path = other / "adapter_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"target_modules": ["q_proj"]}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    resign(other)
+    name = "model.layers.1.mlp.down_proj"
+    lora_a, lora_b = (
+        tensors[f"base_model.model.{name}.lora_{half}.weight"].double() for half in "AB"
+    )
+    norm = (2.0 * lora_b @ lora_a).norm().item()
+    for first, second, key, first_norm in (
+        (one, other, "only_in_first", norm),
+        (other, one, "only_in_second", 0.0),
+    ):
+        found = compared(capsys, first, second, base_hf)
+        assert name in found[key]
+        assert found["relative_difference"] > 0.5
+        assert found["modules"][name]["difference"] == pytest.approx(norm, rel=1e-12)
+        assert found["modules"][name]["norm"] == pytest.approx(first_norm, rel=1e-12)
+    diff.run(DiffConfig(adapter=one, other=other, base=base_hf), PRODUCER)
+    assert "12 of 14 modules differ" in capsys.readouterr().out
+
+
 def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path)
     resign(path.parent)
