@@ -30,12 +30,11 @@ from nemotron.steps._formats.fingerprint import FingerprintedWeights, base_finge
 from nemotron.steps._formats.huggingface import (
     HuggingFaceCheckpoint,
     describes,
-    read_json,
     tokenizer_blake3,
 )
 from nemotron.steps._formats.lora import LoraAdapter, adapter_error
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron, read_run_config
-from nemotron.steps._formats.weights import ReportedWeights, Weights
+from nemotron.steps._formats.weights import ReportedWeights, Weights, read_json
 
 _BASES = ("checkpoint_megatron", "checkpoint_hf")
 

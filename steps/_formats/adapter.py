@@ -31,11 +31,10 @@ from nemotron.steps._formats.adapter_checks import (
     wanted_shapes,
 )
 from nemotron.steps._formats.adapter_targets import adapted_modules
-from nemotron.steps._formats.huggingface import pickled_weights, read_json
 from nemotron.steps._formats.lora import LoraAdapter, adapter_error
 from nemotron.steps._formats.megatron import TRACKER
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
-from nemotron.steps._formats.weights import all_finite
+from nemotron.steps._formats.weights import all_finite, pickled_weights, read_json
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import (
     lora_from_hf,

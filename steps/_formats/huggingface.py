@@ -7,8 +7,6 @@ loading one can run code.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +18,7 @@ from torch import Tensor
 from nemotron.artifacts import blake3_file
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.safetensors_file import SafetensorsFile
-from nemotron.steps._formats.weights import (
-    check_names,
-    damaged,
-)
+from nemotron.steps._formats.weights import check_names, damaged, pickled_weights, read_json
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import hf_tensors
 
@@ -200,21 +195,6 @@ def _read_index(index_path: Path) -> dict[str, SafetensorsFile]:
     return {name: files[file] for name, file in places.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint.
-
-    Raises:
-        NemotronError: ``artifact_damaged``.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise damaged(path, "this is not a JSON object")
-    return value
-
-
 def _missing(directory: Path, what: str) -> NemotronError:
     return NemotronError(
         "checkpoint_missing",
@@ -232,26 +212,6 @@ def _pickled(directory: Path) -> NemotronError:
         "T.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
     )
     return pickled_weights(directory, f"{directory} holds pickled weights (.bin or .pt)", script)
-
-
-def pickled_weights(directory: Path, problem: str, script: str) -> NemotronError:
-    """Return the error of a directory whose weights are pickles, with the command to convert it.
-
-    Args:
-        directory: The directory.
-        problem: What is wrong.
-        script: Python that converts the first argument, a directory, into the second.
-    """
-    target = directory.with_name(f"{directory.name}-safetensors")
-    command = shlex.join(["python", "-c", script, str(directory), str(target)])
-    return NemotronError(
-        "pickled_weights",
-        f"{problem} and no safetensors",
-        where=str(directory),
-        why="loading a pickle can run code, so they are not read",
-        fix=f"convert it where you trust it: {command}",
-        exit_code=ExitCode.DATA,
-    )
 
 
 def _wrong_shape(

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nemotron.artifacts import MANIFEST, Artifact, read_artifact
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._formats.huggingface import read_config, read_json
+from nemotron.steps._formats.huggingface import read_config
 from nemotron.steps._formats.torch_dist import TorchDistReader
-from nemotron.steps._formats.weights import check_names, damaged
+from nemotron.steps._formats.weights import check_names, damaged, read_json
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import WeightRule, hf_tensors, split_rows, weight_rules
 
