@@ -20,6 +20,7 @@ from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.safetensors_file import SafetensorsFile
 from nemotron.steps._formats.weights import check_names, damaged, pickled_weights, read_json
 from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.fields import naming
 from nemotron.steps._models.layouts import hf_tensors
 
 WEIGHTS_FILE = "model.safetensors"
@@ -54,7 +55,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = DecoderConfig.from_hf(read_config(directory))
+        self.config = read_decoder_config(directory)
         self._files = _index(directory)
         self._tensors = hf_tensors(self.config)
         check_names(self._model_names(), self._tensors, where=str(directory))
@@ -110,13 +111,23 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def read_decoder_config(directory: Path) -> DecoderConfig:
+    """Return the sizes that the ``config.json`` of a Hugging Face directory states.
+
+    Raises:
+        NemotronError: ``model_unsupported``, and what ``read_config`` raises.
+    """
+    with naming(directory / "config.json"):
+        return DecoderConfig.from_hf(read_config(directory))
+
+
 def describes(directory: Path, config: DecoderConfig) -> bool:
     """Return whether the ``config.json`` in a directory is that of a model.
 
     A run config knows the sequence length of its run and not what the model was made for, so that
     is left out.
     """
-    described = DecoderConfig.from_hf(read_config(directory))
+    described = read_decoder_config(directory)
     limit = config.max_position_embeddings
     return dataclasses.replace(described, max_position_embeddings=limit) == config
 
@@ -182,6 +193,8 @@ def _read_index(index_path: Path) -> dict[str, SafetensorsFile]:
     places = read_json(index_path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise damaged(index_path, "it has no weight_map")
+    if not all(isinstance(file, str) for file in places.values()):
+        raise damaged(index_path, "its weight_map gives names that are no text")
     files: dict[str, SafetensorsFile] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file:

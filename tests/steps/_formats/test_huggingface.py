@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,10 +145,12 @@ def test_open_names_a_missing_shard(tmp_path: Path, save_llama: SaveLlama) -> No
         ({}, "it has no weight_map"),
         ({"x": "../model.safetensors"}, "points outside the directory"),
         ({"x": "part.safetensors"}, "x is not in it"),
+        ({"x": ["part.safetensors"]}, "its weight_map gives names that are no text"),
+        ({"x": None, "y": "part.safetensors"}, "its weight_map gives names that are no text"),
     ],
 )
 def test_open_refuses_an_index_that_makes_no_sense(
-    tmp_path: Path, save_llama: SaveLlama, places: dict[str, str], message: str
+    tmp_path: Path, save_llama: SaveLlama, places: dict[str, Any], message: str
 ) -> None:
     save_llama(tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / "part.safetensors")
@@ -160,6 +163,15 @@ def test_open_refuses_an_index_that_makes_no_sense(
 def test_open_refuses_a_config_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     assert "config.json: this is not a JSON object" in _error(tmp_path).problem
+
+
+def test_open_names_the_config_that_is_not_supported(tmp_path: Path, save_llama: SaveLlama) -> None:
+    save_llama(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"hidden_act": "gelu"}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    error = _error(tmp_path)
+    assert (error.code, error.where) == ("model_unsupported", str(path))
 
 
 def test_open_says_what_a_directory_lacks(tmp_path: Path, save_llama: SaveLlama) -> None:
