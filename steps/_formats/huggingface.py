@@ -26,16 +26,20 @@ from nemotron.steps._models.layouts import hf_tensors
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+# Names and patterns of what transformers and vLLM read for a tokenizer and its chat templates.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "tokenizer.model.v*",  # mistral-common's, as is tekken.json
+    "tekken.json",
     "vocab.json",
     "merges.txt",
     CHAT_TEMPLATE,
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -138,11 +142,12 @@ def copy_model_files(source: Path, target: Path, *, has_tokenizer: bool = True) 
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy those of ``names`` that ``source`` has; ``target`` is made."""
+    """Copy the files of ``source`` that have one of these names or patterns; ``target`` is made."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in (path for name in names for path in source.glob(name) if path.is_file()):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def tokenizer_blake3(directory: Path) -> str | None:

@@ -187,17 +187,20 @@ def test_open_says_what_a_directory_lacks(tmp_path: Path, save_llama: SaveLlama)
 def test_copy_model_files_takes_config_and_tokenizer_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+    (source / "additional_chat_templates").mkdir()
+    wanted = {
+        *("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"),
+        *("tekken.json", "tokenizer.model", "tokenizer.model.v3"),
+        "additional_chat_templates/tool_use.jinja",
+    }
+    for name in wanted:
         (source / name).write_text(name, encoding="utf-8")
     (source / "modeling_custom.py").write_text("raise SystemExit", encoding="utf-8")
+    (source / "additional_chat_templates" / "notes.txt").write_text("", encoding="utf-8")
     copy_model_files(source, tmp_path / "all")
     copy_model_files(source, tmp_path / "bare", has_tokenizer=False)
-    assert {path.name for path in (tmp_path / "all").iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "chat_template.jinja",
-    }
+    copies = (path for path in (tmp_path / "all").rglob("*") if path.is_file())
+    assert {str(path.relative_to(tmp_path / "all")) for path in copies} == wanted
     bare = {path.name for path in (tmp_path / "bare").iterdir()}
     assert bare == {"config.json", "generation_config.json"}
 

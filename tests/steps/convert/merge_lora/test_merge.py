@@ -234,6 +234,18 @@ def test_an_adapter_brings_the_chat_template_that_it_was_trained_with(
     assert read_chat_template(tmp_path / "bare") is None
 
 
+def test_the_output_has_all_named_chat_templates_of_the_base(
+    tmp_path: Path, base_hf: Path, save_adapter: SaveAdapter
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_hf)
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    tokenizer.save_pretrained(base_hf)
+    adapter = save_adapter(tmp_path / "adapter", base_hf, chat_template_sha256=None)
+    _merge(adapter, base_hf, tmp_path / "out")
+    got = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert got == {"default": "a", "tool_use": "b"}
+
+
 def test_debug_prints_the_change_of_every_adapted_tensor(
     tmp_path: Path, base_hf: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
