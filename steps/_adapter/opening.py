@@ -179,14 +179,14 @@ def _recorded_base(directory: Path, record: Artifact | None) -> Path | None:
 def _open_base(path: Path, *, is_megatron: bool, digests: bool) -> _Base:
     if is_megatron:
         checkpoint = open_megatron(path)
-        root, files, artifact = checkpoint.root, checkpoint.hf_dir, checkpoint.artifact
-        weights: Weights = MegatronWeights(checkpoint)
-    else:
-        artifact = read_artifact(path, "checkpoint_hf") if (path / MANIFEST).is_file() else None
-        root, files, weights = path, path, HuggingFaceCheckpoint(path)
+        if checkpoint.artifact is not None:
+            verify_files(checkpoint.root, checkpoint.artifact, digests=digests)
+        weights = MegatronWeights(checkpoint)
+        return _Base(weights, checkpoint.root, checkpoint.hf_dir, checkpoint.artifact)
+    artifact = read_artifact(path, "checkpoint_hf") if (path / MANIFEST).is_file() else None
     if artifact is not None:
-        verify_files(root, artifact, digests=digests)
-    return _Base(weights, root, files, artifact)
+        verify_files(path, artifact, digests=digests)
+    return _Base(HuggingFaceCheckpoint(path), path, path, artifact)
 
 
 def _check_model_files(
