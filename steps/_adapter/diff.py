@@ -25,8 +25,8 @@ Factors = tuple[Tensor, Tensor]
 
 def run(config: DiffConfig, producer: Producer) -> None:
     """Compare two adapters of one base and print where they differ."""
-    one = open_with_base(config.adapter, base=config.base)
-    other = open_with_base(config.other, base=config.base or one.base_path)
+    one = open_with_base(config.adapter, base=config.base, base_digests=False)
+    other = open_with_base(config.other, base=config.base or one.base_path, base_digests=False)
     found = compare(one.adapter, other.adapter)
     print(json.dumps(found, indent=2) if config.as_json else _page(found))
 
@@ -35,27 +35,34 @@ def compare(one: LoraAdapter, other: LoraAdapter) -> dict[str, Any]:
     """Return the differences of two adapters: of their settings and of each module's delta."""
     keys = ("dim", "alpha", "use_rslora", "dropout", "target_modules")
     settings = {key: [getattr(one, key), getattr(other, key)] for key in keys}
-    shared = [module for module in one.modules if module in set(other.modules)]
-    modules = {module: _compare_module(one, other, module) for module in shared}
+    first, second = set(one.modules), set(other.modules)
+    modules = {
+        module: _compare_deltas(
+            _delta(one, module) if module in first else None,
+            _delta(other, module) if module in second else None,
+        )
+        for module in dict.fromkeys([*one.modules, *other.modules])
+    }
     total = sum(each["norm"] ** 2 for each in modules.values())
     apart = sum(each["difference"] ** 2 for each in modules.values())
     return {
         "settings": {key: pair for key, pair in settings.items() if pair[0] != pair[1]},
-        "only_in_first": sorted(set(one.modules) - set(shared)),
-        "only_in_second": sorted(set(other.modules) - set(shared)),
+        "only_in_first": sorted(first - second),
+        "only_in_second": sorted(second - first),
         "relative_difference": math.sqrt(apart / total) if total else math.sqrt(apart),
         "modules": modules,
     }
 
 
-def _compare_module(one: LoraAdapter, other: LoraAdapter, module: str) -> dict[str, float]:
-    """Return Frobenius norms: of the first delta, and of the difference of both."""
-    first, second = (_delta(each, module) for each in (one, other))
-    if all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
-        return {"norm": math.sqrt(_product(first, first)), "difference": 0.0}
-    squares = _product(first, first) - 2 * _product(first, second) + _product(second, second)
-    norm = math.sqrt(max(_product(first, first), 0.0))
-    return {"norm": norm, "difference": math.sqrt(max(squares, 0.0))}
+def _compare_deltas(first: Factors | None, second: Factors | None) -> dict[str, float]:
+    """Return Frobenius norms: of the first delta, and of the difference of both; None is zero."""
+    square, other_square = (_product(each, each) if each else 0.0 for each in (first, second))
+    squares = square + other_square
+    if first and second:
+        squares -= 2 * _product(first, second)
+        if all(map(torch.equal, first, second)):
+            squares = 0.0
+    return {"norm": math.sqrt(max(square, 0.0)), "difference": math.sqrt(max(squares, 0.0))}
 
 
 def _delta(adapter: LoraAdapter, module: str) -> Factors:

@@ -1,11 +1,24 @@
-"""An adapter with the base it belongs to, both found and checked."""
+"""An adapter with the base it belongs to: found, checked for damage and against each other.
+
+``convert/merge_lora`` and ``nemotron adapter`` open their inputs here, so that what is verified is
+what is merged.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nemotron.artifacts import MANIFEST, Artifact, read_artifact, verify_files
+from nemotron.artifacts import (
+    MANIFEST,
+    Artifact,
+    Input,
+    describe_input,
+    read_artifact,
+    verify_files,
+)
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.adapter import ADAPTER_CONFIG
 from nemotron.steps._formats.any_adapter import (
@@ -13,11 +26,15 @@ from nemotron.steps._formats.any_adapter import (
     open_any_adapter,
     read_adapter_record,
 )
-from nemotron.steps._formats.fingerprint import base_fingerprint
-from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint, read_json
+from nemotron.steps._formats.fingerprint import FingerprintedWeights, base_fingerprint
+from nemotron.steps._formats.huggingface import (
+    HuggingFaceCheckpoint,
+    describes,
+    tokenizer_blake3,
+)
 from nemotron.steps._formats.lora import LoraAdapter, adapter_error
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron, read_run_config
-from nemotron.steps._formats.weights import ReportedWeights, Weights
+from nemotron.steps._formats.weights import ReportedWeights, Weights, read_json
 
 _BASES = ("checkpoint_megatron", "checkpoint_hf")
 
@@ -31,19 +48,22 @@ class OpenedAdapter:
         record: Its ``artifact.json``, files verified; None where it has none.
         base_path: The base.
         base: The base's weights.
-        is_base_verified: Whether the base is the one that the adapter records.
+        model_files: Directory that describes the base and has its tokenizer; None where it has
+            none.
+        lineage: Adapter and base, for the ``artifact.json`` of what is made of them.
     """
 
     adapter: LoraAdapter
     record: Artifact | None
     base_path: Path
-    base: Weights
-    is_base_verified: bool
+    base: FingerprintedWeights
+    model_files: Path | None
+    lineage: tuple[Input, Input]
 
     @property
-    def base_type(self) -> str:
-        """Artifact type of the base."""
-        return _BASES[(self.base_path / "config.json").is_file()]
+    def recorded(self) -> Mapping[str, Any]:
+        """What the adapter's ``artifact.json`` says of it."""
+        return _recorded(self.record)
 
     @property
     def layout(self) -> str:
@@ -51,34 +71,97 @@ class OpenedAdapter:
         is_peft = (self.adapter.directory / ADAPTER_CONFIG).is_file()
         return "peft" if is_peft else "megatron_bridge"
 
+    @property
+    def is_base_verified(self) -> bool:
+        """Whether the base is known to be the one that the adapter was trained on."""
+        return _records_base(self.record)
 
-def open_with_base(path: Path, *, base: Path | None) -> OpenedAdapter:
-    """Return the adapter at ``path`` after every check that a merge makes.
+    @property
+    def is_validated(self) -> bool:
+        """Whether its loss was measured on held-out data, as far as it would say so."""
+        return _is_validated(self.record)
+
+
+@dataclass(frozen=True)
+class _Base:
+    weights: Weights
+    root: Path
+    model_files: Path | None
+    artifact: Artifact | None
+
+
+def open_with_base(
+    path: Path,
+    *,
+    base: Path | None,
+    is_megatron_base: bool | None = None,
+    model_files: Path | None = None,
+    base_digests: bool = True,
+    allow_unverified_base: bool = True,
+    allow_unvalidated: bool = True,
+) -> OpenedAdapter:
+    """Return the adapter at ``path`` and its base after all checks; nothing is written.
 
     Args:
         path: Adapter directory of PEFT, checkpoint of Megatron-Bridge, or a root of either.
         base: Base checkpoint of either format; None: the one that the adapter records.
+        is_megatron_base: Whether it is a Megatron checkpoint; None: what has no config.json is.
+        model_files: Directory with config and tokenizer; None: the base's own.
+        base_digests: Compare the files of the base with their digests, not just with their sizes.
+        allow_unverified_base: Accept an adapter that does not record its base.
+        allow_unvalidated: Accept an adapter without a held-out loss.
 
     Raises:
         NemotronError: ``adapter_missing``, ``base_missing``, ``base_model_mismatch``,
-            ``artifact_damaged``, and what opening adapter and base raises.
+            ``adapter_not_validated``, ``artifact_damaged``, and what opening adapter and base
+            raises.
     """
     directory = find_any_adapter(path)
     if directory is None:
         problem = f"neither PEFT's nor Megatron-Bridge's adapter files are at {path}"
         raise adapter_error("missing", path, problem)
     record = read_adapter_record(directory)
+    if not allow_unvalidated and not _is_validated(record):
+        raise _not_validated(directory)
+    if not allow_unverified_base and not _records_base(record):
+        problem = f"{directory} does not record the fingerprint of its base"
+        raise _other_base(problem, directory)
     base_path = base or _recorded_base(directory, record)
     if base_path is None:
         raise _base_missing(directory)
-    weights, fingerprint = _open_base(base_path)
-    wanted = record.properties.get("base_fingerprint") if record else None
-    if wanted is not None:
-        got = fingerprint or base_fingerprint(ReportedWeights(weights, f"reading {base_path}"))
-        if got != wanted:
-            raise _other_base(directory, base_path, got=got, wanted=wanted)
-    adapter = open_any_adapter(directory, config=weights.config)
-    return OpenedAdapter(adapter, record, base_path, weights, wanted is not None)
+    if is_megatron_base is None:
+        is_megatron_base = not (base_path / "config.json").is_file()
+    opened = _open_base(base_path, is_megatron=is_megatron_base, digests=base_digests)
+    files = model_files or opened.model_files
+    if files is not None:
+        _check_model_files(directory, record, files, opened.weights)
+    fingerprint = _check_fingerprint(directory, record, opened, base_path)
+    return OpenedAdapter(
+        adapter=open_any_adapter(directory, config=opened.weights.config),
+        record=record,
+        base_path=base_path,
+        base=FingerprintedWeights(opened.weights, fingerprint),
+        model_files=files,
+        lineage=(
+            describe_input("checkpoint_lora", directory),
+            describe_input(_BASES[not is_megatron_base], opened.root),
+        ),
+    )
+
+
+def _recorded(record: Artifact | None) -> Mapping[str, Any]:
+    return record.properties if record else {}
+
+
+def _records_base(record: Artifact | None) -> bool:
+    return _recorded(record).get("base_fingerprint") is not None
+
+
+def _is_validated(record: Artifact | None) -> bool:
+    """Return whether an adapter has a held-out loss; one of others, or exported, never says so."""
+    recorded = _recorded(record)
+    is_of_others = recorded.keys().isdisjoint({"base_fingerprint", "valid_loss"})
+    return is_of_others or recorded.get("valid_loss") is not None
 
 
 def _recorded_base(directory: Path, record: Artifact | None) -> Path | None:
@@ -93,18 +176,48 @@ def _recorded_base(directory: Path, record: Artifact | None) -> Path | None:
     return next((Path(name) for name in names if name and Path(name).is_dir()), None)
 
 
-def _open_base(path: Path) -> tuple[Weights, str | None]:
-    """Return the weights of a base and the fingerprint that its own ``artifact.json`` gives."""
-    if (path / "config.json").is_file():
-        artifact = read_artifact(path, "checkpoint_hf") if (path / MANIFEST).is_file() else None
-        root, weights = path, HuggingFaceCheckpoint(path)
-    else:
+def _open_base(path: Path, *, is_megatron: bool, digests: bool) -> _Base:
+    if is_megatron:
         checkpoint = open_megatron(path)
-        artifact, root, weights = checkpoint.artifact, checkpoint.root, MegatronWeights(checkpoint)
-    if artifact is None:
-        return weights, None
-    verify_files(root, artifact, digests=False)
-    return weights, artifact.properties.get("base_fingerprint")
+        if checkpoint.artifact is not None:
+            verify_files(checkpoint.root, checkpoint.artifact, digests=digests)
+        weights = MegatronWeights(checkpoint)
+        return _Base(weights, checkpoint.root, checkpoint.hf_dir, checkpoint.artifact)
+    artifact = read_artifact(path, "checkpoint_hf") if (path / MANIFEST).is_file() else None
+    if artifact is not None:
+        verify_files(path, artifact, digests=digests)
+    return _Base(HuggingFaceCheckpoint(path), path, path, artifact)
+
+
+def _check_model_files(
+    directory: Path, record: Artifact | None, files: Path, weights: Weights
+) -> None:
+    """Check that ``files`` describe the base and have the tokenizer that the adapter knows."""
+    if not describes(files, weights.config):
+        raise _other_base(f"{files}/config.json describes another model than the base", files)
+    wanted, got = _recorded(record).get("tokenizer_blake3"), tokenizer_blake3(files)
+    if wanted is not None and got is not None and got != wanted:
+        problem = f"{files}/tokenizer.json is not what {directory} was trained with"
+        raise _other_base(problem, files)
+
+
+def _check_fingerprint(
+    directory: Path, record: Artifact | None, opened: _Base, base_path: Path
+) -> str | None:
+    """Return the base's fingerprint as far as it is known, checked against the recorded one."""
+    # The files of a base with a manifest were compared with it, so its word is good.
+    got = opened.artifact.properties.get("base_fingerprint") if opened.artifact else None
+    wanted = _recorded(record).get("base_fingerprint")
+    if wanted is None:
+        return got
+    if got is None:
+        got = base_fingerprint(ReportedWeights(opened.weights, f"fingerprint of {base_path}"))
+    if got != wanted:
+        problem = (
+            f"{base_path} has fingerprint {got[:16]}; {directory} was trained on {wanted[:16]}"
+        )
+        raise _other_base(problem, base_path)
+    return got
 
 
 def _base_missing(directory: Path) -> NemotronError:
@@ -116,11 +229,21 @@ def _base_missing(directory: Path) -> NemotronError:
     )
 
 
-def _other_base(directory: Path, base: Path, *, got: str, wanted: str) -> NemotronError:
+def _other_base(problem: str, where: Path) -> NemotronError:
     return NemotronError(
         "base_model_mismatch",
-        f"{base} has fingerprint {got[:16]}; {directory} was trained on {wanted[:16]}",
-        where=str(base),
+        problem,
+        where=str(where),
         fix="pass --base DIR, the base it was trained on",
+        exit_code=ExitCode.DATA,
+    )
+
+
+def _not_validated(directory: Path) -> NemotronError:
+    return NemotronError(
+        "adapter_not_validated",
+        f"{directory}: valid_loss in artifact.json is null",
+        where=str(directory),
+        fix="train with a validation split",
         exit_code=ExitCode.DATA,
     )

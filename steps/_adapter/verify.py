@@ -1,4 +1,4 @@
-"""``nemotron adapter verify``: every check that a merge makes, without merging."""
+"""``nemotron adapter verify``: every check that a merge makes of its inputs, without merging."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def run(config: VerifyConfig, producer: Producer) -> None:
 def describe(opened: OpenedAdapter) -> dict[str, Any]:
     """Return what can be said about a verified adapter."""
     adapter, record = opened.adapter, opened.record
-    properties = record.properties if record else {}
+    has = {
+        "allow_unverified_base": opened.is_base_verified,
+        "allow_unvalidated": opened.is_validated,
+    }
     return {
         "adapter": str(adapter.directory),
         "layout": opened.layout,
@@ -33,8 +36,9 @@ def describe(opened: OpenedAdapter) -> dict[str, Any]:
         "use_rslora": adapter.use_rslora,
         "num_modules": len(adapter.modules),
         "target_modules": list(adapter.target_modules),
-        "iteration": properties.get("iteration"),
-        "valid_loss": properties.get("valid_loss"),
+        "iteration": opened.recorded.get("iteration"),
+        "valid_loss": opened.recorded.get("valid_loss"),
+        "merge_needs": [option for option, is_there in has.items() if not is_there],
     }
 
 
@@ -46,6 +50,7 @@ def _page(found: dict[str, Any]) -> str:
     if not found["files_are_verified"]:
         files = "no artifact.json: a changed value that is finite cannot be found"
     loss = found["valid_loss"]
+    needs = [f"merge     with {option}=true only" for option in found["merge_needs"]]
     return "\n".join(
         [
             f"adapter   {found['adapter']} ({found['layout']})",
@@ -54,6 +59,7 @@ def _page(found: dict[str, Any]) -> str:
             f"lora      r {found['dim']}, alpha {found['alpha']:g}, {found['num_modules']} modules "
             f"({', '.join(found['target_modules'])}); names, shapes, ranks fit, all values finite",
             f"held-out  loss {loss:.4f}" if loss is not None else "held-out  never measured",
+            *needs,
         ]
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,13 @@ from nemotron.steps._formats.adapter_checks import (
     tensor_names,
     wanted_shapes,
 )
-from nemotron.steps._formats.huggingface import pickled_weights, read_json
+from nemotron.steps._formats.adapter_targets import adapted_modules
 from nemotron.steps._formats.lora import LoraAdapter, adapter_error
 from nemotron.steps._formats.megatron import TRACKER
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
-from nemotron.steps._formats.weights import all_finite
+from nemotron.steps._formats.weights import all_finite, pickled_weights, read_json
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import (
-    LORA_TARGETS,
     lora_from_hf,
     lora_hf_modules,
     lora_to_hf,
@@ -67,7 +66,6 @@ class Adapter:
         use_rslora: Whether the scale is ``alpha / sqrt(dim)`` instead of ``alpha / dim``.
         rank_pattern: LoRA rank by PEFT's patterns: regular expressions for the end of a module.
         alpha_pattern: LoRA alpha likewise.
-        target_modules: Hugging Face names of the adapted modules or their last parts, sorted.
         base_model_name_or_path: What it says it was trained on.
         file: The opened weights.
     """
@@ -80,9 +78,13 @@ class Adapter:
     use_rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
-    target_modules: tuple[str, ...]
     base_model_name_or_path: str | None
     file: SafetensorsFile
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Hugging Face names of the adapted modules or their last parts, sorted."""
+        return tuple(_target_modules(self.modules, self.config))
 
     def scale(self, module: str) -> float:
         """Return what the product of the factors of one of ``modules`` is multiplied by."""
@@ -145,9 +147,11 @@ def write_adapter(
     tensors: dict[str, Tensor] = {}
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
+    adapted: list[str] = []
     for name, (lora_a, lora_b) in factors.items():
         tensors |= lora_to_hf(name, lora_a.detach().cpu(), lora_b.detach().cpu(), config)
         modules = lora_hf_modules(name)
+        adapted += modules
         rank_pattern |= {module: len(lora_a) for module in modules if len(lora_a) != dim}
         own_alpha = (alphas or {}).get(name, alpha)
         alpha_pattern |= {module: _number(own_alpha) for module in modules if own_alpha != alpha}
@@ -163,19 +167,15 @@ def write_adapter(
         },
         dropout=dropout,
         base_model_name_or_path=base_model_name_or_path,
-        target_modules=_target_modules(factors, config),
+        target_modules=_target_modules(adapted, config),
     )
 
 
 def write_peft(directory: Path, adapter: LoraAdapter) -> None:
     """Write any adapter as PEFT does, its factors as they are; ``directory`` exists."""
     tensors: dict[str, Tensor] = {}
-    leaves: dict[str, list[str]] = {}
     for module in adapter.modules:
         tensors |= dict(zip(tensor_names(module), adapter.read(module), strict=True))
-        leaves.setdefault(module.rsplit(".", 1)[-1], []).append(module)
-    num_layers = adapter.config.num_layers
-    targets = [[leaf] if len(own) == num_layers else own for leaf, own in leaves.items()]
     _write_files(
         directory,
         {name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -188,7 +188,7 @@ def write_peft(directory: Path, adapter: LoraAdapter) -> None:
         },
         dropout=adapter.dropout,
         base_model_name_or_path=adapter.base_model_name_or_path or "",
-        target_modules=sorted(name for own in targets for name in own),
+        target_modules=_target_modules(adapter.modules, adapter.config),
     )
 
 
@@ -248,11 +248,12 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
         file = ADAPTER_WEIGHTS if path.is_file() else ADAPTER_CONFIG
         raise adapter_error("missing", directory, f"{directory} has no {file}")
     values = read_json(path)
-    dim, alpha, targets = check_config(path, values)
+    dim, alpha = check_config(path, values)
+    modules = adapted_modules(path, values, config)
     rank_pattern = check_pattern(path, values, "rank_pattern")
     alpha_pattern = check_pattern(path, values, "alpha_pattern")
     file = SafetensorsFile(directory / ADAPTER_WEIGHTS)
-    wanted = wanted_shapes(path, targets, dim=dim, rank_pattern=rank_pattern, config=config)
+    wanted = wanted_shapes(modules, dim=dim, rank_pattern=rank_pattern, config=config)
     check_keys(file, wanted)
     check_scaling(path, values, file)
     for name, shape in wanted.items():
@@ -269,7 +270,6 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
         use_rslora=values.get("use_rslora") is True,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
-        target_modules=targets,
         base_model_name_or_path=values.get("base_model_name_or_path"),
         file=file,
     )
@@ -290,11 +290,10 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _target_modules(names: Collection[str], config: DecoderConfig) -> list[str]:
-    """Return the shortest names that make PEFT adapt these Megatron modules and no others."""
-    targets: list[str] = []
-    for linear, leaves in LORA_TARGETS.items():
-        own = [name for name in names if name.endswith(f".{linear}")]
-        is_everywhere = len(own) == config.num_layers
-        targets += leaves if is_everywhere else [m for name in own for m in lora_hf_modules(name)]
-    return sorted(targets)
+def _target_modules(modules: Iterable[str], config: DecoderConfig) -> list[str]:
+    """Return the shortest names that make PEFT adapt these modules and no others, sorted."""
+    by_leaf: dict[str, list[str]] = {}
+    for module in modules:
+        by_leaf.setdefault(module.rsplit(".", 1)[-1], []).append(module)
+    names = ([leaf] if len(own) == config.num_layers else own for leaf, own in by_leaf.items())
+    return sorted(name for own in names for name in own)

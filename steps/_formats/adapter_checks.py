@@ -1,42 +1,45 @@
-"""What an adapter in PEFT's layout must be: plain LoRA, exactly its tensors, one rank and scale."""
+"""What an adapter in PEFT's layout must be: plain LoRA, with exactly the tensors of its config."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nemotron.steps._formats.adapter_targets import refuse_bad_pattern
 from nemotron.steps._formats.lora import adapter_error
 from nemotron.steps._formats.safetensors_file import SafetensorsFile
 from nemotron.steps._formats.weights import damaged
 from nemotron.steps._models.config import DecoderConfig
-from nemotron.steps._models.layouts import LORA_TARGETS, lora_shapes
+from nemotron.steps._models.layouts import lora_shapes
 
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 # What scales the tensors is also written beside them: an alpha that is changed in the config alone
 # gives an adapter that loads everywhere and does something else.
 SCALING = "lora_scaling"
-# What we would otherwise ignore, each with the value that means nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "modules_to_save": ((), []),
-    "layers_to_transform": ((), []),
-    "layers_pattern": ((), []),
-    "layer_replication": ((), []),
-    "exclude_modules": ((), []),
-    "target_parameters": ((), []),
-    "trainable_token_indices": ((), [], {}),
-    "alora_invocation_tokens": ((), []),
-}
+# Each makes an adapter do, or hold, something else than two factors per linear. What else a config
+# has is only for training, or goes with one of these.
+_NOT_HONOURED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
 # PEFT's initialisations that leave the base as it is. PiSSA, OLoRA, CorDA and LoRA-GA move a part
 # of it into the factors, LoftQ quantises it, and the base that is left is not saved: added to the
 # base that everybody has, such factors make another model. Source: PEFT 0.21.2, lora/layer.py.
@@ -72,39 +75,34 @@ def check_pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str, 
         is_number = isinstance(value, kinds) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or (key == "rank_pattern" and value < 1):
             raise adapter_error("config", path, f"{key} gives {module} {value!r}; wanted a number")
-        try:
-            re.compile(module)
-        except re.error as error:
-            raise adapter_error(
-                "config", path, f"{key}: {module!r} is no pattern: {error}"
-            ) from None
+        refuse_bad_pattern(path, key, module)
     return pattern
 
 
-def check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float, tuple[str, ...]]:
-    """Return rank, alpha and target modules of an adapter that is plain LoRA."""
+def check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float]:
+    """Return rank and alpha of an adapter that is plain LoRA."""
     if values.get("peft_type") != "LORA":
         raise adapter_error(
             "config", path, f"peft_type is {values.get('peft_type')!r}; wanted LORA"
         )
-    for key, neutral in _NEUTRAL.items():
+    for key in ("bias", *_NOT_HONOURED):
         value = values.get(key)
-        if value is not None and value not in neutral:
+        if value and (key, value) != ("bias", "none"):
             raise adapter_error("config", path, f"{key} is {value!r}, which is not supported")
     _check_init(path, values.get("init_lora_weights"))
     use_rslora = values.get("use_rslora")
     if use_rslora is not None and not isinstance(use_rslora, bool):
         raise adapter_error("config", path, f"use_rslora is {use_rslora!r}; wanted true or false")
-    dim, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    dim: Any = values.get("r")
+    alpha: Any = values.get("lora_alpha")
+    dropout: Any = values.get("lora_dropout") or 0.0
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
         raise adapter_error("config", path, f"r is {dim!r}; wanted a number of 1 or more")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise adapter_error("config", path, f"lora_alpha is {alpha!r}; wanted a number")
-    if not isinstance(targets, list) or not targets:
-        raise adapter_error(
-            "config", path, f"target_modules is {targets!r}; wanted a list of names"
-        )
-    return dim, float(alpha), tuple(sorted(str(target) for target in targets))
+    for key, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise adapter_error("config", path, f"{key} is {value!r}; wanted a number")
+    return dim, float(alpha)
 
 
 def _check_init(path: Path, init: Any) -> None:
@@ -117,28 +115,16 @@ def _check_init(path: Path, init: Any) -> None:
 
 
 def wanted_shapes(
-    path: Path,
-    targets: tuple[str, ...],
-    *,
-    dim: int,
-    rank_pattern: Mapping[str, int],
-    config: DecoderConfig,
+    modules: Iterable[str], *, dim: int, rank_pattern: Mapping[str, int], config: DecoderConfig
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor that an adapter of these targets has."""
+    """Return the shape of every tensor that an adapter on these modules has."""
     linears = lora_shapes(config)
     wanted: dict[str, tuple[int, ...]] = {}
-    for target in targets:
-        modules = [name for name in linears if re.search(rf"(^|\.){re.escape(target)}$", name)]
-        if not modules:
-            leaves = [leaf for group in LORA_TARGETS.values() for leaf in group]
-            close = get_close_matches(target, leaves, n=1)
-            hint = f" (closest: {close[0]})" if close else ""
-            raise adapter_error("config", path, f"no module of the base is named {target}{hint}")
-        for module in modules:
-            name_a, name_b = tensor_names(module)
-            own_dim = by_pattern(rank_pattern, module, default=dim)
-            wanted[name_a] = (own_dim, linears[module][1])
-            wanted[name_b] = (linears[module][0], own_dim)
+    for module in modules:
+        name_a, name_b = tensor_names(module)
+        own_dim = by_pattern(rank_pattern, module, default=dim)
+        wanted[name_a] = (own_dim, linears[module][1])
+        wanted[name_b] = (linears[module][0], own_dim)
     return wanted
 
 

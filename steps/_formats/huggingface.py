@@ -7,8 +7,6 @@ loading one can run code.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,26 +18,28 @@ from torch import Tensor
 from nemotron.artifacts import blake3_file
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.safetensors_file import SafetensorsFile
-from nemotron.steps._formats.weights import (
-    check_names,
-    damaged,
-)
+from nemotron.steps._formats.weights import check_names, damaged, pickled_weights, read_json
 from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.fields import naming
 from nemotron.steps._models.layouts import hf_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+# Names and patterns of what transformers and vLLM read for a tokenizer and its chat templates.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "tokenizer.model.v*",  # mistral-common's, as is tekken.json
+    "tekken.json",
     "vocab.json",
     "merges.txt",
     CHAT_TEMPLATE,
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -59,7 +59,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = DecoderConfig.from_hf(read_config(directory))
+        self.config = read_decoder_config(directory)
         self._files = _index(directory)
         self._tensors = hf_tensors(self.config)
         check_names(self._model_names(), self._tensors, where=str(directory))
@@ -115,13 +115,23 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def read_decoder_config(directory: Path) -> DecoderConfig:
+    """Return the sizes that the ``config.json`` of a Hugging Face directory states.
+
+    Raises:
+        NemotronError: ``model_unsupported``, and what ``read_config`` raises.
+    """
+    with naming(directory / "config.json"):
+        return DecoderConfig.from_hf(read_config(directory))
+
+
 def describes(directory: Path, config: DecoderConfig) -> bool:
     """Return whether the ``config.json`` in a directory is that of a model.
 
     A run config knows the sequence length of its run and not what the model was made for, so that
     is left out.
     """
-    described = DecoderConfig.from_hf(read_config(directory))
+    described = read_decoder_config(directory)
     limit = config.max_position_embeddings
     return dataclasses.replace(described, max_position_embeddings=limit) == config
 
@@ -132,11 +142,12 @@ def copy_model_files(source: Path, target: Path, *, has_tokenizer: bool = True) 
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy those of ``names`` that ``source`` has; ``target`` is made."""
+    """Copy the files of ``source`` that have one of these names or patterns; ``target`` is made."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in (path for name in names for path in source.glob(name) if path.is_file()):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def tokenizer_blake3(directory: Path) -> str | None:
@@ -187,6 +198,8 @@ def _read_index(index_path: Path) -> dict[str, SafetensorsFile]:
     places = read_json(index_path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise damaged(index_path, "it has no weight_map")
+    if not all(isinstance(file, str) for file in places.values()):
+        raise damaged(index_path, "its weight_map gives names that are no text")
     files: dict[str, SafetensorsFile] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file:
@@ -198,21 +211,6 @@ def _read_index(index_path: Path) -> dict[str, SafetensorsFile]:
         if name not in files[file].entries:
             raise damaged(directory / file, f"{name} is not in it; {INDEX_FILE} says so")
     return {name: files[file] for name, file in places.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint.
-
-    Raises:
-        NemotronError: ``artifact_damaged``.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise damaged(path, "this is not a JSON object")
-    return value
 
 
 def _missing(directory: Path, what: str) -> NemotronError:
@@ -232,26 +230,6 @@ def _pickled(directory: Path) -> NemotronError:
         "T.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
     )
     return pickled_weights(directory, f"{directory} holds pickled weights (.bin or .pt)", script)
-
-
-def pickled_weights(directory: Path, problem: str, script: str) -> NemotronError:
-    """Return the error of a directory whose weights are pickles, with the command to convert it.
-
-    Args:
-        directory: The directory.
-        problem: What is wrong.
-        script: Python that converts the first argument, a directory, into the second.
-    """
-    target = directory.with_name(f"{directory.name}-safetensors")
-    command = shlex.join(["python", "-c", script, str(directory), str(target)])
-    return NemotronError(
-        "pickled_weights",
-        f"{problem} and no safetensors",
-        where=str(directory),
-        why="loading a pickle can run code, so they are not read",
-        fix=f"convert it where you trust it: {command}",
-        exit_code=ExitCode.DATA,
-    )
 
 
 def _wrong_shape(

@@ -19,7 +19,6 @@ from nemotron.steps._formats.huggingface import (
     HuggingFaceCheckpoint,
     copy_model_files,
     model_properties,
-    read_json,
 )
 from nemotron.steps._formats.safetensors_file import write_safetensors
 from nemotron.steps._formats.weight_files import (
@@ -29,7 +28,7 @@ from nemotron.steps._formats.weight_files import (
     read_back,
     write_files,
 )
-from nemotron.steps._formats.weights import ReportedWeights, Weights, size_bytes
+from nemotron.steps._formats.weights import ReportedWeights, Weights, read_json, size_bytes
 from nemotron.steps._models.families import in_both_spellings
 
 MAX_SHARD_BYTES = 5_000_000_000

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from nemotron.artifacts import MANIFEST, Artifact, read_artifact
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._formats.huggingface import read_config, read_json
+from nemotron.steps._formats.huggingface import read_decoder_config
 from nemotron.steps._formats.torch_dist import TorchDistReader
-from nemotron.steps._formats.weights import check_names, damaged
+from nemotron.steps._formats.weights import check_names, damaged, read_json
 from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._models.fields import naming
 from nemotron.steps._models.layouts import WeightRule, hf_tensors, split_rows, weight_rules
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -269,8 +270,9 @@ def _check_format(iteration_dir: Path) -> None:
 
 def _read_decoder_config(hf_dir: Path | None, iteration_dir: Path) -> DecoderConfig:
     if hf_dir is not None:
-        return DecoderConfig.from_hf(read_config(hf_dir))
-    return DecoderConfig.from_run_config(read_run_config(iteration_dir))
+        return read_decoder_config(hf_dir)
+    with naming(iteration_dir / RUN_CONFIG):
+        return DecoderConfig.from_run_config(read_run_config(iteration_dir))
 
 
 def read_run_config(iteration_dir: Path) -> dict[str, Any]:

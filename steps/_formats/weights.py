@@ -7,12 +7,15 @@ and never hold more than a few tensors.
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -123,6 +126,41 @@ def check_names(got: Iterable[str], wanted: Iterable[str], *, where: str) -> Non
         where=where,
         why="the weights are not those of the model that the config describes",
         fix="use a checkpoint whose config.json and weights belong together",
+        exit_code=ExitCode.DATA,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint.
+
+    Raises:
+        NemotronError: ``artifact_damaged``.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise damaged(path, "this is not a JSON object")
+    return value
+
+
+def pickled_weights(directory: Path, problem: str, script: str) -> NemotronError:
+    """Return the error of a directory whose weights are pickles, with the command to convert it.
+
+    Args:
+        directory: The directory.
+        problem: What is wrong.
+        script: Python that converts the first argument, a directory, into the second.
+    """
+    target = directory.with_name(f"{directory.name}-safetensors")
+    command = shlex.join(["python", "-c", script, str(directory), str(target)])
+    return NemotronError(
+        "pickled_weights",
+        f"{problem} and no safetensors",
+        where=str(directory),
+        why="loading a pickle can run code, so they are not read",
+        fix=f"convert it where you trust it: {command}",
         exit_code=ExitCode.DATA,
     )
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron.steps._models.fields import refuse_other_values, required, unsupported
+from nemotron.steps._models.fields import number, refuse_other_values, unsupported, whole
 
 ROPE_SCALING_KEYS = (
     "factor",
@@ -63,21 +63,22 @@ def sizes_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     family = _family(config)
     refuse_other_values(config, _REQUIRED)
     _refuse_two_rotations(config)
-    num_heads = required(config, "num_attention_heads")
-    hidden_size = required(config, "hidden_size")
+    num_heads = whole(config, "num_attention_heads")
+    hidden_size = whole(config, "hidden_size")
+    head_dim = family.head_dim or hidden_size // num_heads
     return {
-        "num_layers": required(config, "num_hidden_layers"),
+        "num_layers": whole(config, "num_hidden_layers"),
         "hidden_size": hidden_size,
-        "ffn_hidden_size": required(config, "intermediate_size"),
+        "ffn_hidden_size": whole(config, "intermediate_size"),
         "num_attention_heads": num_heads,
         "num_query_groups": _num_query_groups(config, num_heads),
-        "kv_channels": config.get("head_dim") or family.head_dim or hidden_size // num_heads,
-        "vocab_size": required(config, "vocab_size"),
-        "layernorm_epsilon": float(required(config, "rms_norm_eps")),
-        "rotary_base": float(_rotary_base(config)),
+        "kv_channels": whole(config, "head_dim", default=head_dim),
+        "vocab_size": whole(config, "vocab_size"),
+        "layernorm_epsilon": number(config, "rms_norm_eps"),
+        "rotary_base": number({"rope_theta": _rotary_base(config)}, "rope_theta"),
         "rope_scaling": _rope_scaling(_rope(config)),
         "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
-        "max_position_embeddings": required(config, "max_position_embeddings"),
+        "max_position_embeddings": whole(config, "max_position_embeddings"),
         "add_qkv_bias": family.add_qkv_bias,
         "qk_layernorm": family.qk_layernorm,
         "window_size": _window_size(config),
@@ -175,8 +176,8 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 def _num_query_groups(config: Mapping[str, Any], num_heads: int) -> int:
     if config["model_type"] == "llama":  # Llama 1 and 2 have no such field
-        return config.get("num_key_value_heads") or num_heads
-    return required(config, "num_key_value_heads")
+        return whole(config, "num_key_value_heads", default=num_heads)
+    return whole(config, "num_key_value_heads")
 
 
 def _window_size(config: Mapping[str, Any]) -> int | None:
@@ -189,7 +190,7 @@ def _window_size(config: Mapping[str, Any]) -> int | None:
         has_window, window = {False}, None
     else:
         num_full = config.get("max_window_layers", 28)
-        layers = range(config["num_hidden_layers"])
+        layers = range(whole(config, "num_hidden_layers"))
         default_types = [_SLIDING if layer >= num_full else _FULL for layer in layers]
         has_window = {kind == _SLIDING for kind in config.get("layer_types") or default_types}
     if len(has_window) > 1:
@@ -221,4 +222,6 @@ def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if rope_type != "llama3":
         raise unsupported(f"the rope type is {rope_type!r}; only default and llama3 are supported")
-    return {"rope_type": "llama3"} | {key: required(rope, key) for key in ROPE_SCALING_KEYS}
+    for key in ROPE_SCALING_KEYS:
+        number(rope, key)
+    return {"rope_type": "llama3"} | {key: rope[key] for key in ROPE_SCALING_KEYS}

@@ -1,8 +1,10 @@
-"""Single fields of a model's config: required, held to one value, or refused by name."""
+"""Single fields of a model's config: of a type, held to one value, or refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from nemotron.errors import ExitCode, NemotronError
@@ -18,6 +20,43 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     if value is None:
         raise unsupported(f"the model's config has no {key}")
     return value
+
+
+def whole(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+    """Return a field that is a whole number of 1 or more; ``default`` where it is absent or null.
+
+    Raises:
+        NemotronError: ``model_unsupported``: it is something else, or absent without a default.
+    """
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        return required(config, key)
+    if type(value) is not int or value < 1:
+        raise unsupported(f"{key} is {value!r}; wanted a whole number of 1 or more")
+    return value
+
+
+def number(config: Mapping[str, Any], key: str) -> float:
+    """Return a field that is a number, or text that reads as one: YAML's ``1e-05``.
+
+    Raises:
+        NemotronError: ``model_unsupported``: it is something else, or absent.
+    """
+    value = required(config, key)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise unsupported(f"{key} is {value!r}; wanted a number") from None
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file that a config was read from in an error about its fields."""
+    try:
+        yield
+    except NemotronError as error:
+        error.where = error.where or str(path)
+        raise
 
 
 def refuse_other_values(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemotron.steps._models.fields import refuse_other_values, required, unsupported
+from nemotron.steps._models.fields import number, refuse_other_values, required, unsupported, whole
 
 # Megatron hard-codes these for Llama 3 scaling and stores only the factor.
 MEGATRON_LLAMA3 = {
@@ -56,23 +56,23 @@ def sizes_from_run_config(run_config: Mapping[str, Any]) -> dict[str, Any]:
     model = {**section, **(section.get("transformer") or {})}
     refuse_other_values(model, _REQUIRED)
     _refuse_other_activation(model)
-    num_heads = required(model, "num_attention_heads")
-    hidden_size = required(model, "hidden_size")
+    num_heads = whole(model, "num_attention_heads")
+    hidden_size = whole(model, "hidden_size")
     return {
-        "num_layers": required(model, "num_layers"),
+        "num_layers": whole(model, "num_layers"),
         "hidden_size": hidden_size,
-        "ffn_hidden_size": required(model, "ffn_hidden_size"),
+        "ffn_hidden_size": whole(model, "ffn_hidden_size"),
         "num_attention_heads": num_heads,
-        "num_query_groups": model.get("num_query_groups") or num_heads,
-        "kv_channels": model.get("kv_channels") or hidden_size // num_heads,
-        "vocab_size": required(model, "vocab_size"),
-        "layernorm_epsilon": float(required(model, "layernorm_epsilon")),
-        "rotary_base": float(required(model, "rotary_base")),
+        "num_query_groups": whole(model, "num_query_groups", default=num_heads),
+        "kv_channels": whole(model, "kv_channels", default=hidden_size // num_heads),
+        "vocab_size": whole(model, "vocab_size"),
+        "layernorm_epsilon": number(model, "layernorm_epsilon"),
+        "rotary_base": number(model, "rotary_base"),
         "rope_scaling": _rope_scaling(model),
         "share_embeddings_and_output_weights": bool(
             required(model, "share_embeddings_and_output_weights")
         ),
-        "max_position_embeddings": required(model, "seq_length"),
+        "max_position_embeddings": whole(model, "seq_length"),
         "add_qkv_bias": bool(model.get("add_qkv_bias")),
         "qk_layernorm": bool(model.get("qk_layernorm")),
         "window_size": _window_size(model.get("window_size")),
@@ -144,12 +144,12 @@ def _rope_scaling(model: Mapping[str, Any]) -> dict[str, Any] | None:
     if model.get("old_context_len") is not None:  # Megatron-Bridge 0.2's Llama 3.1
         return {
             "rope_type": "llama3",
-            "factor": float(required(model, "scale_factor")),
-            "low_freq_factor": float(required(model, "low_freq_factor")),
-            "high_freq_factor": float(required(model, "high_freq_factor")),
-            "original_max_position_embeddings": model["old_context_len"],
+            "factor": number(model, "scale_factor"),
+            "low_freq_factor": number(model, "low_freq_factor"),
+            "high_freq_factor": number(model, "high_freq_factor"),
+            "original_max_position_embeddings": whole(model, "old_context_len"),
         }
     if not model.get("rope_scaling"):
         return None
-    factor = float(required(model, "rope_scaling_factor"))
+    factor = number(model, "rope_scaling_factor")
     return {"rope_type": "llama3", "factor": factor, **MEGATRON_LLAMA3}

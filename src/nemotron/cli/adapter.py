@@ -40,7 +40,7 @@ Base = Annotated[
 
 @app.command("verify")
 def verify(adapter: Adapter, base: Base = None, as_json: Json = False, debug: Debug = False) -> int:
-    """Make every check that a merge makes: files, names, shapes, ranks, values, base."""
+    """Make every check that a merge makes of adapter and base, and print what it needs."""
     return _run("verify", {"adapter": adapter, "base": base}, as_json=as_json)
 
 

@@ -28,6 +28,11 @@ def _contradictions(config: Config) -> dict[str, str]:
         found["base_megatron_path"] = f"backend {config.backend} needs base_megatron_path"
     if not config.is_megatron_base and config.base_hf_path is None:
         found["base_hf_path"] = f"backend {config.backend} needs base_hf_path, the base to merge"
+    if config.is_megatron_base and config.base_hf_path is not None:
+        found["base_hf_path"] = (
+            f"base_megatron_path={config.base_megatron_path} is the base to merge; "
+            f"base_hf_path={config.base_hf_path} would be another"
+        )
     if config.backend == "hf_peft" and config.base_megatron_path is not None:
         found["base_megatron_path"] = (
             f"backend hf_peft would not use base_megatron_path={config.base_megatron_path}"

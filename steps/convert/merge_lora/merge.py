@@ -186,6 +186,7 @@ def _describe_merge(inputs: MergeInputs, merged: MergedWeights) -> dict[str, Any
 def _report(inputs: MergeInputs, merged: MergedWeights, *, debug: bool) -> None:
     for name, change in merged.changes.items() if debug else ():
         print(f"{name}: root mean square change {change:.3e}")
+    print(f"{inputs.adapter.directory} is merged into {inputs.base_path}")
     print(
         f"{len(merged.changes)} of {len(merged.names)} tensors merged (r {inputs.adapter.dim}, "
         f"alpha {inputs.adapter.alpha:g}), root mean square change up to "

@@ -22,6 +22,8 @@ from nemotron.steps._adapter import diff, export, verify
 from nemotron.steps._adapter.schema import DiffConfig, ExportConfig, VerifyConfig
 from tests.conftest import SmallDisk
 from tests.steps._formats.harm import HARMS, resign
+from tests.steps._formats.plain_lora import PLAIN, save_plain_lora
+from tests.steps.convert.conftest import SaveAdapter
 
 PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
 Output = pytest.CaptureFixture[str]
@@ -66,6 +68,36 @@ def test_verify_says_what_cannot_be_verified(capsys: Output, adapter: Path, base
     assert "the adapter records no fingerprint" in page
     assert "no artifact.json" in page
     assert "never measured" in page
+    assert "merge     with allow_unverified_base=true only" in page
+    assert found["merge_needs"] == ["allow_unverified_base"]
+
+
+def test_verify_says_that_a_merge_asks_for_a_held_out_loss(
+    capsys: Output, adapter: Path, base_hf: Path
+) -> None:
+    assert verified(capsys, adapter, base_hf)["merge_needs"] == []
+    resign(adapter / "iter_0000020", valid_loss=None)
+    assert verified(capsys, adapter, base_hf)["merge_needs"] == ["allow_unvalidated"]
+
+
+def test_verify_refuses_a_base_with_a_changed_byte(adapter: Path, base_megatron: Path) -> None:
+    path = base_megatron / "iter_0000000" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(NemotronError) as caught:
+        verify.run(VerifyConfig(adapter=adapter, base=base_megatron), PRODUCER)
+    assert (caught.value.code, caught.value.exit_code) == ("artifact_damaged", ExitCode.DATA)
+    assert "__0_0.distcp" in caught.value.problem
+
+
+def test_verify_refuses_a_base_with_another_tokenizer(adapter: Path, base_hf: Path) -> None:
+    path = base_hf / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    with pytest.raises(NemotronError) as caught:
+        verify.run(VerifyConfig(adapter=adapter, base=base_hf), PRODUCER)
+    assert caught.value.code == "base_model_mismatch"
+    assert "tokenizer.json is not what" in caught.value.problem
 
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
@@ -114,6 +146,36 @@ def test_diff_compares_what_is_added_to_the_weights_not_the_factors(
     assert f"{name}: " in capsys.readouterr().out
 
 
+def test_diff_counts_a_module_that_one_is_not_on_as_one_that_adds_nothing(
+    tmp_path: Path, capsys: Output, adapter: Path, base_hf: Path
+) -> None:
+    one = adapter / "iter_0000020"
+    other = Path(shutil.copytree(one, tmp_path / "other"))
+    tensors = load_file(other / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "q_proj" in name}
+    rewrite(other / "adapter_model.safetensors", kept)
+    path = other / "adapter_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"target_modules": ["q_proj"]}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    resign(other)
+    name = "model.layers.1.mlp.down_proj"
+    lora_a, lora_b = (
+        tensors[f"base_model.model.{name}.lora_{half}.weight"].double() for half in "AB"
+    )
+    norm = (2.0 * lora_b @ lora_a).norm().item()
+    for first, second, key, first_norm in (
+        (one, other, "only_in_first", norm),
+        (other, one, "only_in_second", 0.0),
+    ):
+        found = compared(capsys, first, second, base_hf)
+        assert name in found[key]
+        assert found["relative_difference"] > 0.5
+        assert found["modules"][name]["difference"] == pytest.approx(norm, rel=1e-12)
+        assert found["modules"][name]["norm"] == pytest.approx(first_norm, rel=1e-12)
+    diff.run(DiffConfig(adapter=one, other=other, base=base_hf), PRODUCER)
+    assert "12 of 14 modules differ" in capsys.readouterr().out
+
+
 def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path)
     resign(path.parent)
@@ -141,6 +203,33 @@ def test_export_writes_both_layouts_and_comes_back_the_same(
         with torch.no_grad():
             logits.append(PeftModel.from_pretrained(base, directory)(ids).logits)
     assert torch.equal(*logits)
+
+
+def test_export_of_rslora_whose_scale_is_rounded_on_the_way_succeeds(
+    tmp_path: Path, capsys: Output, base_hf: Path, save_adapter: SaveAdapter
+) -> None:
+    # 26 / sqrt(12) * 12 / 12 is not 26 / sqrt(12).
+    source = save_adapter(
+        tmp_path / "source", base_hf, dim=12, alpha=26, use_rslora=True, ranks=(12, 12)
+    )
+    exported(source, tmp_path / "out", "megatron_bridge", base_hf)
+    found = compared(capsys, source, tmp_path / "out", base_hf)
+    # The root of a difference of squares, which fp64 rounds to 1e-16.
+    assert 0 < found["relative_difference"] < 1e-7
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_export_of_what_peft_saved_answers_as_peft_with_it(
+    tmp_path: Path, capsys: Output, base_hf: Path, kind: str
+) -> None:
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        wanted = save_plain_lora(base_hf, tmp_path / "peft", **PLAIN[kind])(ids).logits
+    exported(tmp_path / "peft", tmp_path / "out", "peft", base_hf)
+    base = LlamaForCausalLM.from_pretrained(base_hf)
+    with torch.no_grad():
+        got = PeftModel.from_pretrained(base, tmp_path / "out")(ids).logits
+    assert torch.equal(got, wanted)
 
 
 def test_export_says_at_which_size_megatron_bridge_reads_parts_that_have_their_own_lora_a(

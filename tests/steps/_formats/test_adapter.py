@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.adapter import find_adapter_dir, open_adapter, write_adapter
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._models.config import DecoderConfig
+from tests.steps._formats.plain_lora import PLAIN, save_plain_lora
 
 SaveLlama = Callable[..., LlamaForCausalLM]
 WEIGHTS = "adapter_model.safetensors"
@@ -243,6 +245,53 @@ def test_open_reads_pefts_own_patterns(tmp_path: Path, config: DecoderConfig) ->
         assert len(adapter.read(name)[0]) == peer.r["default"]
 
 
+@pytest.mark.parametrize("kind", PLAIN)
+def test_open_adapts_exactly_the_modules_that_peft_adapts(
+    tmp_path: Path, config: DecoderConfig, kind: str
+) -> None:
+    model = save_plain_lora(tmp_path / "hf", tmp_path / "peft", **PLAIN[kind])
+    peers: dict[str, Any] = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    adapter = open_adapter(tmp_path / "peft", config=config)
+    assert set(adapter.modules) == peers.keys()
+    for name, peer in peers.items():
+        lora_a, lora_b = adapter.read(name)
+        assert torch.equal(lora_a, peer.lora_A["default"].weight)
+        assert torch.equal(lora_b, peer.lora_B["default"].weight)
+        assert adapter.scale(name) == pytest.approx(peer.scaling["default"], rel=1e-15)
+
+
+def test_open_refuses_tensors_that_the_layers_of_the_config_leave_out(
+    adapter: Path, config: DecoderConfig
+) -> None:
+    _change_config(adapter, layers_to_transform=[0])
+    assert _error(adapter, config).code == "adapter_keys_unexpected"
+
+
+# What says how an adapter is trained, loaded or found, and not what it adds to the weights.
+WITHOUT_EFFECT = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    *("ensure_weight_tying", "qalora_group_size", "runtime_config", "task_type"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # see init_lora_weights
+    *("megatron_config", "megatron_core"),  # of Megatron's linears, which have other names
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(LoraConfig)])
+def test_every_field_of_peft_is_honoured_refused_or_without_effect(
+    adapter: Path, config: DecoderConfig, field: str
+) -> None:
+    _change_config(adapter, **{field: {"a field": "of a later day"}})
+    if field in WITHOUT_EFFECT:
+        open_adapter(adapter, config=config)
+    else:
+        with pytest.raises(NemotronError, match=field):
+            open_adapter(adapter, config=config)
+
+
 @pytest.mark.parametrize("half", ["lora_A", "lora_B"])
 def test_open_names_a_missing_half(adapter: Path, config: DecoderConfig, half: str) -> None:
     def drop(tensors: dict[str, Tensor]) -> None:
@@ -344,8 +393,21 @@ def test_open_names_a_truncated_file(adapter: Path, config: DecoderConfig) -> No
         ({"r": 0}, "r is 0; wanted a number of 1 or more"),
         ({"lora_alpha": None}, "lora_alpha is None; wanted a number"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"target_modules": "all-linear"}, "wanted a list of names"),
+        ({"target_modules": None}, "target_modules is .*; wanted a list of names or a pattern"),
+        ({"target_modules": [3]}, r"target_modules is \[3\]; wanted a list of names"),
         ({"target_modules": ["q_porj"]}, r"named q_porj \(closest: q_proj\)"),
+        ({"target_modules": "q_proj"}, "adapts no module .* the pattern 'q_proj'"),
+        ({"target_modules": "q_(proj"}, r"target_modules: 'q_\(proj' is no pattern"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "embeddings or lm_head are not supported"),
+        ({"target_modules": ".*embed_tokens"}, "embeddings or lm_head are not supported"),
+        ({"exclude_modules": {"q_proj": 1}}, "exclude_modules is .*; wanted a list of names"),
+        ({"layers_to_transform": ["0"]}, r"layers_to_transform is \['0'\]; wanted numbers"),
+        ({"layers_to_transform": True}, "layers_to_transform is True; wanted numbers"),
+        ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
+        (
+            {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+            "layers_to_transform and layers_pattern need a list of names",
+        ),
         ({"bias": "all"}, "bias is 'all'"),
         ({"use_dora": True}, "use_dora is True"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives q_proj 0; wanted a number"),
@@ -356,7 +418,6 @@ def test_open_names_a_truncated_file(adapter: Path, config: DecoderConfig) -> No
         ({"alpha_pattern": ["a"]}, r"alpha_pattern is \['a'\]; wanted numbers by module"),
         ({"use_rslora": 1}, "use_rslora is 1; wanted true or false"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
     ],
 )
 def test_open_refuses_an_adapter_that_is_not_plain_lora(

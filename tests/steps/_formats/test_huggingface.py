@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,10 +145,12 @@ def test_open_names_a_missing_shard(tmp_path: Path, save_llama: SaveLlama) -> No
         ({}, "it has no weight_map"),
         ({"x": "../model.safetensors"}, "points outside the directory"),
         ({"x": "part.safetensors"}, "x is not in it"),
+        ({"x": ["part.safetensors"]}, "its weight_map gives names that are no text"),
+        ({"x": None, "y": "part.safetensors"}, "its weight_map gives names that are no text"),
     ],
 )
 def test_open_refuses_an_index_that_makes_no_sense(
-    tmp_path: Path, save_llama: SaveLlama, places: dict[str, str], message: str
+    tmp_path: Path, save_llama: SaveLlama, places: dict[str, Any], message: str
 ) -> None:
     save_llama(tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / "part.safetensors")
@@ -160,6 +163,15 @@ def test_open_refuses_an_index_that_makes_no_sense(
 def test_open_refuses_a_config_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     assert "config.json: this is not a JSON object" in _error(tmp_path).problem
+
+
+def test_open_names_the_config_that_is_not_supported(tmp_path: Path, save_llama: SaveLlama) -> None:
+    save_llama(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"hidden_act": "gelu"}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    error = _error(tmp_path)
+    assert (error.code, error.where) == ("model_unsupported", str(path))
 
 
 def test_open_says_what_a_directory_lacks(tmp_path: Path, save_llama: SaveLlama) -> None:
@@ -175,17 +187,20 @@ def test_open_says_what_a_directory_lacks(tmp_path: Path, save_llama: SaveLlama)
 def test_copy_model_files_takes_config_and_tokenizer_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+    (source / "additional_chat_templates").mkdir()
+    wanted = {
+        *("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"),
+        *("tekken.json", "tokenizer.model", "tokenizer.model.v3"),
+        "additional_chat_templates/tool_use.jinja",
+    }
+    for name in wanted:
         (source / name).write_text(name, encoding="utf-8")
     (source / "modeling_custom.py").write_text("raise SystemExit", encoding="utf-8")
+    (source / "additional_chat_templates" / "notes.txt").write_text("", encoding="utf-8")
     copy_model_files(source, tmp_path / "all")
     copy_model_files(source, tmp_path / "bare", has_tokenizer=False)
-    assert {path.name for path in (tmp_path / "all").iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "chat_template.jinja",
-    }
+    copies = (path for path in (tmp_path / "all").rglob("*") if path.is_file())
+    assert {str(path.relative_to(tmp_path / "all")) for path in copies} == wanted
     bare = {path.name for path in (tmp_path / "bare").iterdir()}
     assert bare == {"config.json", "generation_config.json"}
 

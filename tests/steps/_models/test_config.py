@@ -171,6 +171,12 @@ def test_from_hf_fills_in_what_old_configs_leave_out() -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no low_freq_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_size": None}, "no hidden_size"),
+        ({"num_attention_heads": "8"}, "num_attention_heads is '8'; wanted a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; wanted a whole number of 1 or more"),
+        ({"head_dim": 4.5}, "head_dim is 4.5; wanted a whole number"),
+        ({"rms_norm_eps": [1e-5]}, r"rms_norm_eps is \[1e-05\]; wanted a number"),
+        ({"rope_theta": "much"}, "rope_theta is 'much'; wanted a number"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": "x"}}, "factor is 'x'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 is not divisible"),
     ],
 )
@@ -267,6 +273,8 @@ def test_to_hf_refuses_what_no_family_is() -> None:
         ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "gelu"),
         ({"rotary_percent": 0.5}, "rotary_percent is 0.5"),
         ({"vocab_size": None}, "no vocab_size"),
+        ({"kv_channels": "4"}, "kv_channels is '4'; wanted a whole number"),
+        ({"layernorm_epsilon": "small"}, "layernorm_epsilon is 'small'; wanted a number"),
     ],
 )
 def test_from_run_config_refuses_what_the_model_does_not_honour(

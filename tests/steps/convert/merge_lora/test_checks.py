@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from nemotron.config import override, read_config
 from nemotron.errors import ExitCode
+from nemotron.interpolation import resolve
+from nemotron.steps.convert.merge_lora import schema
 from nemotron.steps.convert.merge_lora.checks import check
 from nemotron.steps.convert.merge_lora.schema import Config
+from nemotron.tree import plain
 
 GOOD: dict[str, Any] = {
     "lora_checkpoint": "run",
@@ -27,7 +31,7 @@ def _codes(**changes: Any) -> list[tuple[str, str]]:
 
 def test_a_config_without_contradictions_passes() -> None:
     assert _codes() == []
-    assert _codes(base_hf_path="hf") == []
+    assert _codes(hf_model_path="hf") == []
     assert _codes(backend="hf_peft", base_megatron_path=None, base_hf_path="hf") == []
     assert _codes(export_hf=False, output_hf_path=None, output_megatron_path="out/m") == []
 
@@ -46,12 +50,25 @@ def test_auto_takes_the_megatron_base_where_there_is_one() -> None:
         ({"backend": "megatron_bridge", "base_megatron_path": None}, "base_megatron_path"),
         ({"backend": "hf_peft", "base_megatron_path": None}, "base_hf_path"),
         ({"backend": "hf_peft", "base_hf_path": "hf"}, "base_megatron_path"),
+        ({"base_hf_path": "hf"}, "base_hf_path"),
+        ({"backend": "megatron_bridge", "base_hf_path": "hf"}, "base_hf_path"),
         ({"output_hf_path": None}, "output_hf_path"),
         ({"export_hf": False}, "export_hf"),
     ],
 )
 def test_paths_that_do_not_fit_the_backend_are_refused(changes: dict[str, Any], where: str) -> None:
     assert _codes(**changes) == [("contradicting_paths", where)]
+
+
+def test_the_base_of_default_yaml_is_not_merged_where_the_command_line_names_another() -> None:
+    shipped = read_config(Path(schema.__file__).parent / "config" / "default.yaml")
+    values = plain(resolve(override(shipped, ["base_hf_path=theirs"])))
+    del values["run"]
+    (error,) = check(Config.model_validate(values))
+    assert (error.code, error.where) == ("contradicting_paths", "base_hf_path")
+    assert "base_hf_path=theirs would be another" in error.problem
+    assert "base_megatron_path=null" in error.fix
+    assert "hf_model_path=DIR" in error.fix
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from nemotron.steps.convert.merge_lora.merge import add_delta, rms_change
 from nemotron.steps.convert.merge_lora.schema import Config
 from nemotron.steps.convert.merge_lora.step import run
 from tests.steps._formats.harm import HARMS, resign
+from tests.steps._formats.plain_lora import PLAIN, save_plain_lora
 
 PRODUCER = Producer(step="convert/merge_lora", config_sha256="0" * 64, code_version="0")
 IDS = torch.arange(60).reshape(3, 20)
@@ -83,6 +84,24 @@ def test_ranks_and_alphas_by_module_are_merged_as_peft_scales_them(
     assert origin["use_rslora"] is use_rslora
     assert set(origin["rank_pattern"].values()) == {5}
     assert set(origin["alpha_pattern"].values()) == {1.5}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_whatever_modules_peft_adapts_the_merge_is_pefts_own(
+    tmp_path: Path, save_base: SaveBase, kind: str
+) -> None:
+    base, output = tmp_path / "base", tmp_path / "out"
+    save_base(base)
+    model = save_plain_lora(base, tmp_path / "adapter", **PLAIN[kind])
+    _merge(tmp_path / "adapter", base, output, allow_unverified_base=True)
+    theirs: Any = model.merge_and_unload()
+    ours = LlamaForCausalLM.from_pretrained(output).state_dict()
+    before = LlamaForCausalLM.from_pretrained(base).state_dict()
+    wanted = theirs.state_dict()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, before[name]) == torch.equal(ours[name], before[name])
+        # fp32: the same sum, of products in another order.
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -215,6 +234,18 @@ def test_an_adapter_brings_the_chat_template_that_it_was_trained_with(
     assert read_chat_template(tmp_path / "bare") is None
 
 
+def test_the_output_has_all_named_chat_templates_of_the_base(
+    tmp_path: Path, base_hf: Path, save_adapter: SaveAdapter
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_hf)
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    tokenizer.save_pretrained(base_hf)
+    adapter = save_adapter(tmp_path / "adapter", base_hf, chat_template_sha256=None)
+    _merge(adapter, base_hf, tmp_path / "out")
+    got = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert got == {"default": "a", "tool_use": "b"}
+
+
 def test_debug_prints_the_change_of_every_adapted_tensor(
     tmp_path: Path, base_hf: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,7 +282,9 @@ def test_an_adapter_that_records_no_base_is_refused_unless_told(
     assert "does not record the fingerprint of its base" in error.problem
     assert "allow_unverified_base=true" in error.fix
     _merge(saved, base_hf, tmp_path / "out" / "hf", allow_unverified_base=True)
-    assert "does not record its base: not checked" in capsys.readouterr().err
+    seen = capsys.readouterr()
+    assert f"does not record its base: whether it is {base_hf} is not checked" in seen.err
+    assert f"{saved} is merged into {base_hf}\n" in seen.out
 
 
 def test_an_adapter_that_was_never_validated_is_refused_unless_told(
