@@ -115,7 +115,10 @@ class Config(Schema):
     )
     used_in_field: str = "used_in"
     max_rows: int | None = Field(
-        default=None, ge=1, description="at most this many conversations of each dataset, by hash"
+        default=None,
+        ge=1,
+        description="at most this many conversations of each dataset, chosen by hash before they "
+        "are rendered",
     )
     sample: str | None = Field(
         default=None,
@@ -127,7 +130,8 @@ class Config(Schema):
         default=0.05,
         ge=0,
         le=1,
-        description="share of a dataset's rows that may be unusable before the run ends",
+        description="share of a dataset's rows, without those that used_in_filter and max_rows "
+        "leave out, that may be unusable before the run ends",
     )
 
     pack_size: int = Field(default=4096, ge=2, description="tokens of a row at training time")

@@ -112,9 +112,11 @@ class TokenizeTask:
         found = _conversations(self.part, self.rows, tally)
         encoder = encoder_of(self.encoder)
         for batch in _batches(_limited(found, self.rows.max_rows, tally)):
+            tally.rendered += len(batch)
             encoded = encoder.encode([item.conversation for item in batch])
             for item, documents in zip(batch, encoded, strict=True):
                 if isinstance(documents, BadRowError):
+                    tally.refused += 1
                     tally.drop(item.row.position, documents)
                 else:
                     writer.add(documents, uid=item.conversation.uid, row=item.row.position)
@@ -158,11 +160,13 @@ def _build(settings: EncoderSettings, tokenizer: ChatTokenizer) -> Encoder:
 
 @dataclass
 class _Tally:
-    """What became of a part's rows."""
+    """What became of a part's rows: ``refused`` are those ``rendered`` of no use after all."""
 
     place: str
     positions: int = 0
     rows_read: int = 0
+    rendered: int = 0
+    refused: int = 0
     documents: int = 0
     tokens: int = 0
 
@@ -183,6 +187,8 @@ class _Tally:
             "place": self.place,
             "positions": self.positions,
             "rows_read": self.rows_read,
+            "rendered": self.rendered,
+            "refused": self.refused,
             "documents": self.documents,
             "tokens": self.tokens,
             "dropped": dict(self.dropped),

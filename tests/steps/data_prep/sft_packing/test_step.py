@@ -309,6 +309,30 @@ def test_rows_that_cannot_be_used_are_counted_and_named(
     assert re.search(r"dropped +1  malformed_json", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("left_out", [{"max_rows": 100}, {"used_in_filter": "sft"}])
+def test_rows_that_were_left_out_do_not_hide_that_most_others_are_unusable(
+    make_rows: MakeRows, write_rows: WriteRows, run_packing: RunPacking, left_out: dict[str, Any]
+) -> None:
+    rows: list[dict[str, Any] | str] = []
+    for number, row in enumerate(make_rows(2000, max_words=3)):
+        rows.append(row | {"used_in": "sft" if number % 20 == 0 else "rl"})
+        if number % 25:
+            row["messages"][-1]["tool_calls"] = [{"name": "look"}]  # chatml renders no calls
+    source = write_rows(rows)
+    error = raised(lambda: run_packing(source, **left_out))
+    assert re.search(r"\d\d of 100 .*rendered|80 of 100 rows \(80.0%\)", error.problem)
+
+
+def test_rows_that_max_rows_left_out_were_read_and_count_as_such(
+    make_rows: MakeRows, write_rows: WriteRows, run_packing: RunPacking
+) -> None:
+    rows: list[dict[str, Any] | str] = [*make_rows(1980, max_words=3), *["{"] * 20]
+    packed = run_packing(write_rows(rows), max_rows=100, max_bad_fraction=0.01)
+    assert properties_of(packed)["report"]["dropped"] == {"malformed_json": 20, "max_rows": 1880}
+    error = raised(lambda: run_packing(write_rows(rows), max_rows=100, max_bad_fraction=0.009))
+    assert "20 of 2000 rows as read and 0 of 100 as rendered (1.0%)" in error.problem
+
+
 def test_long_conversations_are_cut_at_a_turn_and_counted(
     write_rows: WriteRows, run_packing: RunPacking
 ) -> None:
