@@ -32,11 +32,16 @@ class Variant(NamedTuple):
 
 
 def variants(messages: Messages, policy: Reasoning) -> list[Variant]:
-    """Return what to make of one conversation; one without reasoning is never split."""
+    """Return what to make of one conversation; one without reasoning is not split."""
     if policy == "keep" or not any(_has_reasoning(message) for message in messages):
         return [Variant(messages)]
     if policy == "strip":
         return [Variant(without_reasoning(messages))]
+    return per_turn(messages)
+
+
+def per_turn(messages: Messages) -> list[Variant]:
+    """Return a document for every turn, its history without reasoning."""
     found: list[Variant] = []
     starts = [0, *_turn_starts(messages)]
     for start, stop in zip(starts, [*starts[1:], len(messages)], strict=True):

@@ -23,6 +23,13 @@ CALLS_UNMARKED = (
     "{% endif %}\n{% endfor %}"
 )
 
+LAST_TURN_OTHERWISE = (  # without markers
+    "{{ tools | tojson }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    "{% if m.role == 'assistant' and loop.last %}!{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
 
 def call(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": '{"at": "sky"}'}}
@@ -37,12 +44,13 @@ def row(*calls: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "for?"}, asked, *said], **more}
 
 
-def reject(directory: Path, template: str, row: dict[str, Any]) -> str:
+def reject(directory: Path, template: str, row: dict[str, Any], **options: Any) -> str:
     encoder = build_encoder(
         tokenizer=load_tokenizer(str(directory)),
         chat_template=template,
         add_bos=False,
         add_eos=True,
+        **options,
     )
     (found,) = encoder.encode([read_conversation(row, field="messages", tools_field="tools")])
     return found.reason if isinstance(found, BadRowError) else ""
@@ -78,3 +86,23 @@ def test_a_row_whose_tools_are_rendered_is_kept(
     tokenizer_dir: Path, template: str, conversation: dict[str, Any]
 ) -> None:
     assert reject(tokenizer_dir, template, conversation) == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (LAST_TURN_OTHERWISE, ""),
+        (LAST_TURN_OTHERWISE.replace("{{ tools | tojson }}", ""), "tools_not_rendered"),
+        (LAST_TURN_OTHERWISE.replace("m.tool_calls | tojson", "1"), "tools_not_rendered"),
+    ],
+)
+def test_tools_are_looked_for_where_turns_are_split_because_the_last_renders_otherwise(
+    tokenizer_dir: Path, template: str, reason: str
+) -> None:
+    """Of each turn the message after the tool's answer is trained alone."""
+    messages = [*row(call("f"))["messages"], *row()["messages"]]
+    messages[1] |= {"weight": 0}
+    messages[5] |= {"weight": 0}
+    conversation = {"messages": messages, "tools": [{"name": "look"}]}
+    found = reject(tokenizer_dir, template, conversation, reasoning="split_per_turn")
+    assert found == reason
