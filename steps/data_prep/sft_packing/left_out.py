@@ -1,6 +1,7 @@
-"""Whether what a conversation says reaches the model: some templates leave tools out.
+"""Whether what a conversation says reaches the model: some templates leave tools or reasoning out.
 
-Without its call a turn is empty, and the model would learn to answer with nothing.
+Without its call a turn is empty, and the model would learn to answer with nothing; without the
+reasoning that led to an answer, to answer without it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemotron.steps.data_prep.sft_packing.reasoning import Messages
+from nemotron.steps.data_prep.sft_packing.reasoning import Messages, with_reasoning
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 from nemotron.steps.data_prep.sft_packing.rendering import ChatTemplate, Rendered
 
@@ -60,6 +61,46 @@ def require_calls(
     if not all(name in (said if flag else text) for name, flag in names.items()):
         detail = "the chat template leaves tool calls out; choose one that has tools"
         raise BadRowError("tools_not_rendered", detail)
+
+
+def require_reasoning(
+    template: ChatTemplate,
+    messages: Messages,
+    tools: Sequence[Any] | None,
+    is_trained: Sequence[bool],
+) -> None:
+    """Refuse reasoning of a trained turn that a template does not render.
+
+    It may stand in the text by chance, as in the question, so it is rendered again with another
+    word for each. Whether the reasoning is trained is for the template to say.
+
+    Args:
+        template: What renders it.
+        messages: What it renders.
+        tools: Tool definitions, or None.
+        is_trained: See ``turns.trained_turns``.
+
+    Raises:
+        BadRowError: ``reasoning_not_rendered``.
+    """
+    words: dict[str, int] = {}
+    changed = list(messages)
+    for index, message in enumerate(messages):
+        word = f"nemotron_thought_{index}_"
+        other = with_reasoning(message, word) if is_trained[index] else None
+        if other is not None:
+            changed[index], words[word] = other, index
+    rendered = _rendered(template, changed, tools, [False] * len(changed)) if words else None
+    if rendered is None:
+        return
+    lost = [index for word, index in words.items() if word not in rendered.text]
+    if lost:
+        detail = (
+            f"the chat template leaves out the reasoning of message {lost[0]}; choose one that has "
+            "reasoning, reasoning=split_per_turn where it shows that of the last turn, or "
+            "reasoning=strip to train without it"
+        )
+        raise BadRowError("reasoning_not_rendered", detail)
 
 
 def _rendered(

@@ -19,7 +19,11 @@ from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.conversations import Conversation
 from nemotron.steps.data_prep.sft_packing.engine import Engine
-from nemotron.steps.data_prep.sft_packing.left_out import require_calls, require_definitions
+from nemotron.steps.data_prep.sft_packing.left_out import (
+    require_calls,
+    require_definitions,
+    require_reasoning,
+)
 from nemotron.steps.data_prep.sft_packing.reasoning import Reasoning, Variant, per_turn, variants
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 from nemotron.steps.data_prep.sft_packing.rendering import (
@@ -136,6 +140,8 @@ class Encoder:
             detail = "this tokenizer cannot encode a control string as text; sanitize=false lets it"
             raise BadRowError("control_string", detail)
         require_calls(self.template, messages, tools, is_trained)
+        if self.reasoning != "strip":
+            require_reasoning(self.template, messages, tools, is_trained)
         return rendered
 
     def _documents(self, tokens: np.ndarray, ends: np.ndarray) -> Iterator[Document | None]:

@@ -1,4 +1,4 @@
-"""Tools: what a template leaves out of a conversation makes it a reject."""
+"""Tools and reasoning: what a template leaves out of a conversation makes it a reject."""
 
 from __future__ import annotations
 
@@ -106,3 +106,63 @@ def test_tools_are_looked_for_where_turns_are_split_because_the_last_renders_oth
     conversation = {"messages": messages, "tools": [{"name": "look"}]}
     found = reject(tokenizer_dir, template, conversation, reasoning="split_per_turn")
     assert found == reason
+
+
+LAST_THOUGHT_ONLY = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.thinking if loop.last }}{{ m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+)
+LONG = "The question is short, so that the answer can be short as well."
+
+
+def thoughtful(*thoughts: str, is_inline: bool = False, **more: Any) -> dict[str, Any]:
+    """Return a conversation that also asks what every turn thinks."""
+    messages: list[dict[str, Any]] = []
+    for thought in thoughts:
+        messages.append({"role": "user", "content": thought})
+        said = {"content": f"<think>\n{thought}\n</think>\n\nA"} if is_inline else {"content": "A"}
+        messages.append({"role": "assistant", "reasoning_content": thought, **said, **more})
+        if is_inline:
+            del messages[-1]["reasoning_content"]
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize("thought", ["hm", LONG])
+@pytest.mark.parametrize("template", ["chatml", "llama3", LAST_THOUGHT_ONLY])
+def test_a_row_whose_reasoning_does_not_reach_the_model_is_a_reject(
+    tokenizer_dir: Path, template: str, thought: str
+) -> None:
+    conversation = thoughtful(thought, thought)
+    assert reject(tokenizer_dir, template, conversation) == "reasoning_not_rendered"
+    assert reject(tokenizer_dir, template, conversation, reasoning="strip") == ""
+
+
+def test_reasoning_inside_the_content_is_looked_for_too(tokenizer_dir: Path) -> None:
+    conversation = thoughtful(LONG, is_inline=True)
+    assert reject(tokenizer_dir, LAST_THOUGHT_ONLY, conversation) == "reasoning_not_rendered"
+
+
+@pytest.mark.parametrize("thought", ["hm", LONG, "\n"])
+@pytest.mark.parametrize(
+    ("template", "options"),
+    [
+        ("nano3", {}),
+        ("nano3", {"is_inline": True}),
+        ("qwen3", {}),
+        ("qwen3", {"is_inline": True}),
+        ("chatml", {"is_inline": True}),
+    ],
+)
+def test_a_row_whose_reasoning_is_rendered_is_kept(
+    tokenizer_dir: Path, template: str, options: dict[str, Any], thought: str
+) -> None:
+    assert reject(tokenizer_dir, template, thoughtful(thought, thought, **options)) == ""
+
+
+def test_reasoning_of_turns_that_are_not_trained_may_be_left_out(tokenizer_dir: Path) -> None:
+    conversation = thoughtful(LONG, "hm")
+    options = {"reasoning": "split_per_turn"}
+    assert reject(tokenizer_dir, LAST_THOUGHT_ONLY, conversation, **options) == ""
+    conversation["messages"][1] |= {"weight": 0}
+    assert reject(tokenizer_dir, LAST_THOUGHT_ONLY, conversation) == ""

@@ -107,12 +107,12 @@ def test_a_turn_that_is_not_trained_is_read(tokenizer_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3"])
-def test_a_turn_of_reasoning_that_the_template_leaves_out_is_empty(
+def test_a_turn_of_which_the_template_leaves_nothing_is_not_trained(
     tokenizer_dir: Path, template: str
 ) -> None:
     encoder = encoder_of(tokenizer_dir, template)
     stop = encoder.template.stop or ""
-    answers = {"content": "", "reasoning_content": "hm"}, {"content": "c"}
+    answers = {"content": "", "reasoning_content": "\n"}, {"content": "c"}
     assert trained(encoder, *answers) == [f"c{stop}"]
 
 
