@@ -120,7 +120,12 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     if own[1] not in raw and not any(raw.get(name) for name in ("tool_calls", *FIELDS)):
         raise BadRowError("bad_message", f"message {index} has no field {own[1]!r}")
     content = _text(raw.get(own[1]), index)
-    others = {key: value for key, value in raw.items() if key not in own and value is not None}
+    # Exports give every message every field; templates ask whether there is one.
+    others = {
+        key: value
+        for key, value in raw.items()
+        if key not in own and value not in (None, "", [], {})
+    }
     message: dict[str, Any] = {"role": known, "content": content}
     if not others and role != "function_call":
         return message

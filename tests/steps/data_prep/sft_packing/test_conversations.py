@@ -99,6 +99,21 @@ def test_uid_ignores_fields_that_say_nothing() -> None:
     assert read(tagged).uid == read({"messages": [USER, ASSISTANT, USER, ASSISTANT]}).uid
 
 
+@pytest.mark.parametrize(
+    "empty",
+    [
+        *({"tool_calls": calls} for calls in ([], None)),
+        *({name: ""} for name in ("reasoning_content", "thinking", "reasoning", "name")),
+        {"function_call": {}, "audio": None, "tool_calls": [], "reasoning_content": ""},
+    ],
+)
+def test_fields_that_exports_leave_empty_are_as_if_they_were_not_there(
+    empty: dict[str, Any],
+) -> None:
+    conversation = read({"messages": [USER | empty, ASSISTANT | empty]})
+    assert conversation == read({"messages": [USER, ASSISTANT]})
+
+
 def test_detect_field_takes_a_named_field_at_its_word() -> None:
     row = {"dialog": [USER, ASSISTANT], "messages": []}
     assert detect_field(row, messages_field="dialog") == "dialog"
