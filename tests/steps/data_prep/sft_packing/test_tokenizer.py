@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from nemotron.errors import NemotronError
