@@ -18,9 +18,11 @@ ALPACA = "instruction"
 SHAREGPT = "conversations"
 ALPACA_FIELDS = (ALPACA, "input", "output", "history", "system")
 DEFAULT_FIELD = "messages"
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
+CALL = "function_call"
+# Of both conventions, in lower case: each is met with the names of the other.
+ROLES = {
     "system": "system",
+    "developer": "developer",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -29,7 +31,7 @@ SHAREGPT_ROLES = {
     "bing": "assistant",
     "model": "assistant",
     "assistant": "assistant",
-    "function_call": "assistant",
+    CALL: "assistant",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
@@ -112,27 +114,28 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise BadRowError("bad_message", f"message {index} is of type {type(raw).__name__}")
     is_sharegpt = "role" not in raw and "from" in raw
-    role = raw["from"] if is_sharegpt else raw.get("role")
-    known = SHAREGPT_ROLES.get(role) if is_sharegpt and isinstance(role, str) else role
-    if known not in ROLES:
-        raise BadRowError("unknown_role", f"message {index} has the role {str(role)[:40]!r}")
     own = ("from", "value") if is_sharegpt else ("role", "content")
+    role = raw.get(own[0])
+    alias = role.lower() if isinstance(role, str) else ""
+    if alias not in ROLES:
+        raise BadRowError("unknown_role", f"message {index} has the role {str(role)[:40]!r}")
     if own[1] not in raw and not any(raw.get(name) for name in ("tool_calls", *FIELDS)):
         raise BadRowError("bad_message", f"message {index} has no field {own[1]!r}")
-    content = _text(raw.get(own[1]), index)
+    content = "" if alias == CALL else _text(raw.get(own[1]), index)
     # Exports give every message every field; templates ask whether there is one.
     others = {
         key: value
         for key, value in raw.items()
         if key not in own and value not in (None, "", [], {})
     }
-    message: dict[str, Any] = {"role": known, "content": content}
-    if not others and role != "function_call":
+    message: dict[str, Any] = {"role": ROLES[alias], "content": content}
+    if not others and alias != CALL:
         return message
     message |= others
-    if role == "function_call":
-        message |= {"content": "", "tool_calls": [_parsed(content)]}
-    if known == "assistant":
+    if alias == CALL:
+        calls = _parsed(raw.get(own[1]))
+        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+    if message["role"] == "assistant":
         _require_weight(message.get("weight"), index)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], index)
@@ -163,7 +166,7 @@ def _text(content: Any, index: int) -> str:
 
 def _tool_calls(calls: Any, index: int) -> list[Any]:
     """Arguments that are JSON inside a string become objects, as chat templates expect them."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    if not isinstance(calls, list) or not calls or not all(isinstance(c, dict) for c in calls):
         raise BadRowError("bad_message", f"tool_calls of message {index} is not a list of objects")
     parsed: list[Any] = []
     for call in calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -67,6 +68,31 @@ def test_function_call_turns_of_sharegpt_become_tool_calls() -> None:
     assert call["function"] == {"name": "look", "arguments": {"at": "sky"}}
     assert conversation.messages[2]["role"] == "tool"
     assert conversation.tools == [{"name": "look"}]
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+@pytest.mark.parametrize("names", [("from", "value"), ("role", "content")])
+def test_a_function_call_may_be_a_list_of_parallel_calls(
+    names: tuple[str, str], as_text: bool
+) -> None:
+    calls: list[dict[str, Any]] = [{"name": "f", "arguments": {"x": 1}}, {"name": "g"}]
+    said = [("human", "Q"), ("function_call", json.dumps(calls) if as_text else calls)]
+    turns = [dict(zip(names, turn, strict=True)) for turn in [*said, ("gpt", "A")]]
+    (message,) = read({"conversations": turns}).messages[1:2]
+    assert (message["role"], message["content"]) == ("assistant", "")
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["f", "g"]
+
+
+@pytest.mark.parametrize("names", [("from", "value"), ("role", "content")])
+@pytest.mark.parametrize(
+    ("asks", "answers"),
+    [("User", "Assistant"), ("human", "gpt"), ("Human", "GPT"), ("USER", "model")],
+)
+def test_roles_are_known_by_the_names_of_either_convention_in_any_case(
+    names: tuple[str, str], asks: str, answers: str
+) -> None:
+    turns = [dict(zip(names, turn, strict=True)) for turn in ((asks, "Q"), (answers, "A"))]
+    assert read({"messages": turns}) == read({"messages": [USER, ASSISTANT]})
 
 
 def test_arguments_in_a_string_become_an_object() -> None:
@@ -137,6 +163,8 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ),
         ({"messages": [{"content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"messages": [{"role": "critic", "content": "Q"}, ASSISTANT]}, "unknown_role"),
+        ({"messages": [USER, {"role": "function_call", "content": "[]"}]}, "bad_message"),
+        ({"messages": [USER, {"role": "function_call", "content": ""}]}, "bad_message"),
         ({"messages": [{"role": ["user"], "content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"conversations": [{"from": "oracle", "value": "Q"}]}, "unknown_role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not_text"),
