@@ -24,7 +24,7 @@ from nemotron.steps.data_prep.sft_packing.inputs import (
 )
 from nemotron.steps.data_prep.sft_packing.long_documents import LongDocuments, survives
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt, code_digest
-from nemotron.steps.data_prep.sft_packing.rejects import BY_CONFIG, SAMPLES_PER_REASON
+from nemotron.steps.data_prep.sft_packing.rejects import BY_CONFIG, BY_TEMPLATE, SAMPLES_PER_REASON
 from nemotron.steps.data_prep.sft_packing.selection import Conversations
 from nemotron.steps.data_prep.sft_packing.spool import SpoolIndex, map_index
 from nemotron.steps.data_prep.sft_packing.tokenizing import (
@@ -161,8 +161,9 @@ def account(source: Source, receipts: Sequence[Receipt], *, max_bad_fraction: fl
     """Add up what a data set's tasks say about its rows.
 
     Raises:
-        NemotronError: ``bad_rows`` or ``bad_loss_masks``: more than ``max_bad_fraction`` of the
-            wanted rows are unusable; ``unreadable_input``: a file has changed meanwhile.
+        NemotronError: ``bad_rows``, ``rows_not_rendered`` or ``bad_loss_masks``: more than
+            ``max_bad_fraction`` of the wanted rows are unusable; ``unreadable_input``: a file has
+            changed meanwhile.
     """
     seen: Counter[str] = Counter()
     for task, receipt in zip(source.tasks, receipts, strict=True):
@@ -192,6 +193,13 @@ def account(source: Source, receipts: Sequence[Receipt], *, max_bad_fraction: fl
         raise _too_many_bad(source, max_bad_fraction)
 
 
+# Almost every row without a trained token is the template's doing, not the data's.
+_TEMPLATES_DOING = {
+    "bad_loss_masks": ("no_trainable_tokens",),
+    "rows_not_rendered": BY_TEMPLATE,
+}
+
+
 def _place(place: str, position: int) -> dict[str, int]:
     """Lines are counted from 1, items and rows from 0."""
     return {place: position + 1 if place == "line" else position}
@@ -203,17 +211,19 @@ def _too_many_bad(source: Source, max_bad_fraction: float) -> NemotronError:
         num_unread = source.num_bad - source.refused
         counts = f"{num_unread} of {source.num_wanted} rows as read and {source.refused} of "
         counts += f"{source.rendered} as rendered"
-    reasons = ", ".join(f"{count} {why}" for why, count in source.bad_reasons.most_common(3))
-    example = next(item for item in source.samples if item["reason"] not in BY_CONFIG)
-    place = next(example[name] for name in ("line", "item", "row") if name in example)
-    # Almost every row without a trained token is the template's doing, not the data's.
-    is_masks = source.dropped["no_trainable_tokens"] * 2 > source.num_bad
+    bad = source.bad_reasons
+    reasons = ", ".join(f"{count} {why}" for why, count in bad.most_common(3))
+    name, explained = "bad_rows", tuple(bad)
+    for other, by in _TEMPLATES_DOING.items():
+        if 2 * sum(bad[reason] for reason in by) > source.num_bad:
+            name, explained = other, by
+    example = next(item for item in source.samples if item["reason"] in explained)
+    place = next(example[key] for key in ("line", "item", "row") if key in example)
     problem = (
         f"{counts} ({source.expected_bad / source.num_wanted:.1%}) of the data set "
         f"{source.dataset.name} cannot be used; max_bad_fraction is {max_bad_fraction:g}: "
         f"{reasons}; the first: {example['detail']}"
     )
-    name = "bad_loss_masks" if is_masks else "bad_rows"
     return step_error(STEP, name, problem, where=f"{example['file']}:{place}")
 
 

@@ -416,6 +416,44 @@ def test_errors_carry_the_names_of_the_manifest_and_leave_no_output(
     assert not (tmp_path / "packed").exists()
 
 
+NOT_STABLE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ '!' if loop.last and m.role == 'assistant' }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+NO_NAMES = "{% if messages[-1].name %}{{ raise_exception('no names') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "says", "reason"),
+    [
+        ("chatml", {"tool_calls": [{"name": "look"}]}, "tools_not_rendered"),
+        ("chatml", {"reasoning_content": "hm"}, "reasoning_not_rendered"),
+        (NOT_STABLE, {}, "template_not_prefix_stable"),
+        (NO_NAMES + NOT_STABLE, {"name": "n"}, "template_error"),
+    ],
+)
+def test_rows_that_the_template_cannot_show_are_not_to_be_mended(
+    make_rows: MakeRows,
+    write_rows: WriteRows,
+    run_packing: RunPacking,
+    template: str,
+    says: dict[str, Any],
+    reason: str,
+) -> None:
+    rows: list[dict[str, Any] | str] = ["{"]
+    for row in make_rows(20):
+        row["messages"] *= 2
+        row["messages"][-1] |= says
+        rows.append(row)
+    source = write_rows(rows)
+    error = raised(lambda: run_packing(source, chat_template=template))
+    assert (error.code, error.where) == ("rows_not_rendered", f"{source}:2")
+    assert f"20 {reason}" in error.problem
+    assert "chat_template" in error.fix
+    assert "Mend" not in error.fix
+
+
 def test_a_template_that_trains_no_token_of_the_data_is_refused(
     make_rows: MakeRows, write_rows: WriteRows, run_packing: RunPacking
 ) -> None:
