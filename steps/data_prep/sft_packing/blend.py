@@ -19,7 +19,7 @@ STEP = "data_prep/sft_packing"
 HUB = "hf://"
 # A blend names files, it holds no conversations: a larger .json is data.
 MAX_BLEND_BYTES = 1 << 20
-CONVERSATION_FIELDS = ("messages", "conversations", "instruction")
+CONVERSATION_FIELDS = ("messages", "conversations", "instruction", "prompt")
 
 WeightBy = Literal["rows", "tokens"]
 

@@ -1,7 +1,8 @@
-"""Rows to conversations: three conventions in, the messages that chat templates read out.
+"""Rows to conversations: four conventions in, the messages that chat templates read out.
 
-OpenAI (``messages`` of role and content), ShareGPT (``conversations`` of from and value) and Alpaca
-(``instruction``, ``input``, ``output``) that say the same give the same messages and the same uid.
+OpenAI (``messages`` of role and content), ShareGPT (``conversations`` of from and value), Alpaca
+(``instruction``, ``input``, ``output``) and pairs (``prompt``, ``completion``) that say the same
+give the same messages and the same uid.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 ALPACA = "instruction"
 SHAREGPT = "conversations"
 ALPACA_FIELDS = (ALPACA, "input", "output", "history", "system")
+PROMPT, COMPLETION = PAIR_FIELDS = ("prompt", "completion")
 DEFAULT_FIELD = "messages"
 CALL = "function_call"
 # Of both conventions, in lower case: each is met with the names of the other.
@@ -59,14 +61,16 @@ def detect_field(row: Any, *, messages_field: str) -> str | None:
     """Return the field that holds a row's conversation, or None if the row has none.
 
     A ``messages_field`` other than the default is taken at its word; the default also finds
-    ShareGPT's ``conversations`` and Alpaca's ``instruction``.
+    ShareGPT's ``conversations``, Alpaca's ``instruction`` and a ``prompt`` with its ``completion``.
+    Of several, one that is null or empty comes last, as where files of two conventions were joined.
     """
     if not isinstance(row, dict):
         return None
     if messages_field != DEFAULT_FIELD:
         return messages_field if messages_field in row else None
-    known = (DEFAULT_FIELD, SHAREGPT, ALPACA)
-    return next((name for name in known if name in row), None)
+    known = (DEFAULT_FIELD, SHAREGPT, ALPACA, *([PROMPT] if COMPLETION in row else []))
+    held = [name for name in known if name in row]
+    return max(held, key=lambda name: (bool(row[name]), row[name] is not None), default=None)
 
 
 def read_conversation(row: Any, *, field: str, tools_field: str) -> Conversation:
@@ -79,7 +83,11 @@ def read_conversation(row: Any, *, field: str, tools_field: str) -> Conversation
         raise BadRowError("not_an_object", f"the row is of type {type(row).__name__}")
     if field not in row:
         raise BadRowError("no_conversation", f"no field {field!r}")
-    raw = _alpaca_turns(row) if field == ALPACA else row[field]
+    raw = row[field]
+    if field == ALPACA:
+        raw = _alpaca_turns(row)
+    elif field == PROMPT and COMPLETION in row:
+        raw = _pair_turns(row)
     if not isinstance(raw, list) or not raw:
         raise BadRowError("no_conversation", f"{field!r} is not a list of messages")
     messages = [_message(item, index) for index, item in enumerate(raw)]
@@ -108,6 +116,17 @@ def _alpaca_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     turns.append({"role": "user", "content": "\n".join(part for part in parts if part)})
     turns.append({"role": "assistant", "content": row.get("output")})
     return turns
+
+
+def _pair_turns(row: Mapping[str, Any]) -> list[Any]:
+    """The prompt is history, also what the assistant says in it: TRL's loss is the completion's."""
+    history = [_message(turn, index) for index, turn in enumerate(_turns(row[PROMPT], role="user"))]
+    untrained = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in history]
+    return [*untrained, *_turns(row[COMPLETION], role="assistant")]
+
+
+def _turns(said: Any, *, role: str) -> list[Any]:
+    return said if isinstance(said, list) else [{"role": role, "content": said}]
 
 
 def _message(raw: Any, index: int) -> dict[str, Any]:

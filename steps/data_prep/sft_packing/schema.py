@@ -106,7 +106,8 @@ class Config(Schema):
     )
     messages_field: str = Field(
         default="messages",
-        description="field of a conversation; the default also finds ShareGPT and Alpaca rows",
+        description="field of a conversation; the default also finds ShareGPT and Alpaca rows and "
+        "pairs of prompt and completion",
     )
     tools_field: str = Field(default="tools", description="field of the tool definitions")
 

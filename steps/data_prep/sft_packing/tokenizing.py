@@ -13,6 +13,7 @@ from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.conversations import (
     ALPACA_FIELDS,
+    PAIR_FIELDS,
     SHAREGPT,
     Conversation,
     detect_field,
@@ -204,7 +205,7 @@ class _Found(NamedTuple):
 def _conversations(part: Part, settings: RowSettings, tally: _Tally) -> Iterator[_Found]:
     """Yield the usable conversations of a part, and count the rest."""
     columns = (
-        *(settings.messages_field, SHAREGPT, *ALPACA_FIELDS),
+        *(settings.messages_field, SHAREGPT, *ALPACA_FIELDS, *PAIR_FIELDS),
         *(settings.tools_field, settings.used_in_field),
     )
     for row in read_rows(part, columns=columns):

@@ -1,4 +1,4 @@
-"""Conventions: the same conversation in three shapes is one conversation; bad rows say why."""
+"""Conventions: the same conversation in every shape is one conversation; bad rows say why."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(row: dict[str, Any]) -> Conversation:
     return read_conversation(row, field=field, tools_field="tools")
 
 
-def test_three_conventions_give_the_same_messages_and_uid() -> None:
+def test_conventions_give_the_same_messages_and_uid() -> None:
     openai = read(
         {
             "messages": [
@@ -45,6 +45,44 @@ def test_three_conventions_give_the_same_messages_and_uid() -> None:
     alpaca = read({"instruction": "Add.", "input": "1 and 2", "output": "3", "system": "Be brief."})
     assert openai.messages == sharegpt.messages == alpaca.messages
     assert openai.uid == sharegpt.uid == alpaca.uid
+
+
+@pytest.mark.parametrize("prompt", ["Q", [USER]])
+@pytest.mark.parametrize("completion", ["A", [ASSISTANT]])
+def test_a_prompt_and_its_completion_are_a_conversation(prompt: Any, completion: Any) -> None:
+    row = {"prompt": prompt, "completion": completion}
+    assert read(row) == read({"messages": [USER, ASSISTANT]})
+
+
+def test_of_prompt_and_completion_only_the_completion_is_trained() -> None:
+    row = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT, USER, ASSISTANT]}
+    assert [message.get("weight") for message in read(row).messages] == [
+        *(None, 0, None),
+        *(None, None, None),
+    ]
+    row = {"prompt": [USER, ASSISTANT], "completion": [USER]}
+    with pytest.raises(BadRowError) as caught:
+        read(row)
+    assert caught.value.reason == "untrained"
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"messages": None, "conversations": [1]}, "conversations"),
+        ({"messages": [], "conversations": [1]}, "conversations"),
+        ({"messages": None, "conversations": None, "instruction": "Q"}, "instruction"),
+        ({"messages": None, "instruction": "", "input": "Q"}, "instruction"),
+        ({"messages": None, "prompt": "Q", "completion": "A"}, "prompt"),
+        ({"messages": [1], "prompt": "Q", "completion": "A"}, "messages"),
+        ({"messages": None, "prompt": "Q"}, "messages"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, None),
+    ],
+)
+def test_a_field_without_a_conversation_does_not_hide_one(
+    row: dict[str, Any], field: str | None
+) -> None:
+    assert detect_field(row, messages_field="messages") == field
 
 
 def test_alpaca_history_comes_before_the_instruction() -> None:
@@ -185,6 +223,11 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ({"instruction": "Q", "output": "A", "history": ["Q"]}, "bad_message"),
         ({"instruction": "Q", "output": "A", "history": 5}, "bad_message"),
         ({"messages": [USER | {"name": b"Q"}, ASSISTANT]}, "bad_message"),
+        ({"prompt": "Q", "completion": ""}, "empty_answer"),
+        ({"prompt": "Q", "completion": None}, "empty_answer"),
+        ({"prompt": 3, "completion": "A"}, "bad_message"),
+        ({"prompt": ["Q"], "completion": "A"}, "bad_message"),
+        ({"prompt": "Q", "completion": ["A"]}, "bad_message"),
     ],
 )
 def test_read_conversation_says_why_a_row_cannot_be_used(row: dict[str, Any], reason: str) -> None:
