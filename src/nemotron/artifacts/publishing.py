@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nemotron.errors import ExitCode, NemotronError, writing
+from nemotron.files import write_atomically
 
 MANIFEST = "artifact.json"
 RESUME_DIR = ".resume"  # in a partial directory: what the next run needs to go on with it
@@ -108,13 +109,8 @@ def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it appears complete or not at all: aside, fsync, rename."""
-    aside = path.with_name(f".{path.name}.partial")
-    with writing(path), aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
+    """Write a file so that it appears complete or not at all; writers may overlap."""
+    write_atomically(path, text)
 
 
 def _prepare(partial: Path, notes: Path, resume_key: str | None) -> None:
@@ -127,8 +123,9 @@ def _prepare(partial: Path, notes: Path, resume_key: str | None) -> None:
     shutil.rmtree(notes, ignore_errors=True)
     key_file = partial / RESUME_DIR / _KEY_FILE
     if resume_key is not None and key_file.is_file() and key_file.read_text() == resume_key:
-        for name in (MANIFEST, f".{MANIFEST}.partial"):
-            (partial / name).unlink(missing_ok=True)
+        (partial / MANIFEST).unlink(missing_ok=True)
+        for unfinished in partial.rglob(".*.partial"):  # of a process that was killed
+            unfinished.unlink()
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

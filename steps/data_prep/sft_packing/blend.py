@@ -19,7 +19,7 @@ STEP = "data_prep/sft_packing"
 HUB = "hf://"
 # A blend names files, it holds no conversations: a larger .json is data.
 MAX_BLEND_BYTES = 1 << 20
-CONVERSATION_FIELDS = ("messages", "conversations", "instruction")
+CONVERSATION_FIELDS = ("messages", "conversations", "instruction", "prompt")
 
 WeightBy = Literal["rows", "tokens"]
 
@@ -31,7 +31,8 @@ class Dataset(BaseModel):
         name: Names it in reports; different for every source.
         path: File, directory or glob, relative to the blend file, or ``hf://owner/name``.
         weight: Relative share of the blend; 0 leaves the source out.
-        max_rows: At most this many conversations, chosen by hash: more are a superset of fewer.
+        max_rows: At most this many conversations, chosen by hash before they are rendered: more are
+            a superset of fewer, and fewer are left where some cannot be rendered.
         repeat: How often the training split sees it; 1.5 repeats half of it, chosen by hash.
         messages_field: Field of a conversation.
         tools_field: Field of the tool definitions.

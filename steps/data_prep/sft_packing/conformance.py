@@ -6,6 +6,7 @@ their own, runs of blanks and digits, control tokens, and code points of every s
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -56,7 +57,8 @@ def usable_engine(tokenizer: ChatTokenizer, wanted: str) -> str:
     """Return the engine that is wanted, or ``tokenizers`` where that one fails its trial.
 
     Says why where it falls back. The verdict is kept below ``XDG_CACHE_HOME``, under the digest of
-    the tokenizer and the versions of both packages.
+    the tokenizer and the versions of both packages; where it cannot be kept or read, the trial is
+    held again.
     """
     if wanted != "kitoken":
         return "tokenizers"
@@ -67,12 +69,14 @@ def usable_engine(tokenizer: ChatTokenizer, wanted: str) -> str:
     key = sha256_json([tokenizer.blake3, versions, NUM_STRINGS, _VERSION])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = root / "nemotron" / "engines" / f"{key}.json"
-    if path.is_file():
+    try:
         problem = json.loads(path.read_bytes())["problem"]
-    else:
+    except (OSError, ValueError, KeyError, TypeError):
         problem = find_difference(tokenizer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"tokenizer": tokenizer.blake3, "problem": problem}) + "\n")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            verdict = {"tokenizer": tokenizer.blake3, "problem": problem}
+            write_text(path, json.dumps(verdict) + "\n")
     return _fall_back(problem) if problem else "kitoken"
 
 

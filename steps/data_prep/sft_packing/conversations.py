@@ -1,7 +1,8 @@
-"""Rows to conversations: three conventions in, the messages that chat templates read out.
+"""Rows to conversations: four conventions in, the messages that chat templates read out.
 
-OpenAI (``messages`` of role and content), ShareGPT (``conversations`` of from and value) and Alpaca
-(``instruction``, ``input``, ``output``) that say the same give the same messages and the same uid.
+OpenAI (``messages`` of role and content), ShareGPT (``conversations`` of from and value), Alpaca
+(``instruction``, ``input``, ``output``) and pairs (``prompt``, ``completion``) that say the same
+give the same messages and the same uid.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 ALPACA = "instruction"
 SHAREGPT = "conversations"
 ALPACA_FIELDS = (ALPACA, "input", "output", "history", "system")
+PROMPT, COMPLETION = PAIR_FIELDS = ("prompt", "completion")
 DEFAULT_FIELD = "messages"
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
+CALL = "function_call"
+# Of both conventions, in lower case: each is met with the names of the other.
+ROLES = {
     "system": "system",
+    "developer": "developer",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -29,7 +33,7 @@ SHAREGPT_ROLES = {
     "bing": "assistant",
     "model": "assistant",
     "assistant": "assistant",
-    "function_call": "assistant",
+    CALL: "assistant",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
@@ -57,14 +61,16 @@ def detect_field(row: Any, *, messages_field: str) -> str | None:
     """Return the field that holds a row's conversation, or None if the row has none.
 
     A ``messages_field`` other than the default is taken at its word; the default also finds
-    ShareGPT's ``conversations`` and Alpaca's ``instruction``.
+    ShareGPT's ``conversations``, Alpaca's ``instruction`` and a ``prompt`` with its ``completion``.
+    Of several, one that is null or empty comes last, as where files of two conventions were joined.
     """
     if not isinstance(row, dict):
         return None
     if messages_field != DEFAULT_FIELD:
         return messages_field if messages_field in row else None
-    known = (DEFAULT_FIELD, SHAREGPT, ALPACA)
-    return next((name for name in known if name in row), None)
+    known = (DEFAULT_FIELD, SHAREGPT, ALPACA, *([PROMPT] if COMPLETION in row else []))
+    held = [name for name in known if name in row]
+    return max(held, key=lambda name: (bool(row[name]), row[name] is not None), default=None)
 
 
 def read_conversation(row: Any, *, field: str, tools_field: str) -> Conversation:
@@ -77,7 +83,11 @@ def read_conversation(row: Any, *, field: str, tools_field: str) -> Conversation
         raise BadRowError("not_an_object", f"the row is of type {type(row).__name__}")
     if field not in row:
         raise BadRowError("no_conversation", f"no field {field!r}")
-    raw = _alpaca_turns(row) if field == ALPACA else row[field]
+    raw = row[field]
+    if field == ALPACA:
+        raw = _alpaca_turns(row)
+    elif field == PROMPT and COMPLETION in row:
+        raw = _pair_turns(row)
     if not isinstance(raw, list) or not raw:
         raise BadRowError("no_conversation", f"{field!r} is not a list of messages")
     messages = [_message(item, index) for index, item in enumerate(raw)]
@@ -108,26 +118,43 @@ def _alpaca_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return turns
 
 
+def _pair_turns(row: Mapping[str, Any]) -> list[Any]:
+    """The prompt is history, also what the assistant says in it: TRL's loss is the completion's."""
+    history = [_message(turn, index) for index, turn in enumerate(_turns(row[PROMPT], role="user"))]
+    untrained = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in history]
+    return [*untrained, *_turns(row[COMPLETION], role="assistant")]
+
+
+def _turns(said: Any, *, role: str) -> list[Any]:
+    return said if isinstance(said, list) else [{"role": role, "content": said}]
+
+
 def _message(raw: Any, index: int) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise BadRowError("bad_message", f"message {index} is of type {type(raw).__name__}")
     is_sharegpt = "role" not in raw and "from" in raw
-    role = raw["from"] if is_sharegpt else raw.get("role")
-    known = SHAREGPT_ROLES.get(role) if is_sharegpt and isinstance(role, str) else role
-    if known not in ROLES:
-        raise BadRowError("unknown_role", f"message {index} has the role {str(role)[:40]!r}")
     own = ("from", "value") if is_sharegpt else ("role", "content")
+    role = raw.get(own[0])
+    alias = role.lower() if isinstance(role, str) else ""
+    if alias not in ROLES:
+        raise BadRowError("unknown_role", f"message {index} has the role {str(role)[:40]!r}")
     if own[1] not in raw and not any(raw.get(name) for name in ("tool_calls", *FIELDS)):
         raise BadRowError("bad_message", f"message {index} has no field {own[1]!r}")
-    content = _text(raw.get(own[1]), index)
-    others = {key: value for key, value in raw.items() if key not in own and value is not None}
-    message: dict[str, Any] = {"role": known, "content": content}
-    if not others and role != "function_call":
+    content = "" if alias == CALL else _text(raw.get(own[1]), index)
+    # Exports give every message every field; templates ask whether there is one.
+    others = {
+        key: value
+        for key, value in raw.items()
+        if key not in own and value not in (None, "", [], {})
+    }
+    message: dict[str, Any] = {"role": ROLES[alias], "content": content}
+    if not others and alias != CALL:
         return message
     message |= others
-    if role == "function_call":
-        message |= {"content": "", "tool_calls": [_parsed(content)]}
-    if known == "assistant":
+    if alias == CALL:
+        calls = _parsed(raw.get(own[1]))
+        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+    if message["role"] == "assistant":
         _require_weight(message.get("weight"), index)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], index)
@@ -158,7 +185,7 @@ def _text(content: Any, index: int) -> str:
 
 def _tool_calls(calls: Any, index: int) -> list[Any]:
     """Arguments that are JSON inside a string become objects, as chat templates expect them."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    if not isinstance(calls, list) or not calls or not all(isinstance(c, dict) for c in calls):
         raise BadRowError("bad_message", f"tool_calls of message {index} is not a list of objects")
     parsed: list[Any] = []
     for call in calls:

@@ -24,7 +24,7 @@ from nemotron.steps.data_prep.sft_packing.inputs import (
 )
 from nemotron.steps.data_prep.sft_packing.long_documents import LongDocuments, survives
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt, code_digest
-from nemotron.steps.data_prep.sft_packing.rejects import BY_CONFIG, SAMPLES_PER_REASON
+from nemotron.steps.data_prep.sft_packing.rejects import BY_CONFIG, BY_TEMPLATE, SAMPLES_PER_REASON
 from nemotron.steps.data_prep.sft_packing.selection import Conversations
 from nemotron.steps.data_prep.sft_packing.spool import SpoolIndex, map_index
 from nemotron.steps.data_prep.sft_packing.tokenizing import (
@@ -52,6 +52,8 @@ class Source:
         files: Its files.
         tasks: What reads them, in their order.
         rows_read: Rows seen.
+        rendered: Of those, conversations that were rendered: ``max_rows`` leaves out others.
+        refused: Of those, what turned out to be of no use.
         dropped: Rows that are not used, by reason.
         samples: Some of them, with file and line.
     """
@@ -60,13 +62,32 @@ class Source:
     files: tuple[InputFile, ...]
     tasks: tuple[TokenizeTask, ...]
     rows_read: int = 0
+    rendered: int = 0
+    refused: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def num_bad(self) -> int:
         """Rows that were unusable, without those that the config leaves out."""
-        return sum(count for reason, count in self.dropped.items() if reason not in BY_CONFIG)
+        return sum(self.bad_reasons.values())
+
+    @property
+    def bad_reasons(self) -> Counter[str]:
+        """Why rows were unusable."""
+        bad = ((reason, count) for reason, count in self.dropped.items() if reason not in BY_CONFIG)
+        return Counter(dict(bad))
+
+    @property
+    def num_wanted(self) -> int:
+        """Rows that were looked at: all but those that ``used_in_filter`` leaves out."""
+        return self.rows_read - self.dropped["used_in"]
+
+    @property
+    def expected_bad(self) -> float:
+        """Rows that would be unusable if those that ``max_rows`` left out were rendered too."""
+        num_unread = self.num_bad - self.refused
+        return num_unread + self.refused * (self.num_wanted - num_unread) / max(self.rendered, 1)
 
 
 def plan_sources(
@@ -140,13 +161,16 @@ def account(source: Source, receipts: Sequence[Receipt], *, max_bad_fraction: fl
     """Add up what a data set's tasks say about its rows.
 
     Raises:
-        NemotronError: ``bad_rows`` or ``bad_loss_masks``: more rows than ``max_bad_fraction`` are
-            unusable; ``unreadable_input``: a file has changed meanwhile.
+        NemotronError: ``bad_rows``, ``rows_not_rendered`` or ``bad_loss_masks``: more than
+            ``max_bad_fraction`` of the wanted rows are unusable; ``unreadable_input``: a file has
+            changed meanwhile.
     """
     seen: Counter[str] = Counter()
     for task, receipt in zip(source.tasks, receipts, strict=True):
         path = str(task.part.path)
         source.rows_read += receipt["rows_read"]
+        source.rendered += receipt["rendered"]
+        source.refused += receipt["refused"]
         source.dropped.update(receipt["dropped"])
         for sample in receipt["samples"]:
             seen[sample["reason"]] += 1
@@ -165,8 +189,15 @@ def account(source: Source, receipts: Sequence[Receipt], *, max_bad_fraction: fl
             raise step_error(
                 STEP, "unreadable_input", "it changed while it was read", where=str(file.path)
             )
-    if source.num_bad > max_bad_fraction * source.rows_read:
+    if source.expected_bad > max_bad_fraction * source.num_wanted:
         raise _too_many_bad(source, max_bad_fraction)
+
+
+# Almost every row without a trained token is the template's doing, not the data's.
+_TEMPLATES_DOING = {
+    "bad_loss_masks": ("no_trainable_tokens",),
+    "rows_not_rendered": BY_TEMPLATE,
+}
 
 
 def _place(place: str, position: int) -> dict[str, int]:
@@ -175,18 +206,24 @@ def _place(place: str, position: int) -> dict[str, int]:
 
 
 def _too_many_bad(source: Source, max_bad_fraction: float) -> NemotronError:
-    share = source.num_bad / source.rows_read
-    reasons = ", ".join(f"{count} {reason}" for reason, count in source.dropped.most_common(3))
-    example = next(item for item in source.samples if item["reason"] not in BY_CONFIG)
-    place = next(example[name] for name in ("line", "item", "row") if name in example)
-    # Almost every row without a trained token is the template's doing, not the data's.
-    is_masks = source.dropped["no_trainable_tokens"] * 2 > source.num_bad
+    counts = f"{source.num_bad} of {source.num_wanted} rows"
+    if source.dropped["max_rows"]:
+        num_unread = source.num_bad - source.refused
+        counts = f"{num_unread} of {source.num_wanted} rows as read and {source.refused} of "
+        counts += f"{source.rendered} as rendered"
+    bad = source.bad_reasons
+    reasons = ", ".join(f"{count} {why}" for why, count in bad.most_common(3))
+    name, explained = "bad_rows", tuple(bad)
+    for other, by in _TEMPLATES_DOING.items():
+        if 2 * sum(bad[reason] for reason in by) > source.num_bad:
+            name, explained = other, by
+    example = next(item for item in source.samples if item["reason"] in explained)
+    place = next(example[key] for key in ("line", "item", "row") if key in example)
     problem = (
-        f"{source.num_bad} of {source.rows_read} rows ({share:.1%}) of the data set "
+        f"{counts} ({source.expected_bad / source.num_wanted:.1%}) of the data set "
         f"{source.dataset.name} cannot be used; max_bad_fraction is {max_bad_fraction:g}: "
         f"{reasons}; the first: {example['detail']}"
     )
-    name = "bad_loss_masks" if is_masks else "bad_rows"
     return step_error(STEP, name, problem, where=f"{example['file']}:{place}")
 
 

@@ -19,7 +19,12 @@ from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.conversations import Conversation
 from nemotron.steps.data_prep.sft_packing.engine import Engine
-from nemotron.steps.data_prep.sft_packing.reasoning import Reasoning, Variant, variants
+from nemotron.steps.data_prep.sft_packing.left_out import (
+    require_calls,
+    require_definitions,
+    require_reasoning,
+)
+from nemotron.steps.data_prep.sft_packing.reasoning import Reasoning, Variant, per_turn, variants
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 from nemotron.steps.data_prep.sft_packing.rendering import (
     ANSWER,
@@ -30,7 +35,6 @@ from nemotron.steps.data_prep.sft_packing.rendering import (
 )
 from nemotron.steps.data_prep.sft_packing.sanitizing import Sanitizer
 from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, template_text
-from nemotron.steps.data_prep.sft_packing.tool_use import require_tools
 from nemotron.steps.data_prep.sft_packing.turns import trained_turns
 
 # Encoding one text, or one text in two pieces, gives the same tokens unless the tokenizer adds
@@ -105,27 +109,40 @@ class Encoder:
 
     def _render(self, conversation: Conversation) -> list[Rendered] | BadRowError:
         try:
-            rendered = [
-                self._render_variant(variant, conversation)
-                for variant in variants(conversation.messages, self.reasoning)
-            ]
-            require_tools(self.template, conversation)
+            rendered = self._render_variants(conversation)
+            require_definitions(self.template, conversation.messages, conversation.tools)
         except BadRowError as error:
             return error
         except RecursionError:
             return BadRowError("malformed_json", "nested too deeply")
         return rendered
 
+    def _render_variants(self, conversation: Conversation) -> list[Rendered]:
+        messages = conversation.messages
+        try:
+            found = variants(messages, self.reasoning)
+            return [self._render_variant(variant, conversation) for variant in found]
+        except BadRowError as error:
+            is_unstable = error.reason == "template_not_prefix_stable"
+            if self.reasoning != "split_per_turn" or not is_unstable:
+                raise
+        # Without reasoning too, a template may show the last turn otherwise than those before it.
+        return [self._render_variant(variant, conversation) for variant in per_turn(messages)]
+
     def _render_variant(self, variant: Variant, conversation: Conversation) -> Rendered:
         messages, tools = variant.messages, conversation.tools
+        is_trained = trained_turns(variant)
         if self.sanitizer is not None:
             messages = self.sanitizer.hide(messages)
             tools = self.sanitizer.hide_tools(tools)
-        rendered = self.template.render(messages, tools)
+        rendered = self.template.render(messages, tools, is_trained=is_trained)
         if not self.encodes_pieces and Sanitizer.has_placeholder(rendered.text):
             detail = "this tokenizer cannot encode a control string as text; sanitize=false lets it"
             raise BadRowError("control_string", detail)
-        return trained_turns(rendered, variant, stop=self.template.stop)
+        require_calls(self.template, messages, tools, is_trained)
+        if self.reasoning != "strip":
+            require_reasoning(self.template, messages, tools, is_trained)
+        return rendered
 
     def _documents(self, tokens: np.ndarray, ends: np.ndarray) -> Iterator[Document | None]:
         """Yield each document; None where nothing in it is a label.

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nemotron.artifacts import Producer, describe_input, write_artifact, write_text
+from nemotron.artifacts import Input, Producer, describe_input, write_artifact, write_text
+from nemotron.steps.data_prep.sft_packing.blend import HUB
 from nemotron.steps.data_prep.sft_packing.corpus import Source
 from nemotron.steps.data_prep.sft_packing.job import Job
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
@@ -70,11 +71,18 @@ def assemble(
         directory,
         artifact_type="packed_parquet",
         produced_by=produced_by,
-        inputs=[describe_input("training_jsonl", Path(item.dataset.path)) for item in job.sources],
+        inputs=[_lineage(source.dataset.path) for source in job.sources],
         properties=properties,
         digests={name: digest for name, (_, digest) in shards.items()},
     )
     return properties
+
+
+def _lineage(path: str) -> Input:
+    """Return the entry of a data set; of the hub as it was given, its revision is in the report."""
+    if path.startswith(HUB):
+        return Input(type="training_jsonl", path=path)
+    return describe_input("training_jsonl", Path(path))
 
 
 def _link(source: Path, target: Path) -> None:

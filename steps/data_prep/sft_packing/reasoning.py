@@ -16,7 +16,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 FIELDS = ("reasoning_content", "thinking", "reasoning")
 # A block at the start of an answer; some data lacks the opening tag, which the prompt wrote.
-_BLOCK = re.compile(r"^\s*(?:<think>)?(?:(?!<think>).)*?</think>\s*", re.DOTALL)
+_BLOCK = re.compile(r"^\s*(?:<think>)?((?:(?!<think>).)*?)</think>\s*", re.DOTALL)
 
 
 class Variant(NamedTuple):
@@ -32,11 +32,16 @@ class Variant(NamedTuple):
 
 
 def variants(messages: Messages, policy: Reasoning) -> list[Variant]:
-    """Return what to make of one conversation; one without reasoning is never split."""
+    """Return what to make of one conversation; one without reasoning is not split."""
     if policy == "keep" or not any(_has_reasoning(message) for message in messages):
         return [Variant(messages)]
     if policy == "strip":
         return [Variant(without_reasoning(messages))]
+    return per_turn(messages)
+
+
+def per_turn(messages: Messages) -> list[Variant]:
+    """Return a document for every turn, its history without reasoning."""
     found: list[Variant] = []
     starts = [0, *_turn_starts(messages)]
     for start, stop in zip(starts, [*starts[1:], len(messages)], strict=True):
@@ -50,6 +55,20 @@ def variants(messages: Messages, policy: Reasoning) -> list[Variant]:
 def without_reasoning(messages: Messages) -> list[Mapping[str, Any]]:
     """Return messages without reasoning, neither in fields nor in a block inside the content."""
     return [_without(message) if _has_reasoning(message) else message for message in messages]
+
+
+def with_reasoning(message: Mapping[str, Any], thought: str) -> Mapping[str, Any] | None:
+    """Return a message with another thought wherever it has one, or None where it has none."""
+    changed = {name: thought for name in FIELDS if _says_something(message.get(name))}
+    block = _BLOCK.match(message["content"]) if "</think>" in message["content"] else None
+    if block is not None and block[1].strip():
+        start, end = block.span(1)
+        changed["content"] = message["content"][:start] + thought + message["content"][end:]
+    return {**message, **changed} if changed else None
+
+
+def _says_something(value: Any) -> bool:
+    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def _turn_starts(messages: Messages) -> list[int]:

@@ -13,6 +13,16 @@ SAMPLES_PER_REASON = 100
 # These rows were fine, and left out because the config asks for it.
 BY_CONFIG = ("used_in", "max_rows", "sample", "weight", "over_long", "in_other_split")
 
+# These rows may be fine: it is the chat template that cannot show them.
+BY_TEMPLATE = (
+    "template_error",
+    "template_not_prefix_stable",
+    "tools_not_rendered",
+    "reasoning_not_rendered",
+    "generation_moved",
+    "spans_not_per_turn",
+)
+
 
 class BadRowError(Exception):
     """Why a row cannot be used: ``reason`` is a short name, ``detail`` says it for this row."""

@@ -6,6 +6,7 @@ its ``{% generation %}`` tag, but without importing it: that costs seconds and i
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemotron.steps.data_prep.sft_packing.reasoning import Messages
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
+from nemotron.steps.data_prep.sft_packing.turns import Span, chosen_spans
 
-Messages = Sequence[Mapping[str, Any]]
 QUESTION, ANSWER = "What is asked?", "This is answered."
 PROBE: Messages = [
     {"role": "user", "content": QUESTION},
@@ -47,7 +49,7 @@ class Rendered(NamedTuple):
     """
 
     text: str
-    spans: list[tuple[int, int]]
+    spans: list[Span]
 
     @property
     def trained(self) -> str:
@@ -92,39 +94,55 @@ class ChatTemplate:
         self.stop: str | None = None
         self.stop = self._find_stop(special_tokens)
 
-    def render(self, messages: Messages, tools: Sequence[Any] | None = None) -> Rendered:
+    def render(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        *,
+        is_trained: Sequence[bool] | None = None,
+    ) -> Rendered:
         """Return the text of a conversation and the spans that the assistant says.
+
+        ``is_trained`` says in which messages, see ``turns.trained_turns``; None: in all.
 
         With ``{% generation %}`` in the template the spans are what it encloses, from one render.
         Without it a turn is what the conversation up to and including it adds to the conversation
-        before it plus the generation prompt: two renders per turn, and each must be a prefix of the
-        whole text, or the spans would be guesses.
+        before it plus the generation prompt: two renders per trained turn, and each must be a
+        prefix of the whole text, or the spans would be guesses.
 
         The token that ends a turn is always in its span: a model that never trained on it does not
-        stop. Some templates leave it outside of ``{% generation %}``.
+        stop. Some templates leave it outside of ``{% generation %}``. A span of that token alone is
+        left out.
 
         Raises:
             BadRowError: ``template_error``, ``template_not_prefix_stable``, ``generation_moved``,
-                ``invalid_unicode``.
+                ``spans_not_per_turn``, ``invalid_unicode``.
         """
+        if is_trained is None:
+            is_trained = [message["role"] == "assistant" for message in messages]
         try:
-            rendered = self._render(messages, tools)
+            rendered = self._render(messages, tools, is_trained)
         except RENDER_ERRORS as error:
             raise BadRowError("template_error", f"{type(error).__name__}: {error}"[:200]) from None
         if not rendered.text.isascii():
             _require_unicode(rendered.text)
         return rendered
 
-    def _render(self, messages: Messages, tools: Sequence[Any] | None) -> Rendered:
+    def _render(
+        self, messages: Messages, tools: Sequence[Any] | None, is_trained: Sequence[bool]
+    ) -> Rendered:
         if self._has_markers:
-            text, spans = self._render_marked(messages, tools)
+            text, marked = self._render_marked(messages, tools)
+            spans = chosen_spans(marked, messages, is_trained)
         else:
-            text, spans = self._render_prefixes(messages, tools)
-        return Rendered(text, [self._with_stop(text, span) for span in spans])
+            text, spans = self._render_prefixes(messages, tools, is_trained)
+        bare = ("", self.stop or "")
+        whole = (self._with_stop(text, span) for span in spans)
+        return Rendered(text, [(s, e) for s, e in whole if text[s:e].strip() not in bare])
 
     def _render_marked(
         self, messages: Messages, tools: Sequence[Any] | None
-    ) -> tuple[str, list[tuple[int, int]]]:
+    ) -> tuple[str, list[Span]]:
         tracker = self._tracker
         tracker.start()
         text = self._text(messages, tools)
@@ -137,20 +155,19 @@ class ChatTemplate:
         return text, [(start, start + len(said)) for start, said in tracker.marked if said]
 
     def _render_prefixes(
-        self, messages: Messages, tools: Sequence[Any] | None
-    ) -> tuple[str, list[tuple[int, int]]]:
+        self, messages: Messages, tools: Sequence[Any] | None, is_trained: Sequence[bool]
+    ) -> tuple[str, list[Span]]:
         text = self._text(messages, tools)
-        spans: list[tuple[int, int]] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        spans: list[Span] = []
+        for index in itertools.compress(range(len(messages)), is_trained):
             prompt = self._text(messages[:index], tools, add_generation_prompt=True)
             turn = self._text(messages[: index + 1], tools)
             if not (text.startswith(prompt) and text.startswith(turn) and turn.startswith(prompt)):
                 raise BadRowError(
                     "template_not_prefix_stable",
                     f"message {index} renders otherwise when the conversation ends there; "
-                    "mark the assistant's turn with {% generation %}",
+                    "reasoning=split_per_turn trains every turn as at inference, another "
+                    "chat_template can mark the assistant's with {% generation %}",
                 )
             spans.append((len(prompt), len(turn)))
         return text, spans
@@ -176,7 +193,7 @@ class ChatTemplate:
             self._tracker.position += len(piece)
         return "".join(pieces)
 
-    def _with_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+    def _with_stop(self, text: str, span: Span) -> Span:
         """Grow a span over the stop token after it, or cut the blanks after the stop token in it.
 
         Blanks that a template puts into ``{% generation %}`` itself stay: its author wants them.

@@ -106,7 +106,8 @@ class Config(Schema):
     )
     messages_field: str = Field(
         default="messages",
-        description="field of a conversation; the default also finds ShareGPT and Alpaca rows",
+        description="field of a conversation; the default also finds ShareGPT and Alpaca rows and "
+        "pairs of prompt and completion",
     )
     tools_field: str = Field(default="tools", description="field of the tool definitions")
 
@@ -115,7 +116,10 @@ class Config(Schema):
     )
     used_in_field: str = "used_in"
     max_rows: int | None = Field(
-        default=None, ge=1, description="at most this many conversations of each dataset, by hash"
+        default=None,
+        ge=1,
+        description="at most this many conversations of each dataset, chosen by hash before they "
+        "are rendered",
     )
     sample: str | None = Field(
         default=None,
@@ -127,7 +131,8 @@ class Config(Schema):
         default=0.05,
         ge=0,
         le=1,
-        description="share of a dataset's rows that may be unusable before the run ends",
+        description="share of a dataset's rows, without those that used_in_filter and max_rows "
+        "leave out, that may be unusable before the run ends",
     )
 
     pack_size: int = Field(default=4096, ge=2, description="tokens of a row at training time")

@@ -67,8 +67,9 @@ def plan_packing(
         sample_seed: Decides which conversations ``sample`` takes.
 
     Raises:
-        NemotronError: ``bad_rows``, ``bad_loss_masks``, ``missing_training_data``,
-            ``seq_length_mismatch``, ``empty_split``, ``unreadable_input``.
+        NemotronError: ``bad_rows``, ``rows_not_rendered``, ``bad_loss_masks``,
+            ``missing_training_data``, ``seq_length_mismatch``, ``empty_split``,
+            ``unreadable_input``.
     """
     of_source: dict[str, list[Receipt]] = {}
     left = iter(receipts)

@@ -43,7 +43,7 @@ class ChatTokenizer:
         blake3: Digest of ``tokenizer.json``.
         variables: Special tokens by name (``eos_token``, ...), as chat templates see them.
         special_tokens: Texts of all special tokens.
-        chat_template: The tokenizer's own template, or None.
+        chat_template: The tokenizer's own template, of several the one called default, or None.
         vocab_size: Largest token id + 1.
         eos_token_id: Id of the EOS token.
         pad_token_id: Id of the padding token; that of EOS where there is none.
@@ -67,7 +67,7 @@ def load_tokenizer(model: str) -> ChatTokenizer:
 
     Raises:
         NemotronError: ``missing_tokenizer``; ``tokenizer_mismatch``: its files contradict each
-            other; ``bad_chat_template``: it has several templates and none is the default.
+            other.
     """
     directory = _locate(model)
     path = directory / "tokenizer.json"
@@ -114,6 +114,7 @@ def template_text(chat_template: str | None, tokenizer: ChatTokenizer) -> str:
     if chat_template is None:
         if tokenizer.chat_template is None:
             problem = f"the tokenizer in {tokenizer.directory} has no chat template of its own"
+            problem += ", or several and none called default"
             raise step_error(STEP, "bad_chat_template", problem, where="chat_template")
         return tokenizer.chat_template
     text = read_template(chat_template)
@@ -191,13 +192,10 @@ def _own_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if not isinstance(template, list):
-        return template
-    by_name = {entry["name"]: entry["template"] for entry in template}
-    if set(by_name) != {"default"}:
-        problem = f"the tokenizer has several chat templates: {', '.join(sorted(by_name))}"
-        raise step_error(STEP, "bad_chat_template", problem, where=str(directory))
-    return by_name["default"]
+    if isinstance(template, list):
+        # As _formats.huggingface.read_chat_template, which a merge compares with; that is torch's.
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
 
 
 def _mismatch(problem: str, where: Path) -> NemotronError:

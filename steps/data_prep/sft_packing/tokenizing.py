@@ -13,6 +13,7 @@ from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.conversations import (
     ALPACA_FIELDS,
+    PAIR_FIELDS,
     SHAREGPT,
     Conversation,
     detect_field,
@@ -112,9 +113,11 @@ class TokenizeTask:
         found = _conversations(self.part, self.rows, tally)
         encoder = encoder_of(self.encoder)
         for batch in _batches(_limited(found, self.rows.max_rows, tally)):
+            tally.rendered += len(batch)
             encoded = encoder.encode([item.conversation for item in batch])
             for item, documents in zip(batch, encoded, strict=True):
                 if isinstance(documents, BadRowError):
+                    tally.refused += 1
                     tally.drop(item.row.position, documents)
                 else:
                     writer.add(documents, uid=item.conversation.uid, row=item.row.position)
@@ -158,11 +161,13 @@ def _build(settings: EncoderSettings, tokenizer: ChatTokenizer) -> Encoder:
 
 @dataclass
 class _Tally:
-    """What became of a part's rows."""
+    """What became of a part's rows: ``refused`` are those ``rendered`` of no use after all."""
 
     place: str
     positions: int = 0
     rows_read: int = 0
+    rendered: int = 0
+    refused: int = 0
     documents: int = 0
     tokens: int = 0
 
@@ -183,6 +188,8 @@ class _Tally:
             "place": self.place,
             "positions": self.positions,
             "rows_read": self.rows_read,
+            "rendered": self.rendered,
+            "refused": self.refused,
             "documents": self.documents,
             "tokens": self.tokens,
             "dropped": dict(self.dropped),
@@ -198,7 +205,7 @@ class _Found(NamedTuple):
 def _conversations(part: Part, settings: RowSettings, tally: _Tally) -> Iterator[_Found]:
     """Yield the usable conversations of a part, and count the rest."""
     columns = (
-        *(settings.messages_field, SHAREGPT, *ALPACA_FIELDS),
+        *(settings.messages_field, SHAREGPT, *ALPACA_FIELDS, *PAIR_FIELDS),
         *(settings.tools_field, settings.used_in_field),
     )
     for row in read_rows(part, columns=columns):

@@ -5,52 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemotron.steps.data_prep.sft_packing.reasoning import FIELDS, Variant
+from nemotron.steps.data_prep.sft_packing.reasoning import FIELDS, Messages, Variant
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
-from nemotron.steps.data_prep.sft_packing.rendering import Rendered
+
+Span = tuple[int, int]
 
 
-def trained_turns(rendered: Rendered, variant: Variant, *, stop: str | None) -> Rendered:
-    """Return a rendered conversation with the spans that are to be trained.
+def trained_turns(variant: Variant) -> list[bool]:
+    """Return whether each message is to be trained: those of the assistant.
 
-    That leaves out turns before the last ``num_trained`` ones, turns with the weight 0, and empty
-    ones: a model that learns to end its turn at once does so where it should answer.
+    Not those before its last ``num_trained`` ones, nor those with the weight 0, nor empty ones: a
+    model that learns to end its turn at once does so where it should answer.
+    """
+    num_trained, messages = variant.num_trained, variant.messages
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    flags = [False] * len(messages)
+    for index in turns if num_trained is None else turns[-num_trained:]:
+        flags[index] = messages[index].get("weight") != 0 and _says_something(messages[index])
+    return flags
 
-    Args:
-        rendered: The conversation, with a span of each turn.
-        variant: What was rendered.
-        stop: The token that ends a turn, or None.
+
+def chosen_spans(
+    spans: Sequence[Span], messages: Messages, is_trained: Sequence[bool]
+) -> Sequence[Span]:
+    """Return the spans of turns that are trained, of the spans of all turns.
+
+    A template may mark nothing where a turn says nothing.
 
     Raises:
         BadRowError: ``spans_not_per_turn``: which span is which turn's cannot be told.
     """
-    turns = [message for message in variant.messages if message["role"] == "assistant"]
-    behind = 0 if variant.num_trained is None else len(turns) - variant.num_trained
-    is_trained = [
-        index >= behind and turn.get("weight") != 0 and _says_something(turn)
-        for index, turn in enumerate(turns)
-    ]
-    spans = rendered.spans
-    if not all(is_trained):
-        flags = _flags_of_spans(spans, turns, is_trained)
-        spans = [span for span, flag in zip(spans, flags, strict=True) if flag]
-    bare = ("", stop or "")
-    spans = [(start, end) for start, end in spans if rendered.text[start:end].strip() not in bare]
-    return Rendered(rendered.text, spans)
+    pairs = zip(messages, is_trained, strict=True)
+    turns = [(message, flag) for message, flag in pairs if message["role"] == "assistant"]
+    flags = [flag for _, flag in turns]
+    if all(flags) or not any(flags):
+        return spans if any(flags) else []
+    if len(spans) != len(turns):
+        flags = [flag for turn, flag in turns if _says_something(turn)]
+    if len(spans) != len(flags):
+        detail = f"{len(spans)} marked spans for {len(turns)} turns of the assistant"
+        raise BadRowError("spans_not_per_turn", detail)
+    return [span for span, flag in zip(spans, flags, strict=True) if flag]
 
 
 def _says_something(turn: Mapping[str, Any]) -> bool:
     return bool(turn["content"].strip() or any(turn.get(key) for key in ("tool_calls", *FIELDS)))
-
-
-def _flags_of_spans(
-    spans: Sequence[tuple[int, int]], turns: Sequence[Mapping[str, Any]], flags: Sequence[bool]
-) -> Sequence[bool]:
-    """Return the flag of each span; a template may mark nothing where a turn says nothing."""
-    if len(spans) == len(turns):
-        return flags
-    said = [flag for turn, flag in zip(turns, flags, strict=True) if _says_something(turn)]
-    if len(spans) != len(said):
-        detail = f"{len(spans)} marked spans for {len(turns)} turns of the assistant"
-        raise BadRowError("spans_not_per_turn", detail)
-    return said

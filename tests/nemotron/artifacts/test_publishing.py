@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -152,6 +153,42 @@ def test_publish_refuses_a_second_writer_and_names_the_first(tmp_path: Path) -> 
         write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
     assert caught.value.exit_code is ExitCode.LOCKED
     make(tmp_path / "out")
+
+
+def test_write_text_lets_writers_of_one_file_overlap(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, failed = context.Barrier(4), context.Value("i", 0)
+
+    def write() -> None:
+        for number in range(50):
+            barrier.wait()
+            try:
+                write_text(tmp_path / "x", f"{number}\n" * 1000)
+            except OSError:
+                with failed.get_lock():
+                    failed.value += 1
+
+    children = [context.Process(target=write) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert failed.value == 0
+    assert (tmp_path / "x").read_text() == "49\n" * 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_publish_goes_on_without_what_a_killed_writer_left_half_written(tmp_path: Path) -> None:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        publish(tmp_path / "out", step=PRODUCER.step, resume_key="k") as partial,
+    ):
+        (partial / "whole").touch()
+        (partial / f".{MANIFEST}.0a1b2c3d.partial").touch()
+        raise KeyboardInterrupt
+    with publish(tmp_path / "out", step=PRODUCER.step, resume_key="k") as partial:
+        assert [path.name for path in partial.iterdir() if path.is_file()] == ["whole"]
+        write_artifact(partial, artifact_type="checkpoint_lora", produced_by=PRODUCER)
 
 
 def test_published_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,47 @@ def test_an_engine_that_passes_is_used_and_its_verdict_is_kept(
     assert usable_engine(tokenizer, "kitoken") == "kitoken"
     assert len(list(cache.iterdir())) == 1
     monkeypatch.setattr(conformance, "find_difference", None)  # not called again
+    assert usable_engine(tokenizer, "kitoken") == "kitoken"
+
+
+def test_processes_that_end_the_trial_at_once_all_keep_their_verdict(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the nodes of a job do, with a cache that they share."""
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(4), context.Queue()
+    tokenizer = load_tokenizer(str(TINY))
+    monkeypatch.setattr(conformance, "find_difference", lambda _: barrier.wait() and None)
+
+    def ask() -> None:
+        try:
+            answers.put(usable_engine(tokenizer, "kitoken"))
+        except BaseException as error:  # what it is, a child cannot assert
+            answers.put(repr(error))
+
+    for _ in range(10):
+        shutil.rmtree(cache, ignore_errors=True)
+        children = [context.Process(target=ask) for _ in range(4)]
+        for child in children:
+            child.start()
+        assert [answers.get(timeout=60) for _ in children] == ["kitoken"] * 4
+        for child in children:
+            child.join()
+        assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("held", ["", "{}", "[", "no directory"])
+def test_a_verdict_that_cannot_be_kept_or_read_is_found_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, held: str
+) -> None:
+    tokenizer = load_tokenizer(str(TINY))
+    monkeypatch.setattr(conformance, "find_difference", lambda _: None)
+    assert usable_engine(tokenizer, "kitoken") == "kitoken"
+    (verdict,) = cache.iterdir()
+    verdict.write_text(held)
+    if held == "no directory":
+        shutil.rmtree(cache)
+        cache.write_text("a file is in the way")
     assert usable_engine(tokenizer, "kitoken") == "kitoken"
 
 

@@ -1,7 +1,8 @@
-"""Conventions: the same conversation in three shapes is one conversation; bad rows say why."""
+"""Conventions: the same conversation in every shape is one conversation; bad rows say why."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def read(row: dict[str, Any]) -> Conversation:
     return read_conversation(row, field=field, tools_field="tools")
 
 
-def test_three_conventions_give_the_same_messages_and_uid() -> None:
+def test_conventions_give_the_same_messages_and_uid() -> None:
     openai = read(
         {
             "messages": [
@@ -46,6 +47,44 @@ def test_three_conventions_give_the_same_messages_and_uid() -> None:
     assert openai.uid == sharegpt.uid == alpaca.uid
 
 
+@pytest.mark.parametrize("prompt", ["Q", [USER]])
+@pytest.mark.parametrize("completion", ["A", [ASSISTANT]])
+def test_a_prompt_and_its_completion_are_a_conversation(prompt: Any, completion: Any) -> None:
+    row = {"prompt": prompt, "completion": completion}
+    assert read(row) == read({"messages": [USER, ASSISTANT]})
+
+
+def test_of_prompt_and_completion_only_the_completion_is_trained() -> None:
+    row = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT, USER, ASSISTANT]}
+    assert [message.get("weight") for message in read(row).messages] == [
+        *(None, 0, None),
+        *(None, None, None),
+    ]
+    row = {"prompt": [USER, ASSISTANT], "completion": [USER]}
+    with pytest.raises(BadRowError) as caught:
+        read(row)
+    assert caught.value.reason == "untrained"
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"messages": None, "conversations": [1]}, "conversations"),
+        ({"messages": [], "conversations": [1]}, "conversations"),
+        ({"messages": None, "conversations": None, "instruction": "Q"}, "instruction"),
+        ({"messages": None, "instruction": "", "input": "Q"}, "instruction"),
+        ({"messages": None, "prompt": "Q", "completion": "A"}, "prompt"),
+        ({"messages": [1], "prompt": "Q", "completion": "A"}, "messages"),
+        ({"messages": None, "prompt": "Q"}, "messages"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, None),
+    ],
+)
+def test_a_field_without_a_conversation_does_not_hide_one(
+    row: dict[str, Any], field: str | None
+) -> None:
+    assert detect_field(row, messages_field="messages") == field
+
+
 def test_alpaca_history_comes_before_the_instruction() -> None:
     row = {"instruction": "Q2", "input": "", "output": "A2", "history": [["Q", "A"]]}
     contents = [message["content"] for message in read(row).messages]
@@ -67,6 +106,31 @@ def test_function_call_turns_of_sharegpt_become_tool_calls() -> None:
     assert call["function"] == {"name": "look", "arguments": {"at": "sky"}}
     assert conversation.messages[2]["role"] == "tool"
     assert conversation.tools == [{"name": "look"}]
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+@pytest.mark.parametrize("names", [("from", "value"), ("role", "content")])
+def test_a_function_call_may_be_a_list_of_parallel_calls(
+    names: tuple[str, str], as_text: bool
+) -> None:
+    calls: list[dict[str, Any]] = [{"name": "f", "arguments": {"x": 1}}, {"name": "g"}]
+    said = [("human", "Q"), ("function_call", json.dumps(calls) if as_text else calls)]
+    turns = [dict(zip(names, turn, strict=True)) for turn in [*said, ("gpt", "A")]]
+    (message,) = read({"conversations": turns}).messages[1:2]
+    assert (message["role"], message["content"]) == ("assistant", "")
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["f", "g"]
+
+
+@pytest.mark.parametrize("names", [("from", "value"), ("role", "content")])
+@pytest.mark.parametrize(
+    ("asks", "answers"),
+    [("User", "Assistant"), ("human", "gpt"), ("Human", "GPT"), ("USER", "model")],
+)
+def test_roles_are_known_by_the_names_of_either_convention_in_any_case(
+    names: tuple[str, str], asks: str, answers: str
+) -> None:
+    turns = [dict(zip(names, turn, strict=True)) for turn in ((asks, "Q"), (answers, "A"))]
+    assert read({"messages": turns}) == read({"messages": [USER, ASSISTANT]})
 
 
 def test_arguments_in_a_string_become_an_object() -> None:
@@ -99,6 +163,21 @@ def test_uid_ignores_fields_that_say_nothing() -> None:
     assert read(tagged).uid == read({"messages": [USER, ASSISTANT, USER, ASSISTANT]}).uid
 
 
+@pytest.mark.parametrize(
+    "empty",
+    [
+        *({"tool_calls": calls} for calls in ([], None)),
+        *({name: ""} for name in ("reasoning_content", "thinking", "reasoning", "name")),
+        {"function_call": {}, "audio": None, "tool_calls": [], "reasoning_content": ""},
+    ],
+)
+def test_fields_that_exports_leave_empty_are_as_if_they_were_not_there(
+    empty: dict[str, Any],
+) -> None:
+    conversation = read({"messages": [USER | empty, ASSISTANT | empty]})
+    assert conversation == read({"messages": [USER, ASSISTANT]})
+
+
 def test_detect_field_takes_a_named_field_at_its_word() -> None:
     row = {"dialog": [USER, ASSISTANT], "messages": []}
     assert detect_field(row, messages_field="dialog") == "dialog"
@@ -122,6 +201,8 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ),
         ({"messages": [{"content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"messages": [{"role": "critic", "content": "Q"}, ASSISTANT]}, "unknown_role"),
+        ({"messages": [USER, {"role": "function_call", "content": "[]"}]}, "bad_message"),
+        ({"messages": [USER, {"role": "function_call", "content": ""}]}, "bad_message"),
         ({"messages": [{"role": ["user"], "content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"conversations": [{"from": "oracle", "value": "Q"}]}, "unknown_role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not_text"),
@@ -142,6 +223,11 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ({"instruction": "Q", "output": "A", "history": ["Q"]}, "bad_message"),
         ({"instruction": "Q", "output": "A", "history": 5}, "bad_message"),
         ({"messages": [USER | {"name": b"Q"}, ASSISTANT]}, "bad_message"),
+        ({"prompt": "Q", "completion": ""}, "empty_answer"),
+        ({"prompt": "Q", "completion": None}, "empty_answer"),
+        ({"prompt": 3, "completion": "A"}, "bad_message"),
+        ({"prompt": ["Q"], "completion": "A"}, "bad_message"),
+        ({"prompt": "Q", "completion": ["A"]}, "bad_message"),
     ],
 )
 def test_read_conversation_says_why_a_row_cannot_be_used(row: dict[str, Any], reason: str) -> None:

@@ -49,6 +49,7 @@ ROWS = (
         {"from": "gpt", "value": "A"}],
       "tools": "[]", "system": "S"}""",
     """{"instruction": "Q", "input": "I", "output": "A", "history": [["Q", "A"]], "system": "S"}""",
+    """{"prompt": [{"role": "user", "content": "Q"}], "completion": "A"}""",
 )
 VALUES = (
     *(None, True, 0, 5, -0.5, math.inf, 10**4000, "", "x", "[1]", "[" * 3000, "\ud800"),

@@ -82,6 +82,10 @@ def test_a_blend_may_name_data_sets_of_the_hub(
     blend = tmp_path / "blend.json"
     sources = [{"name": "d", "path": "hf://owner/name", "split": "train"}]
     blend.write_text(json.dumps({"datasets": sources}))
-    report = read_artifact(run_packing(blend), "packed_parquet").properties["report"]
+    artifact = read_artifact(run_packing(blend), "packed_parquet")
+    report = artifact.properties["report"]
     assert report["kept"] == 40
-    assert len(report["datasets"][0]["files"]) == 2
+    assert [item.path for item in artifact.inputs] == ["hf://owner/name"]
+    files = report["datasets"][0]["files"]
+    assert len(files) == 2
+    assert all(f"/snapshots/{'a' * 40}/" in file["path"] for file in files)  # the revision

@@ -17,7 +17,7 @@ def chat(*turns: tuple[str, str]) -> list[dict[str, Any]]:
     return [{"role": role, "content": text} for role, text in turns]
 
 
-def test_a_conversation_without_reasoning_is_never_split() -> None:
+def test_a_conversation_without_reasoning_is_not_split() -> None:
     messages = chat(("user", "Q"), ("assistant", "A"), ("user", "Q"), ("assistant", "A"))
     assert variants(messages, "split_per_turn") == [(messages, None)]
 

@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 import pytest
 
+from nemotron.steps.data_prep.sft_packing.conversations import read_conversation
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 from nemotron.steps.data_prep.sft_packing.rendering import ChatTemplate
 from nemotron.steps.data_prep.sft_packing.templates import read_template
@@ -40,6 +41,17 @@ LLAMA2_LIKE = (
     "{% else %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
 )
 
+LLAMA31_LIKE = (
+    "{{ bos_token }}{% for m in messages %}{% if 'tool_calls' in m %}"
+    "{% if not m.tool_calls | length == 1 %}{{ raise_exception('only single tool-calls') }}"
+    "{% endif %}"
+    + HEADER
+    + "{{ m.tool_calls[0].function | tojson + '<|eot_id|>' }}{% else %}"
+    + HEADER
+    + "{{ m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+
 
 def compiled(text: str) -> ChatTemplate:
     return ChatTemplate(text, variables={"bos_token": "<s>"}, special_tokens=SPECIAL)
@@ -59,6 +71,12 @@ def test_render_trains_each_answer_with_its_end_of_turn_token(text: str) -> None
 def test_render_without_markers_finds_answers_of_other_families() -> None:
     assert spans(LLAMA_LIKE) == ["A1<|eot_id|>", "A2<|eot_id|>"]
     assert spans(LLAMA2_LIKE) == [" A1 </s>", " A2 </s>"]
+
+
+def test_a_template_that_asks_whether_there_are_tool_calls_meets_none_that_are_empty() -> None:
+    row = {"messages": [message | {"tool_calls": []} for message in CHAT]}
+    conversation = read_conversation(row, field="messages", tools_field="tools")
+    assert spans(LLAMA31_LIKE, conversation.messages) == ["A1<|eot_id|>", "A2<|eot_id|>"]
 
 
 def test_render_keeps_blanks_that_the_template_marks_as_generated() -> None:

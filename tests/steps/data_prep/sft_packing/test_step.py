@@ -309,6 +309,30 @@ def test_rows_that_cannot_be_used_are_counted_and_named(
     assert re.search(r"dropped +1  malformed_json", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("left_out", [{"max_rows": 100}, {"used_in_filter": "sft"}])
+def test_rows_that_were_left_out_do_not_hide_that_most_others_are_unusable(
+    make_rows: MakeRows, write_rows: WriteRows, run_packing: RunPacking, left_out: dict[str, Any]
+) -> None:
+    rows: list[dict[str, Any] | str] = []
+    for number, row in enumerate(make_rows(2000, max_words=3)):
+        rows.append(row | {"used_in": "sft" if number % 20 == 0 else "rl"})
+        if number % 25:
+            row["messages"][-1]["tool_calls"] = [{"name": "look"}]  # chatml renders no calls
+    source = write_rows(rows)
+    error = raised(lambda: run_packing(source, **left_out))
+    assert re.search(r"\d\d of 100 .*rendered|80 of 100 rows \(80.0%\)", error.problem)
+
+
+def test_rows_that_max_rows_left_out_were_read_and_count_as_such(
+    make_rows: MakeRows, write_rows: WriteRows, run_packing: RunPacking
+) -> None:
+    rows: list[dict[str, Any] | str] = [*make_rows(1980, max_words=3), *["{"] * 20]
+    packed = run_packing(write_rows(rows), max_rows=100, max_bad_fraction=0.01)
+    assert properties_of(packed)["report"]["dropped"] == {"malformed_json": 20, "max_rows": 1880}
+    error = raised(lambda: run_packing(write_rows(rows), max_rows=100, max_bad_fraction=0.009))
+    assert "20 of 2000 rows as read and 0 of 100 as rendered (1.0%)" in error.problem
+
+
 def test_long_conversations_are_cut_at_a_turn_and_counted(
     write_rows: WriteRows, run_packing: RunPacking
 ) -> None:
@@ -390,6 +414,44 @@ def test_errors_carry_the_names_of_the_manifest_and_leave_no_output(
     assert re.search(problem, error.problem)
     assert error.fix
     assert not (tmp_path / "packed").exists()
+
+
+NOT_STABLE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ '!' if loop.last and m.role == 'assistant' }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+NO_NAMES = "{% if messages[-1].name %}{{ raise_exception('no names') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "says", "reason"),
+    [
+        ("chatml", {"tool_calls": [{"name": "look"}]}, "tools_not_rendered"),
+        ("chatml", {"reasoning_content": "hm"}, "reasoning_not_rendered"),
+        (NOT_STABLE, {}, "template_not_prefix_stable"),
+        (NO_NAMES + NOT_STABLE, {"name": "n"}, "template_error"),
+    ],
+)
+def test_rows_that_the_template_cannot_show_are_not_to_be_mended(
+    make_rows: MakeRows,
+    write_rows: WriteRows,
+    run_packing: RunPacking,
+    template: str,
+    says: dict[str, Any],
+    reason: str,
+) -> None:
+    rows: list[dict[str, Any] | str] = ["{"]
+    for row in make_rows(20):
+        row["messages"] *= 2
+        row["messages"][-1] |= says
+        rows.append(row)
+    source = write_rows(rows)
+    error = raised(lambda: run_packing(source, chat_template=template))
+    assert (error.code, error.where) == ("rows_not_rendered", f"{source}:2")
+    assert f"20 {reason}" in error.problem
+    assert "chat_template" in error.fix
+    assert "Mend" not in error.fix
 
 
 def test_a_template_that_trains_no_token_of_the_data_is_refused(

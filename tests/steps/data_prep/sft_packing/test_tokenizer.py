@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from nemotron.errors import NemotronError
+from nemotron.steps._formats.huggingface import read_chat_template
 from nemotron.steps.data_prep.sft_packing.templates import read_template
 from nemotron.steps.data_prep.sft_packing.tokenizer import load_tokenizer, template_text
 
@@ -92,13 +93,17 @@ def test_load_tokenizer_refuses_a_damaged_file(copy: Path, name: str) -> None:
     assert (caught.value.code, caught.value.where) == ("tokenizer_mismatch", str(copy / name))
 
 
-def test_load_tokenizer_asks_which_of_several_templates_is_meant(copy: Path) -> None:
-    templates = [{"name": name, "template": "{{ x }}"} for name in ("default", "tool_use")]
+def test_of_several_templates_the_default_is_the_tokenizers_own(copy: Path) -> None:
+    templates = [{"name": "tool_use", "template": "{{ x }}"}]
+    templates += [{"name": "default", "template": "{{ y }}"}]
     change_config(copy, chat_template=templates)
-    with pytest.raises(NemotronError, match="several chat templates: default, tool_use"):
-        load_tokenizer(str(copy))
+    assert template_text(None, load_tokenizer(str(copy))) == read_chat_template(copy) == "{{ y }}"
     change_config(copy, chat_template=templates[:1])
-    assert load_tokenizer(str(copy)).chat_template == "{{ x }}"
+    tokenizer = load_tokenizer(str(copy))
+    assert template_text("chatml", tokenizer) == read_template("chatml")
+    with pytest.raises(NemotronError, match="or several and none called default") as caught:
+        template_text(None, tokenizer)
+    assert caught.value.code == "bad_chat_template"
 
 
 def test_template_text_takes_name_text_file_or_the_tokenizers_own(

@@ -22,6 +22,14 @@ STOP_OUTSIDE = (  # so that it marks nothing of an empty turn
     "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
 )
 
+LAST_TURN_THINKS = (  # as Qwen3's own: earlier turns are shown without reasoning
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def encoder_of(directory: Path, template: str, **options: Any) -> Encoder:
     return build_encoder(
@@ -64,6 +72,32 @@ def test_an_empty_turn_and_one_with_the_weight_0_are_not_trained(
         assert trained(encoder, *answers) == [f"c{STOP}d{STOP}"]
 
 
+def test_a_turn_that_is_not_trained_may_render_otherwise_at_the_end(tokenizer_dir: Path) -> None:
+    encoder = encoder_of(tokenizer_dir, LAST_TURN_THINKS)
+    answers = {"content": "a", "weight": 0}, {"content": "b", "reasoning_content": "hm"}
+    assert trained(encoder, *answers) == [f"<think>\nhm\n</think>\n\nb{STOP}"]
+
+
+@pytest.mark.parametrize("thoughts", [("hm", "so"), ("hm", ""), ("", "so"), ("", "")])
+def test_split_per_turn_trains_a_template_that_shows_earlier_turns_otherwise(
+    tokenizer_dir: Path, thoughts: tuple[str, str]
+) -> None:
+    answers = [
+        {"content": content} | ({"reasoning_content": thought} if thought else {})
+        for content, thought in zip("ab", thoughts, strict=True)
+    ]
+    encoder = encoder_of(tokenizer_dir, LAST_TURN_THINKS, reasoning="split_per_turn")
+    assert trained(encoder, *answers) == [
+        f"<think>\n{thought}\n</think>\n\n{content}{STOP}"
+        for content, thought in zip("ab", thoughts, strict=True)
+    ]
+    found = encode(encoder_of(tokenizer_dir, LAST_TURN_THINKS), *answers)
+    assert isinstance(found, BadRowError)
+    assert found.reason == "template_not_prefix_stable"
+    assert "reasoning=split_per_turn" in found.detail
+    assert "chat_template" in found.detail
+
+
 def test_a_turn_that_is_not_trained_is_read(tokenizer_dir: Path) -> None:
     encoder = encoder_of(tokenizer_dir, "chatml")
     found = encode(encoder, {"content": "b", "weight": 0}, {"content": "c"})
@@ -73,12 +107,12 @@ def test_a_turn_that_is_not_trained_is_read(tokenizer_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3"])
-def test_a_turn_of_reasoning_that_the_template_leaves_out_is_empty(
+def test_a_turn_of_which_the_template_leaves_nothing_is_not_trained(
     tokenizer_dir: Path, template: str
 ) -> None:
     encoder = encoder_of(tokenizer_dir, template)
     stop = encoder.template.stop or ""
-    answers = {"content": "", "reasoning_content": "hm"}, {"content": "c"}
+    answers = {"content": "", "reasoning_content": "\n"}, {"content": "c"}
     assert trained(encoder, *answers) == [f"c{stop}"]
 
 
