@@ -24,7 +24,7 @@ from nemotron.steps._training.batches import (
     collate,
     split_batch,
 )
-from nemotron.steps._training.distributed import Layout, gather_tensors
+from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.flops import lora_flops
 from nemotron.steps._training.metrics import MetricsLog, peak_memory_bytes
@@ -234,9 +234,8 @@ class Trainer:
         self.metrics.step(iteration, values | self._throughput(iteration, totals, seconds))
 
     def moments(self) -> dict[str, Tensor]:
-        """Return AdamW's moments by name, whole; a collective."""
-        own = gather_moments(self.model, self.adapter, self.optimizer)
-        return gather_tensors(own, self.layout.pipeline, self.layout.device)
+        """Return AdamW's moments by name, whole, on the first rank; a collective."""
+        return gather_moments(self.model, self.adapter, self.optimizer, self.layout)
 
     def load_moments(self, directory: Path, iteration: int) -> None:
         """Set AdamW's state to what was saved at ``iteration``."""
