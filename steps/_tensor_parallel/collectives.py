@@ -148,6 +148,14 @@ def all_gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
     return gather_rows(tensor.unsqueeze(0), group)
 
 
+def broadcast(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Return a copy of the first rank's tensor, which has the same shape on every rank."""
+    copy = tensor.clone(memory_format=torch.contiguous_format)
+    if group.size > 1:
+        wait_for([dist.broadcast(copy, group=group.group, group_src=0, async_op=True)])
+    return copy
+
+
 def _either(name: str, old_name: str) -> Any:
     """Return torch's function under its new name, or under the one it had before torch 2.13."""
     return getattr(dist, name, None) or getattr(dist, old_name)
