@@ -272,5 +272,5 @@ def test_recomputation_takes_a_layer_twice_where_there_is_a_backward(
     trainer.step(1)
     assert len(taken) == 2 * times  # micro batches
     taken.clear()
-    trainer.model.evaluate([collate([trainer.train_rows[0]], device=CPU)])
+    trainer.model.evaluate([collate([trainer.train_rows[0]])])
     assert len(taken) == 1
