@@ -16,6 +16,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, partition
@@ -27,6 +28,10 @@ from nemotron.steps._tensor_parallel.fused import (
 )
 from nemotron.steps._tensor_parallel.keyed_generator import keyed_generator
 from nemotron.steps._tensor_parallel.prologue import Mask, RMSNormPrologue, SwiGLUPrologue
+
+# Elements: the rows of bf16 matrices begin at 16 bytes, as a GPU's fast products want them. Factors
+# of other ranks get zeros, and what they are multiplied by gets room for them.
+_ALIGNED = 8
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ class _ParallelLinear(nn.Module, ABC):
         self.groups = Groups(sequence=group) if self.sequence_parallel else Groups(group)
         out_features, in_features = weight_shape
         lora_dim = lora.dim if lora else 0
-        rows, columns = (lora_dim, 0) if extends_rows else (0, lora_dim)
+        room = -(-lora_dim // _ALIGNED) * _ALIGNED
+        self._num_missing = room - lora_dim
+        rows, columns = (room, 0) if extends_rows else (0, room)
         self.extended: Tensor
         extended = torch.empty(out_features + rows, in_features + columns, dtype=dtype)
         self.register_buffer("extended", extended)
@@ -132,6 +139,13 @@ class _ParallelLinear(nn.Module, ABC):
             _check_shape(f"{self.name}.lora_{name}", source, target)
             with torch.no_grad():
                 target.copy_(source)
+
+    def _aligned_factors(self) -> tuple[Tensor, Tensor]:
+        """Return both factors, with zeros up to a rank that is a multiple of ``_ALIGNED``."""
+        if self._num_missing == 0:
+            return self.lora_a, self.lora_b
+        lora_a_RH = F.pad(self.lora_a, (0, 0, 0, self._num_missing))
+        return lora_a_RH, F.pad(self.lora_b, (0, self._num_missing))
 
     def _scale_and_mask(
         self, dropout: DropoutRows | None, features: int, tokens: slice, columns: slice
@@ -205,7 +219,7 @@ class ColumnParallelLinear(_ParallelLinear):
         first = num_tokens * self.group.rank if self.sequence_parallel else 0
         tokens = slice(first, first + num_tokens)
         scale, mask = self._scale_and_mask(dropout, features, tokens, slice(0, features))
-        factors = self.lora_a, self.lora_b
+        factors = self._aligned_factors()
         return ColumnParallel.apply(x_SH, *factors, self.extended, scale, norm, mask, self.groups)
 
     def local_rows(self) -> list[slice]:
@@ -277,7 +291,7 @@ class RowParallelLinear(_ParallelLinear):
     ) -> Tensor:
         tokens = slice(0, len(x_SH))
         scale, mask = self._scale_and_mask(dropout, self.in_features, tokens, self.local_columns())
-        inputs = x_SH, self.lora_a, self.lora_b, residual_SF
+        inputs = x_SH, *self._aligned_factors(), residual_SF
         return RowParallel.apply(*inputs, self.extended, scale, self.activation, mask, self.groups)
 
     def local_columns(self) -> slice:
