@@ -1,7 +1,7 @@
 """All adapter factors of a rank in one flat buffer, their gradients in another.
 
 The buffers are laid out [partial | replicated | sharded] (``LoraParameter.kind``), so that one
-optimizer step needs one all-reduce for what the tensor-parallel ranks hold in parts (over all
+optimizer step needs one all-reduce for what the tensor-parallel ranks have copies of (over all
 ranks of the stage) and one for the rest (over the data-parallel ranks), however many layers and
 micro batches there are. Being elementwise, AdamW on the flat buffer equals AdamW on the factors.
 """
@@ -77,8 +77,15 @@ class FlatAdapter:
 
     def reduce_gradients(self) -> None:
         """Complete the gradients: sum over micro batches of all ranks. Two collectives at most."""
-        all_reduce(self.gradients[: self._num_partial], self._layout.stage)
-        all_reduce(self.gradients[self._num_partial :], self._layout.data)
+        num_in_stage = self._num_partial
+        if self._layout.data.size > 1:
+            # Summed once for all copies: groups side by side need not add in the same order, and
+            # NCCL's would then leave copies that differ in their last bits.
+            num_in_stage = self._num_whole
+            if self._layout.tensor.rank > 0:
+                self.gradients[self._num_partial : self._num_whole].zero_()
+        all_reduce(self.gradients[:num_in_stage], self._layout.stage)
+        all_reduce(self.gradients[num_in_stage:], self._layout.data)
 
     def gradient_norm(self) -> float:
         """Return the L2 norm over all logical parameters, each counted once, at every layout."""
