@@ -169,13 +169,13 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) 
 def _normed(heads: Tensor, norm: RMSNormPrologue) -> tuple[Tensor, Tensor]:
     x = heads.reshape(-1, heads.shape[-1])
     normed = torch.empty_like(x)
-    kept = norm.apply(x, out=normed)
-    return normed.view(heads.shape), kept
+    inv_rms = norm.apply(x, out=normed)
+    return normed.view(heads.shape), inv_rms
 
 
-def _norm_gradient(norm: RMSNormPrologue, dy: Tensor, heads: Tensor, kept: Tensor) -> Tensor:
+def _norm_gradient(norm: RMSNormPrologue, dy: Tensor, heads: Tensor, inv_rms: Tensor) -> Tensor:
     dy, x = (each.reshape(-1, each.shape[-1]) for each in (dy, heads))
-    return norm.gradient(dy, x, kept).view(heads.shape)
+    return norm.gradient(dy, x, inv_rms).view(heads.shape)
 
 
 def packed_attention(

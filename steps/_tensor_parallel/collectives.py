@@ -33,7 +33,7 @@ class ProcessGroup:
 
 
 Wait = Callable[[], None]
-# Takes a part of the rows of all ranks, [.., C], gone when it returns, and where in [S, C] it is.
+# Called with some ranks' rows, [n, C], valid only during the call, and their slice of [S, C].
 UseRows = Callable[[Tensor, slice], object]
 
 

@@ -23,7 +23,6 @@ from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather
 from nemotron.steps._tensor_parallel.dropout import DropoutRows
 from nemotron.steps._tensor_parallel.fused import (
     ColumnParallel,
-    Groups,
     RowParallel,
 )
 from nemotron.steps._tensor_parallel.keyed_generator import keyed_generator
@@ -85,7 +84,6 @@ class _ParallelLinear(nn.Module, ABC):
         self.group = group
         self.lora = lora
         self.sequence_parallel = sequence_parallel and group.size > 1
-        self.groups = Groups(sequence=group) if self.sequence_parallel else Groups(group)
         out_features, in_features = weight_shape
         lora_dim = lora.dim if lora else 0
         room = -(-lora_dim // _ALIGNED) * _ALIGNED
@@ -212,6 +210,12 @@ class ColumnParallelLinear(_ParallelLinear):
         self.register_buffer("layer_norm_weight", torch.ones(in_features, dtype=dtype))
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None = None) -> tuple[Tensor, Tensor]:
+        """Return the output, [S, F / T], and the input as the residual, shaped as it.
+
+        Args:
+            x_SH: [S, H], or [S / T, H] with ``sequence_parallel``.
+            dropout: What identifies the rows, while training with LoRA dropout.
+        """
         num_tokens, features = x_SH.shape
         epsilon, norm = self.norm_epsilon, None
         if epsilon is not None:
@@ -220,7 +224,8 @@ class ColumnParallelLinear(_ParallelLinear):
         tokens = slice(first, first + num_tokens)
         scale, mask = self._scale_and_mask(dropout, features, tokens, slice(0, features))
         factors = self._aligned_factors()
-        return ColumnParallel.apply(x_SH, *factors, self.extended, scale, norm, mask, self.groups)
+        options = scale, norm, mask, self.group, self.sequence_parallel
+        return ColumnParallel.apply(x_SH, *factors, self.extended, *options)
 
     def local_rows(self) -> list[slice]:
         """Return this rank's rows of the whole weight, one slice a segment."""
@@ -289,10 +294,18 @@ class RowParallelLinear(_ParallelLinear):
     def forward(
         self, x_SH: Tensor, dropout: DropoutRows | None = None, residual_SF: Tensor | None = None
     ) -> Tensor:
+        """Return the output plus the residual, [S, F], or [S / T, F] with ``sequence_parallel``.
+
+        Args:
+            x_SH: [S, H / T]; [S, 2 H / T] with ``swiglu``.
+            dropout: What identifies the rows, while training with LoRA dropout.
+            residual_SF: Shaped as the output.
+        """
         tokens = slice(0, len(x_SH))
         scale, mask = self._scale_and_mask(dropout, self.in_features, tokens, self.local_columns())
         inputs = x_SH, *self._aligned_factors(), residual_SF
-        return RowParallel.apply(*inputs, self.extended, scale, self.activation, mask, self.groups)
+        options = scale, self.activation, mask, self.group, self.sequence_parallel
+        return RowParallel.apply(*inputs, self.extended, *options)
 
     def local_columns(self) -> slice:
         """Return this rank's columns of the whole weight."""
