@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -246,7 +247,7 @@ def test_whatever_a_stop_interrupts_the_last_step_taken_is_saved(
                 os.kill(os.getpid(), signal.SIGTERM)
             return agreed
 
-    def evaluate_and_stop(batches: list[MicroBatch]) -> torch.Tensor:
+    def evaluate_and_stop(batches: Sequence[MicroBatch]) -> torch.Tensor:
         evaluated.append(len(record.steps))
         if moment == "in an evaluation's last batch" and evaluated.count(3) == NUM_ROWS // 2:
             os.kill(os.getpid(), signal.SIGTERM)
