@@ -114,7 +114,7 @@ def packed_chats(chats: Path, *, pack_size: int, rows: int, scratch: Path) -> li
 
 
 def _of_row(row: PackedRow) -> dict[str, Any]:
-    micro = collate([row], device=torch.device("cpu"))
+    micro = collate([row])
     labels = torch.full((len(micro.tokens),), -1)
     labels[micro.supervised] = micro.labels
     return {

@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,6 +34,31 @@ class HeadNorms(NamedTuple):
     key: RMSNormPrologue
 
 
+@dataclass(frozen=True)
+class PackedDocuments:
+    """Where the documents of a micro batch lie; all layers share one, and what it has computed.
+
+    Attributes:
+        cu_seqlens: Boundaries of the documents, from 0 to S.
+        rotary: Of ``rotary_tables``.
+    """
+
+    cu_seqlens: Sequence[int]
+    rotary: Rotary
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """The boundaries where the tables are, int32."""
+        bounds = torch.tensor(self.cu_seqlens, dtype=torch.int32)
+        # Else it waits for all before it.
+        return bounds.to(self.rotary[0].device, non_blocking=True)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(stop - start for start, stop in pairwise(self.cu_seqlens))
+
+
 def rotary_tables(
     config: DecoderConfig, cu_seqlens: Sequence[int], *, dtype: torch.dtype, device: torch.device
 ) -> Rotary:
@@ -40,8 +66,11 @@ def rotary_tables(
 
     Both halves of a head have the same angles; the cosine is there for each.
     """
-    lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
-    positions_S = torch.cat([torch.arange(length, device=device) for length in lengths])
+    num_tokens = cu_seqlens[-1]
+    bounds = torch.tensor(cu_seqlens).to(device, non_blocking=True)
+    # The size is given: a GPU would be waited for to tell it.
+    starts_S = bounds[:-1].repeat_interleave(bounds.diff(), output_size=num_tokens)
+    positions_S = torch.arange(num_tokens, device=device) - starts_S
     frequencies = rotary_frequencies(config).to(device, non_blocking=True)
     angles = positions_S.float().unsqueeze(1) * frequencies
     cos, sin = (table.to(dtype)[:, None, None] for table in (angles.cos(), angles.sin()))
@@ -140,17 +169,17 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) 
 def _normed(heads: Tensor, norm: RMSNormPrologue) -> tuple[Tensor, Tensor]:
     x = heads.reshape(-1, heads.shape[-1])
     normed = torch.empty_like(x)
-    kept = norm.apply(x, out=normed)
-    return normed.view(heads.shape), kept
+    inv_rms = norm.apply(x, out=normed)
+    return normed.view(heads.shape), inv_rms
 
 
-def _norm_gradient(norm: RMSNormPrologue, dy: Tensor, heads: Tensor, kept: Tensor) -> Tensor:
+def _norm_gradient(norm: RMSNormPrologue, dy: Tensor, heads: Tensor, inv_rms: Tensor) -> Tensor:
     dy, x = (each.reshape(-1, each.shape[-1]) for each in (dy, heads))
-    return norm.gradient(dy, x, kept).view(heads.shape)
+    return norm.gradient(dy, x, inv_rms).view(heads.shape)
 
 
 def packed_attention(
-    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
+    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, documents: PackedDocuments
 ) -> Tensor:
     """Return causal attention within each document, [S, N, D].
 
@@ -158,45 +187,39 @@ def packed_attention(
     exact, and several times faster than one call with a mask, which also computes what it masks.
     """
     if query_SND.is_cuda and query_SND.dtype in (torch.bfloat16, torch.float16):
-        return flash_on_gpu(query_SND, key_SGD, value_SGD, cu_seqlens)
+        return flash_on_gpu(query_SND, key_SGD, value_SGD, documents)
     if query_SND.is_cuda:
-        return attention_by_document(query_SND, key_SGD, value_SGD, cu_seqlens)
-    return _FlashOnCpu.apply(query_SND, key_SGD, value_SGD, cu_seqlens)
+        return attention_by_document(query_SND, key_SGD, value_SGD, documents)
+    return _FlashOnCpu.apply(query_SND, key_SGD, value_SGD, documents.cu_seqlens)
 
 
 def flash_on_gpu(
-    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
+    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, documents: PackedDocuments
 ) -> Tensor:
     """Return the same by torch's one kernel for all documents, of bf16 or fp16 on a GPU."""
-    # Here, because it imports torch's compiler: half a second of every start elsewhere.
-    from torch.nn.attention.varlen import varlen_attn
-
-    bounds, longest = _bounds(tuple(cu_seqlens), query_SND.device)
-    heads, options = (query_SND, key_SGD, value_SGD), _causal(varlen_attn, query_SND, key_SGD)
-    out = varlen_attn(*heads, bounds, bounds, longest, longest, **options)
+    varlen_attn, options, has_groups = _varlen_attention()
+    if has_groups:
+        options = options | {"enable_gqa": query_SND.shape[1] != key_SGD.shape[1]}
+    bounds, longest = documents.bounds, documents.longest
+    out = varlen_attn(query_SND, key_SGD, value_SGD, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out
 
 
-@lru_cache(maxsize=8)
-def _bounds(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    """Return the boundaries on the device, and the longest document; one copy for all layers."""
-    longest = max(stop - start for start, stop in pairwise(cu_seqlens))
-    bounds = torch.tensor(cu_seqlens, dtype=torch.int32)
-    return bounds.to(device, non_blocking=True), longest  # else it waits for all before it
+@cache
+def _varlen_attention() -> tuple[Callable[..., Any], dict[str, Any], bool]:
+    """Return torch's function, what makes it causal, and whether it wants to know of groups.
 
-
-def _causal(varlen_attn: Callable[..., Any], query_SND: Tensor, key_SGD: Tensor) -> dict[str, Any]:
-    """Return what makes ``varlen_attn`` causal: torch 2.10 has a flag for it, later ones a window.
-
-    Grouped heads need a flag of their own since torch 2.12.
+    Torch 2.10 has a flag that makes it causal, later ones a window. Grouped heads need a flag of
+    their own since torch 2.12.
     """
+    # Here, because it imports torch's compiler: half a second of every start elsewhere.
+    from torch.nn.attention.varlen import varlen_attn
+
     parameters = inspect.signature(varlen_attn).parameters
     has_window = "window_size" in parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
-    if "enable_gqa" in parameters:
-        options["enable_gqa"] = query_SND.shape[1] != key_SGD.shape[1]
-    return options
+    return varlen_attn, options, "enable_gqa" in parameters
 
 
 class _FlashOnCpu(torch.autograd.Function):
@@ -239,14 +262,14 @@ class _FlashOnCpu(torch.autograd.Function):
 
 
 def attention_by_document(
-    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, cu_seqlens: Sequence[int]
+    query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, documents: PackedDocuments
 ) -> Tensor:
     """Return the same by a call a document, of any type on any device."""
     num_heads = query_SND.shape[1]
     heads = query_SND, for_every_head(key_SGD, num_heads), for_every_head(value_SGD, num_heads)
-    documents = (_by_document(each, cu_seqlens) for each in heads)
+    by_document = (_by_document(each, documents.cu_seqlens) for each in heads)
     attend = partial(F.scaled_dot_product_attention, is_causal=True)
-    outs = [attend(*heads).squeeze(0).transpose(0, 1) for heads in zip(*documents, strict=True)]
+    outs = [attend(*heads).squeeze(0).transpose(0, 1) for heads in zip(*by_document, strict=True)]
     return torch.cat(outs)
 
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron.steps._models.attention import (
     HeadNorms,
-    Rotary,
+    PackedDocuments,
     packed_attention,
     rotary_tables,
     rotated_heads,
@@ -171,13 +171,13 @@ class GPTModel(nn.Module):
         if self.sequence_parallel:
             tokens_S, cu_seqlens, dropout = self._pad(tokens_S, cu_seqlens, dropout)
         rotary = rotary_tables(self.config, cu_seqlens, dtype=self.dtype, device=tokens_S.device)
+        documents = PackedDocuments(cu_seqlens, rotary)
         x_SH = received_SH if self.word_embeddings is None else self.word_embeddings(tokens_S)
         assert x_SH is not None  # layers that are not the first get what the ones before send
         for layer in self.layers:
-            inputs = (x_SH, rotary, cu_seqlens, dropout)
-            # Reentrant checkpointing would lose the gradients of adapters on a frozen base.
+            inputs = (x_SH, documents, dropout)
             recompute = self.recompute and torch.is_grad_enabled()
-            x_SH = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+            x_SH = _recomputed(layer, *inputs) if recompute else layer(*inputs)
         if not self.is_last:
             return x_SH
         x_SH = rms_norm(x_SH, self.final_layernorm, self.config.layernorm_epsilon)
@@ -225,6 +225,11 @@ class GPTModel(nn.Module):
         return padded, [*cu_seqlens, len(padded)], dropout
 
 
+# Reentrant checkpointing would lose the gradients of adapters on a frozen base. States of random
+# generators need not be kept: dropout, all that is drawn, has keys.
+_recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 class TransformerLayer(nn.Module):
     """One decoder layer: attention and MLP, each on the normed residual; [S, H] -> [S, H].
 
@@ -248,11 +253,10 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x_SH: Tensor,
-        rotary: Rotary,
-        cu_seqlens: Sequence[int],
+        documents: PackedDocuments,
         dropout: DropoutRows | None,
     ) -> Tensor:
-        x_SH = self.self_attention(x_SH, rotary, cu_seqlens, dropout)
+        x_SH = self.self_attention(x_SH, documents, dropout)
         return self.mlp(x_SH, dropout)
 
 
@@ -313,8 +317,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x_SH: Tensor,
-        rotary: Rotary,
-        cu_seqlens: Sequence[int],
+        documents: PackedDocuments,
         dropout: DropoutRows | None,
     ) -> Tensor:
         heads_per_group = self.queries_per_group + 2
@@ -322,7 +325,8 @@ class SelfAttention(nn.Module):
         if self.qkv_bias is not None:
             qkv_SF = qkv_SF + self.qkv_bias
         qkv = qkv_SF.unflatten(1, (-1, heads_per_group, self.head_dim))
-        out_SND = self.attend(*rotated_heads(qkv, rotary, self._head_norms()), cu_seqlens)
+        heads = rotated_heads(qkv, documents.rotary, self._head_norms())
+        out_SND = self.attend(*heads, documents)
         return self.linear_proj(out_SND.flatten(1, 2), dropout, residual_SF=residual_SH)
 
     def _head_norms(self) -> HeadNorms | None:

@@ -5,21 +5,20 @@ S tokens, N attention heads, G key/value heads, D head dimension, W window size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron.steps._models.attention import for_every_head, packed_attention
+from nemotron.steps._models.attention import PackedDocuments, for_every_head, packed_attention
 
 
 def windowed_attention(
     query_SND: Tensor,
     key_SGD: Tensor,
     value_SGD: Tensor,
-    cu_seqlens: Sequence[int],
+    documents: PackedDocuments,
     *,
     window_size: int,
 ) -> Tensor:
@@ -33,18 +32,18 @@ def windowed_attention(
         query_SND: Queries.
         key_SGD: Keys; every one serves N / G query heads.
         value_SGD: Values.
-        cu_seqlens: Boundaries of the documents, from 0 to S.
+        documents: Where the documents lie.
         window_size: W, tokens.
 
     Source: Beltagy et al. 2020 (arXiv:2004.05150), section 3.1, causal.
     """
-    if all(end - begin <= window_size for begin, end in pairwise(cu_seqlens)):
-        return packed_attention(query_SND, key_SGD, value_SGD, cu_seqlens)
+    if documents.longest <= window_size:
+        return packed_attention(query_SND, key_SGD, value_SGD, documents)
     if query_SND.is_cuda:
         num_heads = query_SND.shape[1]
         key_SGD, value_SGD = (for_every_head(each, num_heads) for each in (key_SGD, value_SGD))
     outs = []
-    for begin, end in pairwise(cu_seqlens):
+    for begin, end in pairwise(documents.cu_seqlens):
         for start in range(begin, end, window_size):
             stop = min(start + window_size, end)
             first = max(begin, start - window_size + 1)

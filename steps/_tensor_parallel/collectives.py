@@ -33,7 +33,7 @@ class ProcessGroup:
 
 
 Wait = Callable[[], None]
-# Takes a part of the rows of all ranks, [.., C], gone when it returns, and where in [S, C] it is.
+# Called with some ranks' rows, [n, C], valid only during the call, and their slice of [S, C].
 UseRows = Callable[[Tensor, slice], object]
 
 
@@ -146,6 +146,14 @@ def _reduce_scatter(part: Tensor, rows: Tensor, group: ProcessGroup) -> Wait:
 def all_gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """Return the group's tensors stacked: ``[...]`` on each rank becomes ``[T, ...]``."""
     return gather_rows(tensor.unsqueeze(0), group)
+
+
+def broadcast(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Return a copy of the first rank's tensor, which has the same shape on every rank."""
+    copy = tensor.clone(memory_format=torch.contiguous_format)
+    if group.size > 1:
+        wait_for([dist.broadcast(copy, group=group.group, group_src=0, async_op=True)])
+    return copy
 
 
 def _either(name: str, old_name: str) -> Any:

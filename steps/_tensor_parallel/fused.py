@@ -20,7 +20,6 @@ section 4.2.2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,23 +37,6 @@ from nemotron.steps._tensor_parallel.collectives import (
 from nemotron.steps._tensor_parallel.prologue import Mask, Prologue, dropped
 
 Gradients = tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The tensor-parallel group as one of two, of which the other has one rank.
-
-    ``replicated``: activations between the linears are whole on every rank. ``sequence``: they are
-    split over the sequence.
-    """
-
-    replicated: ProcessGroup = field(default_factory=ProcessGroup)
-    sequence: ProcessGroup = field(default_factory=ProcessGroup)
-
-    @property
-    def tensor(self) -> ProcessGroup:
-        """Whichever of them it is."""
-        return self.sequence if self.sequence.size > 1 else self.replicated
 
 
 class ColumnParallel(torch.autograd.Function):
@@ -96,7 +78,8 @@ class ColumnParallel(torch.autograd.Function):
         scale: float,
         prologue: Prologue | None,
         mask: Mask | None,
-        groups: Groups,
+        group: ProcessGroup,
+        sequence_parallel: bool,
     ) -> tuple[Tensor, Tensor]:
         rank, in_features = lora_a_RH.shape
         # Copied at every call, R / H of the matrix, so that an optimizer may change lora_b without
@@ -105,25 +88,27 @@ class ColumnParallel(torch.autograd.Function):
         # would look like a change.
         extended[:, in_features:] = lora_b_FR * scale
         lora_a_RH = lora_a_RH.to(x_SH.dtype)
-        x_h = empty_to_send(x_SH, in_features + rank, groups.sequence)
+        # Replicated, this rank has all rows.
+        gathered_from = group if sequence_parallel else ProcessGroup()
+        x_h = empty_to_send(x_SH, in_features + rank, gathered_from)
         input_SH, own_h_SR = x_h.split([in_features, rank], dim=1)
         if prologue is None:
-            kept = x_SH.new_empty(0)
+            statistic = x_SH.new_empty(0)
             input_SH.copy_(x_SH)
         else:
-            kept = prologue.apply(x_SH, out=input_SH)
+            statistic = prologue.apply(x_SH, out=input_SH)
         torch.mm(dropped(input_SH, mask), lora_a_RH.T, out=own_h_SR)
-        num_tokens = len(x_SH) * groups.sequence.size
+        num_tokens = len(x_SH) * gathered_from.size
         y_SF, h_SR = (x_SH.new_empty(num_tokens, size) for size in (len(extended), rank))
 
         def multiply(x_h: Tensor, rows: slice) -> None:
             torch.mm(x_h, extended.T, out=y_SF[rows])
             h_SR[rows] = x_h[:, in_features:]
 
-        use_rows(x_h, groups.sequence, multiply)()
-        _save(ctx, x_SH, kept, h_SR, lora_a_RH, prologue, mask)
-        ctx.extended, ctx.scale, ctx.groups = extended, scale, groups
-        ctx.master_dtype = lora_b_FR.dtype
+        use_rows(x_h, gathered_from, multiply)()
+        _save(ctx, x_SH, statistic, h_SR, lora_a_RH, prologue, mask)
+        ctx.extended, ctx.scale, ctx.master_dtype = extended, scale, lora_b_FR.dtype
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
         return y_SF, x_SH
 
     @staticmethod
@@ -133,45 +118,49 @@ class ColumnParallel(torch.autograd.Function):
         in_features = saved[-1].shape[1]
         # Without dx only the R columns of dh are left to compute, and to send.
         columns = ctx.extended if ctx.needs_input_grad[0] else ctx.extended[:, in_features:]
-        dx_dh = empty_to_send(dy_SF, columns.shape[1], ctx.groups.tensor)
+        dx_dh = empty_to_send(dy_SF, columns.shape[1], ctx.group)
         torch.mm(dy_SF, columns, out=dx_dh)
-        complete = _complete_rows if ctx.groups.sequence.size > 1 else _complete_whole
-        dx_SH, part, da_RH, db_FR = complete(ctx, saved, dy_SF, dx_dh)
-        dx_SH = _through_prologue(ctx, dx_SH, saved, part, dresidual_SH)
-        return dx_SH, da_RH, db_FR, None, None, None, None, None
+        finish = _finish_backward_sequence if ctx.sequence_parallel else _finish_backward_replicated
+        dx_SH, recomputed, da_RH, db_FR = finish(ctx, saved, dy_SF, dx_dh)
+        dx_SH = _through_prologue(ctx, dx_SH, saved, recomputed, dresidual_SH)
+        return dx_SH, da_RH, db_FR, *[None] * 6
 
 
-def _complete_whole(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor) -> Gradients:
-    """Return dx, the prologue's part of it, dA and dB of activations that are replicated."""
-    x_SH, kept, h_SR, lora_a_RH = saved
+def _finish_backward_replicated(
+    ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor
+) -> Gradients:
+    """Return dx, what the prologue recomputed, dA and dB where activations are replicated."""
+    x_SH, statistic, h_SR, lora_a_RH = saved
     dx_SH = wait = None
     dh_SR = dx_dh[:, dx_dh.shape[1] - len(lora_a_RH) :]
     if ctx.needs_input_grad[0]:
         dx_SH = _add_lora(dx_dh[:, : lora_a_RH.shape[1]], dh_SR, lora_a_RH, ctx.mask)
-        if ctx.groups.replicated.size > 1:
+        if ctx.group.size > 1:
             # dx is sent with dh beside it, R / H more bytes, rather than copied out first.
             dh_SR = dh_SR.clone()
-            dx_dh, wait = all_reduce_async(dx_dh, ctx.groups.replicated)
+            dx_dh, wait = all_reduce_async(dx_dh, ctx.group)
             dx_SH = dx_dh[:, : lora_a_RH.shape[1]]
     db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
-    da_RH, part = _lora_a_gradient(ctx, dh_SR, x_SH, kept)
+    da_RH, recomputed = _lora_a_gradient(ctx, dh_SR, x_SH, statistic)
     if wait is not None:
         wait()
-    return dx_SH, part, da_RH, db_FR
+    return dx_SH, recomputed, da_RH, db_FR
 
 
-def _complete_rows(ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor) -> Gradients:
-    """Return the same of activations that are split over the sequence."""
-    x_SH, kept, h_SR, lora_a_RH = saved
-    dx_dh, wait = scatter_sum_rows_async(dx_dh, ctx.groups.sequence)
+def _finish_backward_sequence(
+    ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor
+) -> Gradients:
+    """Return the same where activations are split over the sequence."""
+    x_SH, statistic, h_SR, lora_a_RH = saved
+    dx_dh, wait = scatter_sum_rows_async(dx_dh, ctx.group)
     db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
     wait()
     dx_SH = None
     dh_SR = dx_dh[:, dx_dh.shape[1] - len(lora_a_RH) :]
-    da_RH, part = _lora_a_gradient(ctx, dh_SR, x_SH, kept)
+    da_RH, recomputed = _lora_a_gradient(ctx, dh_SR, x_SH, statistic)
     if ctx.needs_input_grad[0]:
         dx_SH = _add_lora(dx_dh[:, : lora_a_RH.shape[1]], dh_SR, lora_a_RH, ctx.mask)
-    return dx_SH, part, da_RH, db_FR
+    return dx_SH, recomputed, da_RH, db_FR
 
 
 class RowParallel(torch.autograd.Function):
@@ -209,43 +198,44 @@ class RowParallel(torch.autograd.Function):
         scale: float,
         prologue: Prologue | None,
         mask: Mask | None,
-        groups: Groups,
+        group: ProcessGroup,
+        sequence_parallel: bool,
     ) -> Tensor:
         out_features, rank = lora_b_FR.shape
         extended[out_features:] = lora_a_RH
-        input_SH, kept = x_SH, x_SH.new_empty(0)
+        input_SH, statistic = x_SH, x_SH.new_empty(0)
         if prologue is not None:
             input_SH = x_SH.new_empty(len(x_SH), extended.shape[1])
-            kept = prologue.apply(x_SH, out=input_SH)
-        y_h = empty_to_send(input_SH, len(extended), groups.tensor)
+            statistic = prologue.apply(x_SH, out=input_SH)
+        y_h = empty_to_send(input_SH, len(extended), group)
         torch.mm(input_SH, extended.T, out=y_h)
         if mask is not None:
             y_h[:, out_features:] = dropped(input_SH, mask) @ extended[out_features:].T
-        y_h = scatter_sum_rows(all_reduce(y_h, groups.replicated), groups.sequence)
+        y_h = scatter_sum_rows(y_h, group) if sequence_parallel else all_reduce(y_h, group)
         y_SF, h_SR = y_h.split([out_features, rank], dim=1)
         y_SF.addmm_(h_SR, lora_b_FR.to(x_SH.dtype).T, alpha=scale)
         if residual_SF is not None:
             y_SF.add_(residual_SF)
-        _save(ctx, x_SH, kept, h_SR, lora_b_FR, prologue, mask)
-        ctx.extended, ctx.scale, ctx.groups = extended, scale, groups
-        ctx.master_dtype = lora_b_FR.dtype
+        _save(ctx, x_SH, statistic, h_SR, lora_b_FR, prologue, mask)
+        ctx.extended, ctx.scale, ctx.master_dtype = extended, scale, lora_b_FR.dtype
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
         return y_SF
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dy_SF,) = grad_outputs
         saved = ctx.saved_tensors
-        x_SH, kept, h_SR, lora_b_FR = saved
+        x_SH, statistic, h_SR, lora_b_FR = saved
         dh_SR = (dy_SF @ lora_b_FR.to(dy_SF.dtype)).mul_(ctx.scale)
         dx_SH, dh_all_SR, wait = _dgrad_of_all(ctx, dy_SF, dh_SR)
         db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
         wait()
-        da_RH, part = _lora_a_gradient(ctx, dh_all_SR, x_SH, kept)
+        da_RH, recomputed = _lora_a_gradient(ctx, dh_all_SR, x_SH, statistic)
         if dx_SH is not None:
             dx_SH = _add_lora(dx_SH, dh_all_SR, ctx.extended[dy_SF.shape[1] :], ctx.mask)
-        dx_SH = _through_prologue(ctx, dx_SH, saved, part)
+        dx_SH = _through_prologue(ctx, dx_SH, saved, recomputed)
         dresidual_SF = dy_SF if ctx.needs_input_grad[3] else None
-        return dx_SH, da_RH, db_FR, dresidual_SF, None, None, None, None, None
+        return dx_SH, da_RH, db_FR, dresidual_SF, *[None] * 6
 
 
 def _dgrad_of_all(
@@ -255,10 +245,10 @@ def _dgrad_of_all(
 
     The rows of dy and dh are gathered in one collective.
     """
-    group = ctx.groups.sequence
+    group = ctx.group
     out_features, rank = dy_SF.shape[1], dh_SR.shape[1]
     weight_FH = ctx.extended[:out_features]
-    if group.size == 1:
+    if not ctx.sequence_parallel:
         return (dy_SF @ weight_FH if ctx.needs_input_grad[0] else None), dh_SR, lambda: None
     dy_dh = torch.cat([dy_SF, dh_SR], dim=1, out=empty_to_send(dy_SF, out_features + rank, group))
     num_tokens = group.size * len(dy_SF)
@@ -277,7 +267,7 @@ def _dgrad_of_all(
 def _save(
     ctx: Any,
     x_SH: Tensor,
-    kept: Tensor,
+    statistic: Tensor,
     h_SR: Tensor,
     factor: Tensor,
     prologue: Prologue | None,
@@ -289,8 +279,8 @@ def _save(
     if not needs_adapter:
         h_SR = nothing
         if prologue is None or not needs_dx:
-            x_SH, kept = nothing, nothing
-    ctx.save_for_backward(x_SH, kept, h_SR.contiguous(), factor)
+            x_SH, statistic = nothing, nothing
+    ctx.save_for_backward(x_SH, statistic, h_SR.contiguous(), factor)
     ctx.prologue, ctx.mask = prologue, mask
 
 
@@ -303,35 +293,35 @@ def _lora_b_gradient(ctx: Any, dy_SF: Tensor, h_SR: Tensor) -> Tensor | None:
 
 
 def _lora_a_gradient(
-    ctx: Any, dh_SR: Tensor, x_SH: Tensor, kept: Tensor
+    ctx: Any, dh_SR: Tensor, x_SH: Tensor, statistic: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return dA = dh^T x, [R, H], in the masters' dtype, where it is wanted.
 
-    The second result is what the prologue's gradient can use of the prologue's output.
+    The second result is what the prologue has recomputed for its own gradient.
     """
     if not ctx.needs_input_grad[1]:
         return None, None
-    part = None
+    recomputed = None
     if ctx.prologue is None:
         da_RH = dh_SR.T @ dropped(x_SH, ctx.mask)
     else:
-        da_RH, part = ctx.prologue.product(dh_SR, x_SH, kept, ctx.mask)
-    return da_RH.to(ctx.master_dtype), part
+        da_RH, recomputed = ctx.prologue.lora_a_gradient(dh_SR, x_SH, statistic, ctx.mask)
+    return da_RH.to(ctx.master_dtype), recomputed
 
 
 def _through_prologue(
     ctx: Any,
     dx_SH: Tensor | None,
     saved: tuple[Tensor, ...],
-    part: Tensor | None,
+    recomputed: Tensor | None,
     dresidual_SH: Tensor | None = None,
 ) -> Tensor | None:
     """Return the gradient of the prologue's input, and of the residual that it is as well."""
     if dx_SH is None:
         return None
-    x_SH, kept = saved[:2]
+    x_SH, statistic = saved[:2]
     if ctx.prologue is not None:
-        return ctx.prologue.gradient(dx_SH, x_SH, kept, part, dresidual_SH)
+        return ctx.prologue.gradient(dx_SH, x_SH, statistic, recomputed, dresidual_SH)
     return dx_SH if dresidual_SH is None else dx_SH.add_(dresidual_SH)
 
 

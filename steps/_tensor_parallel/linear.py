@@ -16,17 +16,21 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, partition
 from nemotron.steps._tensor_parallel.dropout import DropoutRows
 from nemotron.steps._tensor_parallel.fused import (
     ColumnParallel,
-    Groups,
     RowParallel,
 )
 from nemotron.steps._tensor_parallel.keyed_generator import keyed_generator
 from nemotron.steps._tensor_parallel.prologue import Mask, RMSNormPrologue, SwiGLUPrologue
+
+# Elements: the rows of bf16 matrices begin at 16 bytes, as a GPU's fast products want them. Factors
+# of other ranks get zeros, and what they are multiplied by gets room for them.
+_ALIGNED = 8
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,11 @@ class _ParallelLinear(nn.Module, ABC):
         self.group = group
         self.lora = lora
         self.sequence_parallel = sequence_parallel and group.size > 1
-        self.groups = Groups(sequence=group) if self.sequence_parallel else Groups(group)
         out_features, in_features = weight_shape
         lora_dim = lora.dim if lora else 0
-        rows, columns = (lora_dim, 0) if extends_rows else (0, lora_dim)
+        room = -(-lora_dim // _ALIGNED) * _ALIGNED
+        self._num_missing = room - lora_dim
+        rows, columns = (room, 0) if extends_rows else (0, room)
         self.extended: Tensor
         extended = torch.empty(out_features + rows, in_features + columns, dtype=dtype)
         self.register_buffer("extended", extended)
@@ -132,6 +137,13 @@ class _ParallelLinear(nn.Module, ABC):
             _check_shape(f"{self.name}.lora_{name}", source, target)
             with torch.no_grad():
                 target.copy_(source)
+
+    def _aligned_factors(self) -> tuple[Tensor, Tensor]:
+        """Return both factors, with zeros up to a rank that is a multiple of ``_ALIGNED``."""
+        if self._num_missing == 0:
+            return self.lora_a, self.lora_b
+        lora_a_RH = F.pad(self.lora_a, (0, 0, 0, self._num_missing))
+        return lora_a_RH, F.pad(self.lora_b, (0, self._num_missing))
 
     def _scale_and_mask(
         self, dropout: DropoutRows | None, features: int, tokens: slice, columns: slice
@@ -198,6 +210,12 @@ class ColumnParallelLinear(_ParallelLinear):
         self.register_buffer("layer_norm_weight", torch.ones(in_features, dtype=dtype))
 
     def forward(self, x_SH: Tensor, dropout: DropoutRows | None = None) -> tuple[Tensor, Tensor]:
+        """Return the output, [S, F / T], and the input as the residual, shaped as it.
+
+        Args:
+            x_SH: [S, H], or [S / T, H] with ``sequence_parallel``.
+            dropout: What identifies the rows, while training with LoRA dropout.
+        """
         num_tokens, features = x_SH.shape
         epsilon, norm = self.norm_epsilon, None
         if epsilon is not None:
@@ -205,8 +223,9 @@ class ColumnParallelLinear(_ParallelLinear):
         first = num_tokens * self.group.rank if self.sequence_parallel else 0
         tokens = slice(first, first + num_tokens)
         scale, mask = self._scale_and_mask(dropout, features, tokens, slice(0, features))
-        factors = self.lora_a, self.lora_b
-        return ColumnParallel.apply(x_SH, *factors, self.extended, scale, norm, mask, self.groups)
+        factors = self._aligned_factors()
+        options = scale, norm, mask, self.group, self.sequence_parallel
+        return ColumnParallel.apply(x_SH, *factors, self.extended, *options)
 
     def local_rows(self) -> list[slice]:
         """Return this rank's rows of the whole weight, one slice a segment."""
@@ -275,10 +294,18 @@ class RowParallelLinear(_ParallelLinear):
     def forward(
         self, x_SH: Tensor, dropout: DropoutRows | None = None, residual_SF: Tensor | None = None
     ) -> Tensor:
+        """Return the output plus the residual, [S, F], or [S / T, F] with ``sequence_parallel``.
+
+        Args:
+            x_SH: [S, H / T]; [S, 2 H / T] with ``swiglu``.
+            dropout: What identifies the rows, while training with LoRA dropout.
+            residual_SF: Shaped as the output.
+        """
         tokens = slice(0, len(x_SH))
         scale, mask = self._scale_and_mask(dropout, self.in_features, tokens, self.local_columns())
-        inputs = x_SH, self.lora_a, self.lora_b, residual_SF
-        return RowParallel.apply(*inputs, self.extended, scale, self.activation, mask, self.groups)
+        inputs = x_SH, *self._aligned_factors(), residual_SF
+        options = scale, self.activation, mask, self.group, self.sequence_parallel
+        return RowParallel.apply(*inputs, self.extended, *options)
 
     def local_columns(self) -> slice:
         """Return this rank's columns of the whole weight."""

@@ -3,8 +3,8 @@
 A prologue is computed in the linear's forward pass and again in its backward pass, so that the
 normed input and the SwiGLU product, two of the largest activations of a layer, are held by nobody.
 
-S tokens, H features of the input; all of it is per token, so it works alike on this rank's rows of
-the sequence and on its shard of the features.
+S tokens, H features of the input, F of the output: H is F, or 2 F of SwiGLU. All of it is per
+token, so it works alike on this rank's rows of the sequence and on its shard of the features.
 """
 
 from __future__ import annotations
@@ -24,34 +24,44 @@ class Prologue(Protocol):
     """An elementwise (or per-token) function with its own backward."""
 
     def apply(self, x_SH: Tensor, *, out: Tensor) -> Tensor:
-        """Write the output; return what, beside ``x_SH``, is kept for the backward pass."""
+        """Write the output, [S, F]; return the statistic that the other methods want with ``x_SH``.
+
+        The norm's is 1 / rms(x), [S, 1]; SwiGLU has none, [0].
+        """
         ...
 
-    def product(
-        self, left_SR: Tensor, x_SH: Tensor, kept: Tensor, mask: Mask | None
+    def lora_a_gradient(
+        self, dh_SR: Tensor, x_SH: Tensor, statistic: Tensor, mask: Mask | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return ``left^T (output * mask)``, [R, H], and what of it ``gradient`` can use."""
+        """Return ``dh^T (output * mask)``, [R, F], and what was recomputed that ``gradient`` uses.
+
+        The norm's is None; SwiGLU's is [silu(gate) | output], [S, 2 F].
+        """
         ...
 
     def gradient(
         self,
-        dy_SH: Tensor,
+        dy_SF: Tensor,
         x_SH: Tensor,
-        kept: Tensor,
-        part: Tensor | None = None,
+        statistic: Tensor,
+        recomputed: Tensor | None = None,
         added_SH: Tensor | None = None,
     ) -> Tensor:
-        """Return the gradient of the input for ``dy_SH``, that of the output.
+        """Return the gradient of the input, [S, H], for ``dy_SF``, that of the output.
 
-        ``part`` is what ``product`` returned, or None where nobody called it; ``added_SH`` is a
-        gradient of the input from elsewhere, to be added. ``dy_SH`` and ``part`` are destroyed.
+        Args:
+            dy_SF: Overwritten.
+            x_SH: The input.
+            statistic: Of ``apply``.
+            recomputed: Of ``lora_a_gradient``, overwritten; None where nobody called it.
+            added_SH: A gradient of the input from elsewhere, to be added.
         """
         ...
 
 
 @dataclass(frozen=True)
 class RMSNormPrologue:
-    """``weight * x / rms(x)``, in fp32, with a frozen weight [H]; keeps 1 / rms(x), [S, 1].
+    """``weight * x / rms(x)``, in fp32, with a frozen weight [H]; its statistic is 1 / rms(x).
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4.
     """
@@ -66,35 +76,35 @@ class RMSNormPrologue:
         torch.mul(wide_SH, scale_S1, out=out).mul_(self.weight)
         return scale_S1
 
-    def product(
-        self, left_SR: Tensor, x_SH: Tensor, kept: Tensor, mask: Mask | None
+    def lora_a_gradient(
+        self, dh_SR: Tensor, x_SH: Tensor, statistic: Tensor, mask: Mask | None
     ) -> tuple[Tensor, None]:
         # Rows and columns are scaled where there are R of them, and the output is not computed.
-        scaled_SR = (left_SR * kept).to(x_SH.dtype)
+        scaled_SR = (dh_SR * statistic).to(x_SH.dtype)
         return _widened(scaled_SR.T @ dropped(x_SH, mask)) * self.weight, None
 
     def gradient(
         self,
-        dy_SH: Tensor,
+        dy_SF: Tensor,
         x_SH: Tensor,
-        kept: Tensor,
-        part: Tensor | None = None,
+        statistic: Tensor,
+        recomputed: Tensor | None = None,
         added_SH: Tensor | None = None,
     ) -> Tensor:
         # With r = 1 / rms(x) and g = w dy: dx = r g - x r^3 mean(g x).
-        g_SH = _widened(dy_SH).mul_(self.weight)
+        g_SH = _widened(dy_SF).mul_(self.weight)
         mean_S1 = torch.linalg.vecdot(g_SH, _widened(x_SH)).div_(x_SH.shape[1]).unsqueeze(1)
-        along_x_S1 = mean_S1.mul_(kept.pow(3))
+        along_x_S1 = mean_S1.mul_(statistic.pow(3))
         if added_SH is None:
-            dx_SH = g_SH.mul_(kept).addcmul_(x_SH, along_x_S1, value=-1.0)
+            dx_SH = g_SH.mul_(statistic).addcmul_(x_SH, along_x_S1, value=-1.0)
         else:
-            dx_SH = torch.addcmul(added_SH, x_SH, along_x_S1, value=-1.0).addcmul_(g_SH, kept)
+            dx_SH = torch.addcmul(added_SH, x_SH, along_x_S1, value=-1.0).addcmul_(g_SH, statistic)
         return dx_SH.to(x_SH.dtype)
 
 
 @dataclass(frozen=True)
 class SwiGLUPrologue:
-    """``silu(gate) * up`` of an input [gate | up]; keeps nothing.
+    """``silu(gate) * up`` of an input [gate | up]; it has no statistic.
 
     Source: Shazeer 2020 (arXiv:2002.05202), section 2.
     """
@@ -104,31 +114,31 @@ class SwiGLUPrologue:
         torch.ops.aten.silu.out(gate_SF, out=out).mul_(up_SF)
         return x_SH.new_empty(0)
 
-    def product(
-        self, left_SR: Tensor, x_SH: Tensor, kept: Tensor, mask: Mask | None
+    def lora_a_gradient(
+        self, dh_SR: Tensor, x_SH: Tensor, statistic: Tensor, mask: Mask | None
     ) -> tuple[Tensor, Tensor]:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
-        computed_SH = x_SH.new_empty(x_SH.shape)  # where the gradient will be
-        silu_SF, product_SF = computed_SH.chunk(2, dim=1)
+        recomputed_SH = x_SH.new_empty(x_SH.shape)  # where the gradient will be
+        silu_SF, product_SF = recomputed_SH.chunk(2, dim=1)
         torch.ops.aten.silu.out(gate_SF, out=silu_SF)
         torch.mul(silu_SF, up_SF, out=product_SF)
-        return left_SR.T @ dropped(product_SF, mask), computed_SH
+        return dh_SR.T @ dropped(product_SF, mask), recomputed_SH
 
     def gradient(
         self,
-        dy_SH: Tensor,
+        dy_SF: Tensor,
         x_SH: Tensor,
-        kept: Tensor,
-        part: Tensor | None = None,
+        statistic: Tensor,
+        recomputed: Tensor | None = None,
         added_SH: Tensor | None = None,
     ) -> Tensor:
         gate_SF, up_SF = x_SH.chunk(2, dim=1)
-        dx_SH = x_SH.new_empty(x_SH.shape) if part is None else part
+        dx_SH = x_SH.new_empty(x_SH.shape) if recomputed is None else recomputed
         dgate_SF, dup_SF = dx_SH.chunk(2, dim=1)
-        if part is None:
+        if recomputed is None:
             torch.ops.aten.silu.out(gate_SF, out=dgate_SF)
-        torch.mul(dy_SH, dgate_SF, out=dup_SF)  # where silu(gate) still is
-        torch.ops.aten.silu_backward.grad_input(dy_SH.mul_(up_SF), gate_SF, grad_input=dgate_SF)
+        torch.mul(dy_SF, dgate_SF, out=dup_SF)  # where silu(gate) still is
+        torch.ops.aten.silu_backward.grad_input(dy_SF.mul_(up_SF), gate_SF, grad_input=dgate_SF)
         return dx_SH if added_SH is None else dx_SH.add_(added_SH)
 
 
@@ -141,15 +151,15 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SH: Tensor, norm: RMSNormPrologue) -> Tensor:
         y_SH = torch.empty_like(x_SH)
-        kept = norm.apply(x_SH, out=y_SH)
-        ctx.save_for_backward(x_SH, kept)
+        inv_rms = norm.apply(x_SH, out=y_SH)
+        ctx.save_for_backward(x_SH, inv_rms)
         ctx.norm = norm
         return y_SH
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        x_SH, kept = ctx.saved_tensors
-        return ctx.norm.gradient(grad_outputs[0].clone(), x_SH, kept), None
+        x_SH, inv_rms = ctx.saved_tensors
+        return ctx.norm.gradient(grad_outputs[0].clone(), x_SH, inv_rms), None
 
 
 def dropped(x_SH: Tensor, mask: Mask | None) -> Tensor:

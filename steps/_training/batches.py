@@ -9,9 +9,10 @@ Source: the collate contract of Megatron-Bridge's packed Parquet dataset.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,6 +63,11 @@ class MicroBatch:
     cu_seqlens: tuple[int, ...]
     row_tokens: tuple[int, ...]
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the same with its tensors on a device."""
+        tokens, labels = self.tokens.to(device), self.labels.to(device)
+        return replace(self, tokens=tokens, labels=labels, supervised=self.supervised.to(device))
+
     def dropout_rows(self, keys: Sequence[str]) -> DropoutRows:
         """Return what identifies the rows, one key each, for layout-independent dropout."""
         return DropoutRows(keys=keys, num_tokens=self.row_tokens)
@@ -107,7 +113,7 @@ class PackedSplit:
         return self._order[batch * global_batch_size :][:global_batch_size].tolist()
 
     def __getitem__(self, index: int) -> PackedRow:
-        group = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        group = bisect_right(self._first_rows, index) - 1
         return self._read_group(group)[index - self._first_rows[group]]
 
     def _read_group(self, group: int) -> list[PackedRow]:
@@ -162,7 +168,7 @@ def split_batch(
     return micro_batches[data_rank::data_size]
 
 
-def collate(rows: Sequence[PackedRow], *, device: torch.device) -> MicroBatch:
+def collate(rows: Sequence[PackedRow]) -> MicroBatch:
     """Return the micro batch of some rows: every document without its last token."""
     tokens, labels, masks, lengths, row_tokens = [], [], [], [0], []
     for row in rows:
@@ -176,16 +182,16 @@ def collate(rows: Sequence[PackedRow], *, device: torch.device) -> MicroBatch:
         row_tokens.append(sum(stop - start - 1 for start, stop in documents))
     supervised = np.flatnonzero(np.concatenate(masks))
     return MicroBatch(
-        tokens=_to_tensor(np.concatenate(tokens), device),
-        labels=_to_tensor(np.concatenate(labels)[supervised], device),
-        supervised=_to_tensor(supervised, device),
+        tokens=_to_tensor(np.concatenate(tokens)),
+        labels=_to_tensor(np.concatenate(labels)[supervised]),
+        supervised=_to_tensor(supervised),
         cu_seqlens=tuple(np.cumsum(lengths).tolist()),
         row_tokens=tuple(row_tokens),
     )
 
 
-def _to_tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64)).to(device)
+def _to_tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def _open(path: Path) -> pq.ParquetFile:

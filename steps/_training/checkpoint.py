@@ -13,11 +13,11 @@ from nemotron.artifacts import Input, Producer, hold, publish, write_artifact, w
 from nemotron.errors import NemotronError
 from nemotron.steps._formats.adapter import write_adapter
 from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, TOKENIZER_FILES, copy_files
-from nemotron.steps._training.distributed import Layout, gather_tensors
+from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.pipeline import PipelineStage
 from nemotron.steps._training.resume import save_name
 from nemotron.steps._training.run_directory import TRACKER
-from nemotron.steps._training.trainer_state import write_trainer_state
+from nemotron.steps._training.trainer_state import gather_whole, write_trainer_state
 
 
 class SaveFailedError(OSError):
@@ -63,24 +63,22 @@ def save_adapter(
         The ``iter_NNNNNNN`` directory, complete once the first rank has returned.
     """
     target = directory / save_name(iteration)
-    whole = {linear.name: linear.full_lora() for linear in model.adapted_linears()}
-    stages = layout.pipeline, layout.device
-    lora_a = gather_tensors({name: a for name, (a, _) in whole.items()}, *stages)
-    lora_b = gather_tensors({name: b for name, (_, b) in whole.items()}, *stages)
-    lora = model.lora
-    assert lora is not None  # a model without an adapter is not trained
-    alphas = {name: own.alpha for name in lora_a if (own := lora.of(name))}
+    own = (each for linear in model.adapted_linears() for each in linear.lora_parameters())
+    whole = gather_whole(model, {each.name: each.parameter.detach() for each in own}, layout)
     if layout.is_first:
+        lora = model.lora
+        assert lora is not None  # a model without an adapter is not trained
+        linears = [name.removesuffix(".lora_a") for name in whole if name.endswith(".lora_a")]
         with publish(target, step=produced_by.step) as partial:
             write_adapter(
                 partial,
-                {name: (a, lora_b[name]) for name, a in lora_a.items()},
+                {name: (whole[f"{name}.lora_a"], whole[f"{name}.lora_b"]) for name in linears},
                 config=model.config,
                 dim=lora.spec.dim,
                 alpha=lora.spec.alpha,
                 dropout=lora.spec.dropout,
                 use_rslora=lora.spec.use_rslora,
-                alphas=alphas,
+                alphas={name: own.alpha for name in linears if (own := lora.of(name))},
                 base_model_name_or_path=base_model_name_or_path,
             )
             if tokenizer_dir is not None:

@@ -9,23 +9,29 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from nemotron.errors import NemotronError
-from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
+from nemotron.steps._tensor_parallel.collectives import (
+    ProcessGroup,
+    all_gather,
+    all_reduce,
+    wait_for,
+)
 from nemotron.steps._tensor_parallel.host_exchange import open_exchange
 from nemotron.steps._training.device import own_device, refuse_mixed_devices
+
+_SENT_AT_ONCE = 1 << 24  # bytes of a stage's tensors
 
 
 @dataclass(frozen=True)
@@ -188,18 +194,30 @@ def _join(groups: Iterable[range], *, timeout: timedelta | None) -> ProcessGroup
 def gather_tensors(
     tensors: Mapping[str, Tensor], group: ProcessGroup, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return the tensors of all ranks of a group, on the CPU, by their names; for megabytes.
+    """Return the tensors of all ranks of a group by name, on the CPU of its first; elsewhere none.
 
-    Each rank may have others, of any shapes, or none. They travel over ``device`` as safetensors:
-    nothing is unpickled.
+    Each rank may have others, of any shapes, or none. They travel as safetensors, so that nothing
+    is unpickled, and in parts, so that ``device`` need not hold a stage's adapter once more.
     """
-    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    gathered = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     if group.size == 1:
-        return contiguous
-    packed = torch.frombuffer(bytearray(save(contiguous)), dtype=torch.uint8).to(device)
+        return gathered
+    packed = torch.frombuffer(bytearray(save(gathered)), dtype=torch.uint8)
     sizes = all_gather(torch.tensor(len(packed), device=device), group).tolist()
-    padded = F.pad(packed, (0, max(sizes) - len(packed)))
-    gathered: dict[str, Tensor] = {}
-    for size, part in zip(sizes, all_gather(padded, group).cpu(), strict=True):
-        gathered |= load(part[:size].numpy().tobytes())
+    if group.rank > 0:
+        for part in packed.split(_SENT_AT_ONCE):
+            _transfer(dist.isend, part.to(device), 0, group)
+        return {}
+    for sender, size in enumerate(sizes[1:], start=1):
+        received = torch.empty(size, dtype=torch.uint8)
+        for part in received.split(_SENT_AT_ONCE):
+            part.copy_(_transfer(dist.irecv, torch.empty_like(part, device=device), sender, group))
+        gathered |= load(received.numpy().tobytes())
     return gathered
+
+
+def _transfer(kind: Callable[..., Any], tensor: Tensor, peer: int, group: ProcessGroup) -> Tensor:
+    """Send a tensor to a rank of a group, or receive it; return it once that is done."""
+    operation = dist.P2POp(kind, tensor, group=group.group, group_peer=peer)
+    wait_for(dist.batch_isend_irecv([operation]))
+    return tensor

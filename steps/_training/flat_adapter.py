@@ -1,7 +1,7 @@
 """All adapter factors of a rank in one flat buffer, their gradients in another.
 
 The buffers are laid out [partial | replicated | sharded] (``LoraParameter.kind``), so that one
-optimizer step needs one all-reduce for what the tensor-parallel ranks hold in parts (over all
+optimizer step needs one all-reduce for what the tensor-parallel ranks have copies of (over all
 ranks of the stage) and one for the rest (over the data-parallel ranks), however many layers and
 micro batches there are. Being elementwise, AdamW on the flat buffer equals AdamW on the factors.
 """
@@ -15,12 +15,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from nemotron.steps._tensor_parallel.collectives import ProcessGroup, all_gather, all_reduce
+from nemotron.steps._tensor_parallel.collectives import (
+    ProcessGroup,
+    all_gather,
+    all_reduce,
+    broadcast,
+)
 from nemotron.steps._tensor_parallel.linear import LoraParameter
 from nemotron.steps._training.distributed import Layout
 
 _ORDER = ("partial", "replicated", "sharded")
-# Elements of each copy, 16 MiB: those of all replicas together may not fit beside the base.
+# Elements of each copy, 16 MiB: a whole one may not fit beside the base.
 _COMPARED_AT_ONCE = 1 << 22
 
 
@@ -72,8 +77,15 @@ class FlatAdapter:
 
     def reduce_gradients(self) -> None:
         """Complete the gradients: sum over micro batches of all ranks. Two collectives at most."""
-        all_reduce(self.gradients[: self._num_partial], self._layout.stage)
-        all_reduce(self.gradients[self._num_partial :], self._layout.data)
+        num_in_stage = self._num_partial
+        if self._layout.data.size > 1:
+            # Summed once for all copies: groups side by side need not add in the same order, and
+            # NCCL's would then leave copies that differ in their last bits.
+            num_in_stage = self._num_whole
+            if self._layout.tensor.rank > 0:
+                self.gradients[self._num_partial : self._num_whole].zero_()
+        all_reduce(self.gradients[:num_in_stage], self._layout.stage)
+        all_reduce(self.gradients[num_in_stage:], self._layout.data)
 
     def gradient_norm(self) -> float:
         """Return the L2 norm over all logical parameters, each counted once, at every layout."""
@@ -84,11 +96,13 @@ class FlatAdapter:
         return math.sqrt(float(all_reduce(square, self._layout.pipeline)))
 
     def replica_difference(self) -> float:
-        """Return by how much the ranks' copies of a factor differ; anything but 0.0 is a defect."""
+        """Return by how much copies of a factor differ on any rank; all but 0.0 is a defect."""
         values = self.values.detach()
         whole = values[: self._num_whole]
         found = *_spreads(whole, self._layout.tensor), *_spreads(values, self._layout.data)
-        return float(torch.stack([values.new_zeros(()), *found]).max())  # torch's max keeps NaN
+        own = torch.stack([values.new_zeros(()), *found]).max()
+        # Not by an all-reduce: torch's max keeps NaN, which NCCL's need not.
+        return float(all_gather(own, self._layout.world).max())
 
 
 def _factor(parameter: LoraParameter) -> str:
@@ -102,8 +116,7 @@ def _append(parts: list[slice], part: slice) -> None:
 
 
 def _spreads(tensor: Tensor, group: ProcessGroup) -> Iterator[Tensor]:
-    """Yield the largest absolute difference to rank 0's copy of each part of ``tensor``."""
+    """Yield this rank's largest absolute difference to the first rank's, of each part."""
     has_copies = group.size > 1 and tensor.numel() > 0  # a stage may have no factor at all
     for part in tensor.split(_COMPARED_AT_ONCE) if has_copies else ():
-        replicas = all_gather(part, group)
-        yield (replicas - replicas[0]).abs().max()
+        yield broadcast(part, group).sub_(part).abs_().max()

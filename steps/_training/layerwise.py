@@ -24,7 +24,7 @@ from nemotron.steps._formats.as_megatron import AsMegatron
 from nemotron.steps._formats.lora import LoraAdapter, fused_factors
 from nemotron.steps._formats.weight_files import one_torch_thread
 from nemotron.steps._formats.weights import Weights
-from nemotron.steps._models.attention import Rotary, rotary_tables
+from nemotron.steps._models.attention import PackedDocuments, Rotary, rotary_tables
 from nemotron.steps._models.gpt import Split, TransformerLayer
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -150,11 +150,12 @@ def logits(
     if adapter is not None and not in_weights:
         documents = documents.twice()
     hidden_SH = weights.read("model.embed_tokens.weight")[documents.tokens].to(dtype)
+    packed = PackedDocuments(documents.cu_seqlens, documents.rotary)
     for index in range(config.num_layers):
         if stopped is not None and stopped.is_set():
             raise CancelledError
         layer = _load_layer(weights, index, dtype, adapter, in_weights=in_weights)
-        hidden_SH = layer(hidden_SH, documents.rotary, documents.cu_seqlens, None)
+        hidden_SH = layer(hidden_SH, packed, None)
         del layer  # before the next one is there
     norm_H = weights.read("model.norm.weight").to(dtype)
     hidden_SH = rms_norm(hidden_SH, norm_H, config.layernorm_epsilon)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +24,13 @@ from nemotron.steps._training.batches import (
     collate,
     split_batch,
 )
-from nemotron.steps._training.distributed import Layout, gather_tensors
+from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.flops import lora_flops
 from nemotron.steps._training.metrics import MetricsLog, peak_memory_bytes
 from nemotron.steps._training.pipeline import PipelineStage, WeightedBatch
 from nemotron.steps._training.preemption import StopRequest
+from nemotron.steps._training.read_ahead import ReadAhead
 from nemotron.steps._training.schedule import Schedule
 from nemotron.steps._training.trainer_state import gather_moments, load_moments
 from nemotron.steps._training.validation import Best, Validation
@@ -146,6 +147,7 @@ class Trainer:
         self.train_rows, self.valid_rows = train_rows, valid_rows
         self.schedule, self.adam, self.seed, self.metrics = schedule, adam, seed, metrics
         self.best: Best | None = None
+        self._batches = ReadAhead(self._read)
         assert model.lora is not None  # a model without an adapter is not trained
         self.flops = lora_flops(model.config, model.lora)
         self.adapter = FlatAdapter(
@@ -197,7 +199,7 @@ class Trainer:
                 save(progress)
         while progress.iteration < intervals.train_iters and not stop.is_agreed:
             iteration = progress.iteration + 1
-            self.step(iteration)
+            self.step(iteration, has_next=iteration < intervals.train_iters)
             # Here, and before each batch of an evaluation: whatever is agreed on is saved below.
             stop.agree()
             is_save = iteration == intervals.train_iters or iteration % intervals.save_interval == 0
@@ -212,11 +214,14 @@ class Trainer:
                 save(progress)
         return progress
 
-    def step(self, iteration: int) -> None:
-        """Take one optimizer step; ``iteration`` counts from 1."""
+    def step(self, iteration: int, *, has_next: bool = False) -> None:
+        """Take one optimizer step; ``iteration`` counts from 1.
+
+        Where it ``has_next``, that one's rows are read meanwhile.
+        """
         started = time.perf_counter()
         self.adapter.zero_gradients()
-        own_loss, totals = self._accumulate_gradients(iteration)
+        own_loss, totals = self._accumulate_gradients(iteration, has_next)
         lm_loss = totals.loss / max(totals.supervised_tokens, 1.0)
         own = torch.stack([own_loss, self.adapter.gradients.sum(dtype=torch.float64)])
         self.adapter.reduce_gradients()
@@ -234,16 +239,23 @@ class Trainer:
         self.metrics.step(iteration, values | self._throughput(iteration, totals, seconds))
 
     def moments(self) -> dict[str, Tensor]:
-        """Return AdamW's moments by name, whole; a collective."""
-        own = gather_moments(self.model, self.adapter, self.optimizer)
-        return gather_tensors(own, self.layout.pipeline, self.layout.device)
+        """Return AdamW's moments by name, whole, on the first rank; a collective."""
+        return gather_moments(self.model, self.adapter, self.optimizer, self.layout)
 
     def load_moments(self, directory: Path, iteration: int) -> None:
         """Set AdamW's state to what was saved at ``iteration``."""
         load_moments(directory, self.model, self.adapter, self.optimizer, iteration=iteration)
 
-    def _accumulate_gradients(self, iteration: int) -> tuple[Tensor, StepTotals]:
+    def _accumulate_gradients(self, iteration: int, has_next: bool) -> tuple[Tensor, StepTotals]:
         """Return this rank's loss sum, fp64, and the sums over the global batch."""
+        read = self._batches.take(iteration, has_next=has_next)
+        batches = [replace(each, micro=each.micro.to(self.layout.device)) for each in read]
+        loss_sum = self.model.train(batches)
+        counts = torch.tensor([self._counts(batch.micro) for batch in batches], dtype=torch.float64)
+        return loss_sum, StepTotals(*self._totals(loss_sum, counts.sum(dim=0)).tolist())
+
+    def _read(self, iteration: int) -> list[WeightedBatch]:
+        """Return this rank's micro batches of an iteration, on the CPU."""
         rows = self.train_rows.global_batch(
             iteration - 1,
             global_batch_size=self.batch.global_batch_size,
@@ -255,10 +267,7 @@ class Trainer:
             data_rank=self.layout.data.rank,
             data_size=self.layout.data.size,
         )
-        batches = [self._weighted(iteration, pairs) for pairs in micro_batches]
-        loss_sum = self.model.train(batches)
-        counts = torch.tensor([self._counts(batch.micro) for batch in batches], dtype=torch.float64)
-        return loss_sum, StepTotals(*self._totals(loss_sum, counts.sum(dim=0)).tolist())
+        return [self._weighted(iteration, pairs) for pairs in micro_batches]
 
     def _counts(self, micro: MicroBatch) -> tuple[int, int, float]:
         """Return supervised tokens, tokens and floating-point operations of a micro batch."""
@@ -266,7 +275,7 @@ class Trainer:
         return supervised, len(micro.tokens), self.flops.of(micro.cu_seqlens, supervised)
 
     def _weighted(self, iteration: int, positions_and_rows: list[tuple[int, int]]) -> WeightedBatch:
-        micro = self._collate(self.train_rows, [row for _, row in positions_and_rows])
+        micro = collate([self.train_rows[row] for _, row in positions_and_rows])
         keys = [f"{self.seed}/{iteration}/{position}" for position, _ in positions_and_rows]
         weight = 1.0
         if not self.batch.calculate_per_token_loss:
@@ -331,7 +340,7 @@ class Trainer:
                 return None
             last_row = min(first_row + rows_at_once, num_rows)
             rows = range(first_row + self.layout.data.rank, last_row, self.layout.data.size)
-            batches = [self._collate(self.valid_rows, [row]) for row in rows]
+            batches = [collate([self.valid_rows[row]]).to(self.layout.device) for row in rows]
             supervised = torch.tensor([sum(len(micro.supervised) for micro in batches)])
             totals += self._totals(self.model.evaluate(batches), supervised)
         loss_sum, supervised_tokens = totals.tolist()
@@ -348,9 +357,6 @@ class Trainer:
             iteration, result.lm_loss, result.supervised_tokens, is_best=is_best
         )
         return result
-
-    def _collate(self, split: PackedSplit, rows: list[int]) -> MicroBatch:
-        return collate([split[row] for row in rows], device=self.layout.device)
 
     def _check_replicas(self) -> None:
         difference = self.adapter.replica_difference()

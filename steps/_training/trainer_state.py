@@ -19,6 +19,7 @@ from nemotron.steps._formats.adapter import open_adapter
 from nemotron.steps._formats.safetensors_file import SafetensorsFile, write_safetensors
 from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from nemotron.steps._training.adamw import FlatAdamW
+from nemotron.steps._training.distributed import Layout, gather_tensors
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.pipeline import PipelineStage
 from nemotron.steps._training.resume import STATE_FILE
@@ -27,19 +28,39 @@ MOMENTS_FILE = "trainer_state.safetensors"
 
 
 def gather_moments(
-    model: PipelineStage, adapter: FlatAdapter, optimizer: FlatAdamW
+    model: PipelineStage, adapter: FlatAdapter, optimizer: FlatAdamW, layout: Layout
 ) -> dict[str, Tensor]:
-    """Return AdamW's moments as whole tensors, such as ``exp_avg/decoder...linear_qkv.lora_a``.
-
-    A collective of the tensor-parallel group.
-    """
+    """Return AdamW's moments, such as ``exp_avg/decoder...linear_qkv.lora_a``; see gather_whole."""
     moments: dict[str, Tensor] = {}
     for kind, moment in optimizer.moments.items():
-        shards = adapter.views(moment)
-        for linear, names in _factors(model):
-            whole = linear.gather_lora(*(shards[name] for name in names))
-            moments |= {f"{kind}/{name}": each for name, each in zip(names, whole, strict=True)}
+        whole = gather_whole(model, adapter.views(moment), layout)
+        moments |= {f"{kind}/{name}": each for name, each in whole.items()}
     return moments
+
+
+def gather_whole(
+    model: PipelineStage, shards: Mapping[str, Tensor], layout: Layout
+) -> dict[str, Tensor]:
+    """Return whole tensors of all stages, on the CPU of the first rank; elsewhere nothing.
+
+    A collective of the first rank's replica, in which one linear at a time is whole on the device.
+    Ranks of other replicas take no part: theirs are the same.
+
+    Args:
+        model: This rank's layers.
+        shards: What is shaped as this rank's factors, by the factors' names.
+        layout: This rank's groups.
+    """
+    if layout.data.rank > 0:
+        return {}
+    whole: dict[str, Tensor] = {}
+    for linear, names in _factors(model):
+        factors = linear.gather_lora(*(shards[name] for name in names))
+        if layout.tensor.rank == 0:
+            whole |= {name: each.cpu() for name, each in zip(names, factors, strict=True)}
+    if layout.tensor.rank > 0:
+        return {}
+    return gather_tensors(whole, layout.pipeline, layout.device)
 
 
 def write_trainer_state(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron.steps._models.attention import (
     HeadNorms,
+    PackedDocuments,
     attention_by_document,
     packed_attention,
     rotary_tables,
@@ -23,14 +26,26 @@ TOKENS, GROUPS, QUERIES, SIZE = 14, 2, 3, 8
 EPSILON = 1e-5
 
 
+class Operations(TorchDispatchMode):
+    """Counts what torch is called to do."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
 def random(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 @pytest.fixture
-def rotary() -> tuple[Tensor, Tensor]:
-    config = DecoderConfig.from_hf(
+def config() -> DecoderConfig:
+    return DecoderConfig.from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -45,6 +60,10 @@ def rotary() -> tuple[Tensor, Tensor]:
             "hidden_act": "silu",
         }
     )
+
+
+@pytest.fixture
+def rotary(config: DecoderConfig) -> tuple[Tensor, Tensor]:
     return rotary_tables(config, CU_SEQLENS, dtype=torch.float64, device=torch.device("cpu"))
 
 
@@ -87,9 +106,26 @@ def test_positions_restart_at_every_document(rotary: tuple[Tensor, Tensor]) -> N
         torch.testing.assert_close(table[6:11], table[:5])
 
 
+def test_many_documents_take_as_many_operations_as_two(config: DecoderConfig) -> None:
+    # On a GPU each is a kernel to launch, for every micro batch.
+    def count(cu_seqlens: tuple[int, ...]) -> int:
+        with Operations() as seen:
+            rotary_tables(config, cu_seqlens, dtype=torch.bfloat16, device=torch.device("cpu"))
+        return seen.count
+
+    assert count(tuple(range(0, 8193, 64))) == count((0, 64, 8192))
+
+
+def test_what_all_layers_share_is_computed_once(rotary: tuple[Tensor, Tensor]) -> None:
+    documents = PackedDocuments(CU_SEQLENS, rotary)
+    assert documents.longest == 8
+    assert documents.bounds.tolist() == list(CU_SEQLENS)
+    assert documents.bounds is documents.bounds
+
+
 @pytest.mark.parametrize("attention", [packed_attention, attention_by_document])
 def test_documents_do_not_attend_to_each_other_and_gradients_are_exact(
-    attention: Callable[..., Tensor],
+    rotary: tuple[Tensor, Tensor], attention: Callable[..., Tensor]
 ) -> None:
     query = random(TOKENS, GROUPS * QUERIES, SIZE, seed=5).requires_grad_()
     key, value = (random(TOKENS, GROUPS, SIZE, seed=each).requires_grad_() for each in (6, 7))
@@ -100,7 +136,7 @@ def test_documents_do_not_attend_to_each_other_and_gradients_are_exact(
     scores = torch.einsum("snd,tnd->nst", query, wide_key) / SIZE**0.5
     weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
     wanted = torch.einsum("nst,tnd->snd", weights, wide_value)
-    got = attention(query, key, value, CU_SEQLENS)
+    got = attention(query, key, value, PackedDocuments(CU_SEQLENS, rotary))
     torch.testing.assert_close(got, wanted)
     dy = random(*got.shape, seed=8)
     inputs = (query, key, value)

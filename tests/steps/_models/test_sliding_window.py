@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron.steps._models.attention import packed_attention
+from nemotron.steps._models.attention import PackedDocuments, packed_attention
 from nemotron.steps._models.sliding_window import windowed_attention
 
 CU_SEQLENS = (0, 1, 9, 40)
+DOCUMENTS = PackedDocuments(CU_SEQLENS, rotary=(torch.empty(0), torch.empty(0)))
 
 
 def heads(count: int) -> Tensor:
@@ -24,7 +25,7 @@ def test_windowed_attention_sees_the_last_tokens_of_its_document_only(window_siz
     query, key, value = heads(4), heads(2), heads(1).expand(-1, 2, -1)
     inputs = [each.clone().requires_grad_() for each in (query, key, value)]
     q, k, v = inputs
-    got = windowed_attention(q, k, v, CU_SEQLENS, window_size=window_size)
+    got = windowed_attention(q, k, v, DOCUMENTS, window_size=window_size)
     documents = torch.cat(
         [torch.full((b - a,), i) for i, (a, b) in enumerate(pairwise(CU_SEQLENS))]
     )
@@ -47,5 +48,5 @@ def test_windowed_attention_sees_the_last_tokens_of_its_document_only(window_siz
 
 def test_a_window_of_the_whole_document_is_plain_causal_attention() -> None:
     inputs = heads(4), heads(2), heads(2)
-    got = windowed_attention(*inputs, CU_SEQLENS, window_size=31)
-    assert torch.equal(got, packed_attention(*inputs, CU_SEQLENS))
+    got = windowed_attention(*inputs, DOCUMENTS, window_size=31)
+    assert torch.equal(got, packed_attention(*inputs, DOCUMENTS))

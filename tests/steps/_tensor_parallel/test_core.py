@@ -211,17 +211,17 @@ def test_a_prologue_and_its_gradient_are_those_of_the_formula(
 ) -> None:
     x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     output = torch.empty_like(plainly(x))
-    kept = prologue.apply(x, out=output)
-    dy, left = torch.randn_like(output), torch.randn(5, 2, dtype=torch.float64)
-    product, part = prologue.product(left, x, kept, None)
+    statistic = prologue.apply(x, out=output)
+    dy, dh = torch.randn_like(output), torch.randn(5, 2, dtype=torch.float64)
+    lora_a_gradient, recomputed = prologue.lora_a_gradient(dh, x, statistic, None)
     wanted, (gradient,) = torch.autograd.functional.vjp(plainly, (x,), dy)
     assert isinstance(wanted, torch.Tensor)
     # The same few float64 operations in another order.
     torch.testing.assert_close(output, wanted, rtol=1e-13, atol=1e-14)
-    torch.testing.assert_close(product, left.T @ wanted, rtol=1e-13, atol=1e-14)
-    for each in (None if part is None else part.clone(), None):
-        got = prologue.gradient(dy.clone(), x, kept, each)
+    torch.testing.assert_close(lora_a_gradient, dh.T @ wanted, rtol=1e-13, atol=1e-14)
+    for each in (None if recomputed is None else recomputed.clone(), None):
+        got = prologue.gradient(dy.clone(), x, statistic, each)
         torch.testing.assert_close(got, gradient, rtol=1e-13, atol=1e-14)
     added = torch.randn_like(x)
-    got = prologue.gradient(dy.clone(), x, kept, part, added)
+    got = prologue.gradient(dy.clone(), x, statistic, recomputed, added)
     torch.testing.assert_close(got, gradient + added, rtol=1e-13, atol=1e-14)

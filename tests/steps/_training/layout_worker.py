@@ -24,13 +24,13 @@ from nemotron.steps._models.gpt import LoraTargets
 from nemotron.steps._tensor_parallel.linear import LoraSpec
 from nemotron.steps._training.base_model import load_base_model
 from nemotron.steps._training.batches import PackedSplit
-from nemotron.steps._training.distributed import Layout, gather_tensors, make_layout
+from nemotron.steps._training.distributed import Layout, make_layout
 from nemotron.steps._training.loop import AdamSettings, BatchSettings, Trainer
 from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.pipeline import PipelineStage
 from nemotron.steps._training.pipeline_schedule import split_layers
 from nemotron.steps._training.schedule import Schedule
-from nemotron.steps._training.trainer_state import load_adapter
+from nemotron.steps._training.trainer_state import gather_whole, load_adapter
 
 NUM_STEPS, GLOBAL_BATCH, CLIP_GRAD, VOCABULARY = 30, 4, 0.2, 64
 LORA = LoraSpec(dim=4, alpha=8.0)
@@ -168,12 +168,7 @@ def gathered(
     model: PipelineStage, layout: Layout, flat: Tensor, trainer: Trainer
 ) -> dict[str, Tensor]:
     """Return what is laid out as the flat adapter, as whole matrices of all stages, by name."""
-    views, whole = trainer.adapter.views(flat), {}
-    for linear in model.adapted_linears():
-        names = f"{linear.name}.lora_a", f"{linear.name}.lora_b"
-        factors = linear.gather_lora(*(views[name] for name in names))
-        whole |= dict(zip(names, factors, strict=True))
-    return gather_tensors(whole, layout.pipeline, layout.device)
+    return gather_whole(model, trainer.adapter.views(flat), layout)
 
 
 if __name__ == "__main__":

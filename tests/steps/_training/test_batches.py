@@ -32,7 +32,7 @@ def row(ids: list[int], mask: list[int], starts: list[int]) -> PackedRow:
 
 def test_every_document_loses_its_last_token_and_never_predicts_the_next_document() -> None:
     packed = row([5, 6, 7, 8, 9], [0, 1, 0, 1, 0], [0, 3])
-    batch = collate([packed], device=CPU)
+    batch = collate([packed])
     assert batch.tokens.tolist() == [5, 6, 8]
     assert batch.cu_seqlens == (0, 2, 3)
     assert batch.supervised.tolist() == [1, 2]
@@ -41,7 +41,7 @@ def test_every_document_loses_its_last_token_and_never_predicts_the_next_documen
 
 def test_rows_of_a_micro_batch_stand_one_after_the_other() -> None:
     rows = [row([1, 2, 3], [1, 1, 0], [0]), row([4, 5], [1, 0], [0])]
-    batch = collate(rows, device=CPU)
+    batch = collate(rows)
     assert batch.tokens.tolist() == [1, 2, 4]
     assert batch.cu_seqlens == (0, 2, 3)
     assert batch.row_tokens == (2, 1)

@@ -1,49 +1,45 @@
-"""nemotron.steps._training.flat_adapter: how the ranks' copies of an adapter are compared."""
+"""nemotron.steps._training.flat_adapter: how the ranks' copies of an adapter stay equal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-from nemotron.steps._tensor_parallel.collectives import ProcessGroup
-from nemotron.steps._tensor_parallel.linear import LoraParameter
-from nemotron.steps._training import flat_adapter
-from nemotron.steps._training.distributed import Layout
-from nemotron.steps._training.flat_adapter import FlatAdapter
+from tests.steps._training.replicas_worker import NUM_RANKS
 
-ALONE, PAIR = ProcessGroup(), ProcessGroup(size=2)
-LAYOUT = Layout(ALONE, PAIR, PAIR, ALONE, PAIR, torch.device("cpu"))
+WORKER = Path(__file__).with_name("replicas_worker.py")
 
 
-def compared(
-    monkeypatch: pytest.MonkeyPatch, own: Sequence[float], other: Sequence[float]
-) -> float:
-    """Return what an adapter finds whose other replica, compared two at a time, has ``other``."""
-    parts = iter(torch.tensor(other).split(2))
-
-    def gather(part: Tensor, group: ProcessGroup) -> Tensor:
-        return torch.stack([part, next(parts)])
-
-    monkeypatch.setattr(flat_adapter, "_COMPARED_AT_ONCE", 2)
-    monkeypatch.setattr(flat_adapter, "all_gather", gather)
-    factor = nn.Parameter(torch.tensor(own))
-    factors = [LoraParameter("x.lora_a", factor, "replicated")] if own else []
-    return FlatAdapter(factors, LAYOUT).replica_difference()
+@pytest.fixture(scope="module")
+def found(run_ranks: Callable[..., Any]) -> dict[str, Any]:
+    return run_ranks(WORKER, NUM_RANKS)
 
 
-def test_the_largest_difference_of_any_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compared(monkeypatch, [1.0, 2.0, 3.0], [1.0, 2.5, 3.25]) == 0.5
+def test_copies_that_are_equal_have_no_difference(found: dict[str, Any]) -> None:
+    assert found["equal"] == found["no factors"] == [0.0] * NUM_RANKS
 
 
+def test_every_rank_is_told_the_largest_difference_of_any(found: dict[str, Any]) -> None:
+    # A rank that was not told would go on, and wait for those that stop.
+    assert found["one rank differs"] == [0.5] * NUM_RANKS
+
+
+@pytest.mark.parametrize("where", ["the first rank", "another rank"])
 def test_a_copy_that_is_not_a_number_is_a_difference_wherever_it_is(
-    monkeypatch: pytest.MonkeyPatch,
+    found: dict[str, Any], where: str
 ) -> None:
-    assert math.isnan(compared(monkeypatch, [1.0, 2.0, 3.0], [math.nan, 2.0, 3.0]))
+    assert all(math.isnan(each) for each in found[f"{where} is not a number"])
 
 
-def test_a_stage_without_factors_has_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compared(monkeypatch, [], []) == 0.0
+def test_a_rank_holds_one_part_of_one_other_copy_at_a_time(found: dict[str, Any]) -> None:
+    assert found["elements received at once"] == 2
+
+
+def test_copies_of_a_gradient_are_the_same_bits_where_groups_add_in_other_orders(
+    found: dict[str, Any],
+) -> None:
+    assert len({value for [value] in found["sums"]}) == 1, found["sums"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -246,7 +247,7 @@ def test_whatever_a_stop_interrupts_the_last_step_taken_is_saved(
                 os.kill(os.getpid(), signal.SIGTERM)
             return agreed
 
-    def evaluate_and_stop(batches: list[MicroBatch]) -> torch.Tensor:
+    def evaluate_and_stop(batches: Sequence[MicroBatch]) -> torch.Tensor:
         evaluated.append(len(record.steps))
         if moment == "in an evaluation's last batch" and evaluated.count(3) == NUM_ROWS // 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -272,5 +273,5 @@ def test_recomputation_takes_a_layer_twice_where_there_is_a_backward(
     trainer.step(1)
     assert len(taken) == 2 * times  # micro batches
     taken.clear()
-    trainer.model.evaluate([collate([trainer.train_rows[0]], device=CPU)])
+    trainer.model.evaluate([collate([trainer.train_rows[0]])])
     assert len(taken) == 1

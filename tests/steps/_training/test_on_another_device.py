@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nemotron.steps._models.attention import flash_on_gpu
+from nemotron.steps._models.attention import PackedDocuments, flash_on_gpu
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.gpt import GPTModel, LoraTargets
 from nemotron.steps._models.layouts import LORA_TARGETS
@@ -90,7 +90,8 @@ def test_the_attention_of_a_gpu_takes_packed_rows_with_grouped_heads_and_gives_g
         torch.empty(shape, dtype=torch.bfloat16, device=META, requires_grad=True)
         for shape in shapes
     )
-    out = flash_on_gpu(query, key, value, (0, 8, 21))
+    rotary = torch.empty(0, device=META), torch.empty(0, device=META)
+    out = flash_on_gpu(query, key, value, PackedDocuments((0, 8, 21), rotary))
     assert (tuple(out.shape), out.dtype) == (shapes[0], torch.bfloat16)
     gradients = torch.autograd.grad(out.sum(), (query, key, value))
     assert [tuple(each.shape) for each in gradients] == shapes

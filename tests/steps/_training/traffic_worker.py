@@ -29,7 +29,7 @@ from nemotron.steps._training.distributed import Layout, make_layout
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.pipeline import PipelineStage, WeightedBatch
 
-NUM_LAYERS, HIDDEN, LORA_DIM, TOKENS, NUM_MICRO_BATCHES = 5, 32, 4, 24, 3
+NUM_LAYERS, HIDDEN, LORA_DIM, TOKENS, NUM_MICRO_BATCHES = 5, 32, 8, 24, 3
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 CONFIG = {
     "model_type": "llama",

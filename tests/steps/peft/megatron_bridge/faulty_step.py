@@ -27,10 +27,10 @@ def main() -> int:
     fault = FAULTS[sys.argv[1]]
     take = Trainer.step
 
-    def faulty(self: Trainer, iteration: int) -> None:
+    def faulty(self: Trainer, iteration: int, *, has_next: bool = False) -> None:
         if iteration == ITERATION and os.environ["RANK"] == str(RANK):
             fault(self)
-        take(self, iteration)
+        take(self, iteration, has_next=has_next)
 
     Trainer.step = faulty
     return run_step(STEP, Config, step.run, sys.argv[2:])
