@@ -36,6 +36,9 @@ _SAME_NAME = (
 )
 # Directives that it has no field for.
 _DIRECTIVES = ("reservation", "dependency", "nodelist")
+# What Slurm's commands read from the environment: options, which come before all directives.
+_OPTIONS = ("SLURM_", "SBATCH_", "SRUN_")
+_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")  # and who asks
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def submit(
     """
     execution = _execution(plan)
     host = host_of(execution)
+    _drop_options_of_others()
     _prepare(host, plan)
     if plan.squash is not None and plan.image is not None:
         squash.import_image(plan, host, console)
@@ -265,6 +269,17 @@ def _container_env(plan: JobPlan) -> list[str]:
     names = ("NEMOTRON_MASTER_ADDR", "NEMOTRON_MASTER_PORT", "NEMOTRON_KEY")
     ours = names if plan.nodes > 1 else ()
     return list(dict.fromkeys((*execution.container_env, *execution.secrets, *ours)))
+
+
+def _drop_options_of_others() -> None:
+    """Remove options in the environment: they would change the job, and be handed on to it.
+
+    A job around this process has its own, such as the one core that its step is bound to; only what
+    says which cluster is asked stays.
+    """
+    for name in [name for name in os.environ if name.startswith(_OPTIONS)]:
+        if name not in _CLUSTER:
+            del os.environ[name]
 
 
 def _write(shipped: SlurmFiles, directory: Path) -> None:

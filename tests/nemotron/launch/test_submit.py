@@ -1,0 +1,50 @@
+"""What Slurm's commands are given: stand-ins for them write it down; no cluster is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Nemotron = Callable[..., Any]
+PROFILE = '[cluster]\nexecutor = "slurm"\ncontainer_image = ""\n'
+
+
+@pytest.fixture
+def stand_in(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a directory with ``NAME.arguments`` and ``NAME.environment`` of each command run."""
+    said = tmp_path / "said"
+    tools = tmp_path / "tools"
+    for directory in (said, tools):
+        directory.mkdir()
+    for name, answer in {"sbatch": "echo 7", "srun": "true"}.items():
+        (tools / name).write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$@" > {said}/{name}.arguments\n'
+            f"env > {said}/{name}.environment\n{answer}\n"
+        )
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    (demo / "env.toml").write_text(PROFILE)
+    return said
+
+
+@pytest.mark.parametrize("command", ["sbatch", "srun"])
+def test_a_job_around_the_launcher_changes_nothing_of_what_is_submitted(
+    stand_in: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    others = ("SBATCH_TIMELIMIT", "SLURM_CPU_BIND", "SLURM_JOB_ID", "SLURM_PROCID", "SRUN_MPI")
+    for name in others:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_CLUSTERS", "big")
+    # An image, so that srun imports it.
+    words = ["container_image=registry/image", "remote_job_dir=" + str(stand_in)]
+    done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
+    assert done.code == 0, done.err
+    said = (stand_in / f"{command}.environment").read_text()
+    assert not [name for name in others if f"\n{name}=" in f"\n{said}"]
+    assert "SLURM_CONF=/etc/slurm.conf\n" in said
+    assert "SLURM_CLUSTERS=big\n" in said
