@@ -110,6 +110,12 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
         f"echo {shlex.quote(f'{BATCH_MARK} {job_id}')}",
         # nemo-run sets it; tasks would have a terminal, and write progress for one into the log.
         "unset SLURM_UNBUFFEREDIO",
+        # The one task of a node starts all ranks; srun would bind it to what a task of one core
+        # gets, and since Slurm 22.05 it does not know what sbatch was asked for.
+        "export SLURM_CPU_BIND=none",
+        'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then',
+        '    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',
+        "fi",
         f"nemotron_dir={shlex.quote(str(directory))}",
         'nemotron_restart="${SLURM_RESTART_COUNT:-0}" nemotron_told=',
         *_leave_end(limit),

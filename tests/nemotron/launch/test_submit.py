@@ -48,3 +48,21 @@ def test_a_job_around_the_launcher_changes_nothing_of_what_is_submitted(
     assert not [name for name in others if f"\n{name}=" in f"\n{said}"]
     assert "SLURM_CONF=/etc/slurm.conf\n" in said
     assert "SLURM_CLUSTERS=big\n" in said
+
+
+@pytest.mark.parametrize("cores", [None, "6"])
+def test_the_one_task_of_a_node_gets_all_its_cores(
+    stand_in: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch, cores: str | None
+) -> None:
+    # As the batch shell on the first node would.
+    given = f"SLURM_CPUS_PER_TASK={cores}" if cores else ""
+    sbatch = stand_in.parent / "tools" / "sbatch"
+    run = f'#!/bin/sh\n{given} SLURM_JOB_ID=7 bash "$3" >/dev/null 2>&1\necho 7\n'
+    sbatch.write_text(run)  # after --requeue and --parsable
+    done = nemotron("steps", "run", "demo/make", "-b", "cluster")
+    assert done.code == 0, done.err
+    said = (stand_in / "srun.environment").read_text().splitlines()
+    assert "SLURM_CPU_BIND=none" in said
+    assert [line for line in said if line.startswith("SRUN_CPUS_PER_TASK=")] == (
+        [f"SRUN_CPUS_PER_TASK={cores}"] if cores else []
+    )
