@@ -193,16 +193,6 @@ def _executor(
             where="run.env.remote_job_dir",
             fix="set remote_job_dir to a path of letters, digits and _ . / @ + = -",
         )
-    ssh = None
-    if execution.tunnel == "ssh":
-        identity = str(Path(execution.identity).expanduser()) if execution.identity else None
-        ssh = {
-            "host": execution.host,
-            "user": execution.user or os.environ.get("USER", "root"),
-            "port": execution.port,
-            "identity": identity,
-            "pre_command": pre_command,
-        }
     options = executor_options(plan, shipped.prologue)
     if plan.image is None and any("/nemo_run" in str(value) for value in (root, *options.values())):
         raise NemotronError(
@@ -211,7 +201,9 @@ def _executor(
             where="the directory of this run, remote_job_dir, setup_lines or srun_args",
             fix="say it in other words, or set remote_job_dir to another directory",
         )
-    return load_nemo().slurm_executor(options, source=source, job_root=root, ssh=ssh)
+    return load_nemo().slurm_executor(
+        options, source=source, job_root=root, machine=host_of(execution), pre_command=pre_command
+    )
 
 
 _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./@+=-"
@@ -291,10 +283,7 @@ def _write(shipped: SlurmFiles, directory: Path) -> None:
 
 
 def _prepare(host: Host, plan: JobPlan) -> None:
-    """Make the directories of a job; refuse early what cannot be reached.
-
-    It is ssh's own check of the host's key, which nemo-run's client lacks.
-    """
+    """Make the directories of a job; refuse early what cannot be reached."""
     if host.is_local:
         host.run(["sbatch", "--version"])
     else:

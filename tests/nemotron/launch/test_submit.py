@@ -20,7 +20,9 @@ def stand_in(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     tools = tmp_path / "tools"
     for directory in (said, tools):
         directory.mkdir()
-    for name, answer in {"sbatch": "echo 7", "srun": "true"}.items():
+    # A login node is this machine, reached as ssh reaches it: by one line for a shell.
+    ssh = f'printf "%s\\n" "$@" >> {said}/logins; for line; do :; done; exec sh -c "$line"'
+    for name, answer in {"sbatch": "echo 7", "srun": "true", "ssh": ssh}.items():
         (tools / name).write_text(
             f'#!/bin/sh\nprintf "%s\\n" "$@" > {said}/{name}.arguments\n'
             f"env > {said}/{name}.environment\n{answer}\n"
@@ -66,3 +68,32 @@ def test_the_one_task_of_a_node_gets_all_its_cores(
     assert [line for line in said if line.startswith("SRUN_CPUS_PER_TASK=")] == (
         [f"SRUN_CPUS_PER_TASK={cores}"] if cores else []
     )
+
+
+def test_ssh_alone_says_who_logs_in_and_how(
+    stand_in: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("USER", "somebody")  # not who ~/.ssh/config says
+    monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
+    far = stand_in / "far"
+    words = ("tunnel=ssh", "host=gate", f"remote_job_dir={far}", "secrets=[HF_TOKEN]")
+    done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
+    assert done.code == 0, done.err
+    script = Path((stand_in / "sbatch.arguments").read_text().splitlines()[-1])
+    assert script.is_relative_to(far)
+    assert "#SBATCH --nodes=1" in script.read_text()
+    assert (script.parent / "demo-make" / "code" / "launch.sh").is_file()
+    assert "HF_TOKEN=hunter2hunter2\n" in (stand_in / "sbatch.environment").read_text()
+    logins = (stand_in / "logins").read_text().splitlines()
+    assert "-l" not in logins
+    assert "somebody" not in logins
+    assert not [path for path in far.rglob("*") if path.stat().st_mode & 0o077]
+
+
+def test_what_sbatch_says_over_ssh_is_told(stand_in: Path, nemotron: Nemotron) -> None:
+    sbatch = stand_in.parent / "tools" / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: no such account' >&2\nexit 1\n")
+    words = ("tunnel=ssh", "host=gate", f"remote_job_dir={stand_in}/far")
+    done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
+    assert done.code == 9
+    assert "error[submission_failed]: the job was not taken: sbatch: error: no such" in done.err
