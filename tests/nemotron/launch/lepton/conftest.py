@@ -42,6 +42,7 @@ class RigJob:
     body: dict[str, Any]
     root: Path
     is_stopped: bool = False
+    is_deleted: bool = False
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -51,6 +52,8 @@ class RigJob:
     @property
     def state(self) -> str:
         codes = [process.poll() for process in self.processes]
+        if self.is_deleted:
+            return "Archived"
         if any(code is None for code in codes):
             return "Running"
         if self.is_stopped:
@@ -88,8 +91,9 @@ class RigJob:
     def view(self) -> dict[str, Any]:
         active = len(self.processes) if self.state == "Running" else 0
         failed = 1 if self.state == "Failed" else 0
+        succeeded = sum(process.poll() == 0 for process in self.processes)
         status = {"state": self.state, "active": active, "ready": active, "failed": failed}
-        return self.body | {"status": status}
+        return self.body | {"status": status | {"succeeded": succeeded}}
 
     def _environment(self, node: Path, index: int, port: int) -> dict[str, str]:
         pairs = []
@@ -147,8 +151,9 @@ class Workspace:
         return self._answer_job(job, method, parts[2:], body)
 
     def _answer_job(self, job: RigJob, method: str, rest: list[str], body: Any) -> tuple[int, Any]:
-        if method == "DELETE":
-            del self.jobs[job.id]
+        if method == "DELETE":  # into the archive, from which it still answers
+            job.stop(signal.SIGKILL)
+            job.is_deleted = True
         if method == "PATCH" and body["spec"].get("stopped"):
             job.stop()
         if rest == ["replicas"]:
