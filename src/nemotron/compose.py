@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from nemotron.catalog import DEFAULT_CONFIG, Step
 from nemotron.config import Schema, override, read_config
 from nemotron.errors import NemotronError, raise_all
-from nemotron.executors import EXECUTORS, WITHOUT_EFFECT, Execution
+from nemotron.executors import EXECUTORS, WITHOUT_EFFECT, Execution, LeptonExecution
 from nemotron.interpolation import escape, resolve
 from nemotron.profile import Profile
 from nemotron.tree import Node, child_at, display, merge, plain
@@ -126,6 +126,10 @@ def _without_effect(tree: Node, execution: Execution, profile: Profile | None) -
     for key, reason in WITHOUT_EFFECT.items():
         if key in execution.model_fields_set:
             yield f"{key} of the profile has no effect: {reason}"
+    if isinstance(execution, LeptonExecution):
+        has_queue = execution.can_be_preempted or execution.can_preempt  # as nemo-run has it
+        if execution.queue_priority is not None and not has_queue:
+            yield "queue_priority has no effect without can_be_preempted or can_preempt"
     is_local = profile is None or profile.executor == "local"
     for key in NOT_LOCAL if is_local else ():
         used = child_at(tree, ("run", "env", key))

@@ -204,6 +204,23 @@ def check_workspace(execution: LeptonExecution) -> Iterator[Check]:
     """Yield what can be said about a profile from its workspace."""
     require_node_group(execution)
     yield Check("ok", f"the workspace answers; node group {execution.node_group} is there")
+    wanted = dict.fromkeys((*execution.secrets, *execution.secret_vars.values()))
+    if not wanted:
+        return
+    with _asking():
+        known = {secret.name for secret in open_client().secret.list_all()}
+    for name in wanted:
+        if name in known:
+            yield Check("ok", f"the workspace has the secret {name}")
+            continue
+        error = NemotronError(
+            "secret_missing",
+            f"the workspace has no secret {name}",
+            where="secrets and secret_vars of the profile",
+            fix="make it in the workspace, or mend the name",
+            exit_code=ExitCode.PREFLIGHT,
+        )
+        yield Check("failed", error.problem, error)
 
 
 @contextlib.contextmanager

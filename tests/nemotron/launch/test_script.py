@@ -421,6 +421,15 @@ def test_a_key_of_lepton_that_does_nothing_is_said_to(demo: Path) -> None:
     words = ["run.env.nprocs_per_node=8"]
     plan = build(resolve("demo/make"), overrides=words, profile=load_profile("p"))
     assert any("nprocs_per_node of the profile has no effect" in note for note in plan.notes)
+    words = ["run.env.queue_priority=high-7000"]
+    plan = build(resolve("demo/make"), overrides=words, profile=load_profile("p"))
+    assert any("queue_priority has no effect without" in note for note in plan.notes)
+    plan = build(
+        resolve("demo/make"),
+        overrides=[*words, "run.env.can_preempt=true"],
+        profile=load_profile("p"),
+    )
+    assert not plan.notes
 
 
 def test_what_is_no_file_is_left_out_of_the_archive(tmp_path: Path) -> None:

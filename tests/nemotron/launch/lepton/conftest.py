@@ -143,6 +143,8 @@ class Workspace:
         if parts[0] == "dedicated-node-groups":
             name = "group" if len(parts) == 1 else "node-0"
             return 200, [{"metadata": {"id": f"{name}-id", "name": name}, "spec": {}, "status": {}}]
+        if request == "GET /usersecrets":
+            return 200, [{"name": "HF_TOKEN"}]
         if request == "POST /jobs":
             return self._create(body)
         job = self.jobs.get(parts[1]) if parts[0] == "jobs" and len(parts) > 1 else None

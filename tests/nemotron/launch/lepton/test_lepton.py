@@ -283,6 +283,16 @@ def test_what_does_not_fit_into_a_job_is_refused_before_anything_is_sent(
     assert not workspace.jobs
 
 
+def test_check_asks_the_workspace_for_the_secrets(workspace: Any, nemotron: Nemotron) -> None:
+    with Path("env.toml").open("a") as file:
+        file.write('[p]\nextends = "lepton"\nsecrets = ["HF_TOKEN"]\n')
+        file.write('secret_vars = { WANDB_API_KEY = "my-key" }\n')
+    wrong = nemotron("profiles", "check", "p")
+    assert wrong.code == 3
+    assert "ok       the workspace has the secret HF_TOKEN\n" in wrong.out
+    assert "FAILED   the workspace has no secret my-key\n" in wrong.out
+
+
 def test_check_asks_the_workspace_for_the_node_group(workspace: Any, nemotron: Nemotron) -> None:
     assert "node group group is there" in nemotron("profiles", "check", "lepton").out
     text = Path("env.toml").read_text().replace('node_group = "group"', 'node_group = "grop"')
