@@ -68,6 +68,7 @@ def hold(directory: Path) -> Iterator[None]:
     Raises:
         NemotronError: ``output_locked``: another process is writing the same output.
     """
+    directory = directory.absolute()  # "." has no name
     path = directory.with_name(f".{directory.name}.lock")
     with path.open("a+", encoding="utf-8") as stream:
         try:

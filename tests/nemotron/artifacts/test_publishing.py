@@ -13,6 +13,7 @@ import pytest
 from nemotron.artifacts import (
     MANIFEST,
     Producer,
+    hold,
     publish,
     refuse_overlap,
     write_artifact,
@@ -186,3 +187,10 @@ def test_write_text_leaves_no_partial_file(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "two")
     assert (tmp_path / "a.txt").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_working_directory_can_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with hold(Path()):
+        assert (tmp_path / ".out.lock").is_file()
