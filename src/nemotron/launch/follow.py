@@ -64,10 +64,15 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
     Raises:
         NemotronError: ``job_lost``: nothing will ever say how it ended.
     """
-    num_failed = 0
+    num_failed, handle = 0, None
     while True:
         try:
-            job, num_failed = refresh(job), 0
+            if job.record.placement is None or job.record.status in jobs.ENDED:
+                job = jobs.read_job(job.path)
+            else:
+                handle = handle or handle_of(job)
+                note(job, handle.state())
+            num_failed = 0
         except NemotronError as error:  # as where it is followed
             num_failed += 1
             if num_failed >= MOST_FAILED_POLLS or error.code in FINAL:
@@ -76,7 +81,7 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
         _refuse_lost(record)
         if record.exit_code is not None:
             return record.exit_code
-        pause(_POLL_SECONDS if record.placement is None else handle_of(job).poll_seconds)
+        pause(handle.poll_seconds if handle else _POLL_SECONDS)
 
 
 def cancel(job: Job, pause: Callable[[float], None] = time.sleep) -> Job:

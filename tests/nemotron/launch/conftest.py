@@ -42,6 +42,7 @@ def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask schedulers on this machine as often as they can bear it."""
     monkeypatch.setattr(slurm_commands, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(slurm_commands, "POLL_SECONDS_OVER_SSH", 0.2)
+    monkeypatch.setattr(slurm_commands, "MOST_SECONDS", 0.0)
     monkeypatch.setattr(lepton_jobs, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(remote, "_SETTLE_SECONDS", 0.05)
 
