@@ -52,6 +52,19 @@ def test_a_job_around_the_launcher_changes_nothing_of_what_is_submitted(
     assert "SLURM_CLUSTERS=big\n" in said
 
 
+def test_an_import_asks_for_what_the_profile_says_and_for_an_hour(
+    stand_in: Path, nemotron: Nemotron
+) -> None:
+    wanted = {"account": "a", "qos": "q", "reservation": "r", "constraint": "c", "partition": "p"}
+    words = ["container_image=registry/image", "time=3-00:00:00", f"remote_job_dir={stand_in}"]
+    words += [f"{key}={value}" for key, value in wanted.items()]
+    done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
+    assert done.code == 0, done.err
+    said = (stand_in / "srun.arguments").read_text().splitlines()
+    assert {f"--{key}={value}" for key, value in wanted.items()} <= set(said)
+    assert "--time=01:00:00" in said
+
+
 @pytest.mark.parametrize("cores", [None, "6"])
 def test_the_one_task_of_a_node_gets_all_its_cores(
     stand_in: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch, cores: str | None
