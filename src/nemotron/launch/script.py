@@ -40,6 +40,12 @@ _FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.S
 # What asks a job to stop; a shell says 128 + N of a command that signal N killed.
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
 _PYTHONPATH = 'export PYTHONPATH="$nemotron_package${PYTHONPATH:+:$PYTHONPATH}"'
+_SILENT_FAILURE = (
+    "# Before the step was imported: it would have said what went wrong.",
+    'if [ "$nemotron_code" -eq 1 ] && [ ! -s "$NEMOTRON_ERROR_FILE" ]; then',
+    "    python -m nemotron.packages || nemotron_code=$?",
+    "fi",
+)
 _LAST_WORDS = (
     'if [ -s "$NEMOTRON_ERROR_FILE" ]; then',
     f"    printf '{ERROR_MARK}%s\\n' \"$(tr -d '\\n' < \"$NEMOTRON_ERROR_FILE\")\"",
@@ -82,6 +88,7 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         "trap : INT",
         _run_line(plan),
         "nemotron_code=$?",
+        *(() if plan.execution.run_command else _SILENT_FAILURE),
         "# What a signal to stop killed could not listen yet.",
         f'if [ "$nemotron_code" -eq {int(ExitCode.PREEMPTED)} ] ||',
         '    [ "$nemotron_code" = "$nemotron_told" ]; then',

@@ -390,6 +390,17 @@ def run_launch(
     )
 
 
+def test_a_job_that_fails_without_a_word_is_asked_for_its_packages(
+    demo: Path, tmp_path: Path
+) -> None:
+    python = 'if [ "$2" = nemotron.packages ]; then echo asked; exit 3; fi'
+    assert run_launch(demo, tmp_path, f"{python}; exit 1").returncode == 3
+    assert run_launch(demo, tmp_path, f"{python}; exit 0").stdout == ""
+    assert run_launch(demo, tmp_path, f"{python}; exit 4").returncode == 4
+    said = run_launch(demo, tmp_path, f'{python}; echo {{}} > "$NEMOTRON_ERROR_FILE"; exit 1')
+    assert (said.returncode, said.stdout) == (1, "")
+
+
 def test_the_archive_is_the_same_bytes_every_time_and_has_the_steps(tmp_path: Path) -> None:
     first, second = pack_code(), pack_code()
     assert first == second
