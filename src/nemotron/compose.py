@@ -81,7 +81,7 @@ def compose(step: Step, path: Path, overrides: Sequence[str], profile: Profile |
     written = override(_lay_profile(read_config(path), profile), overrides)
     tree = resolve(written)
     refuse_secrets(tree, references="secret_vars")
-    refuse_home(tree, leave_out="run")
+    refuse_home(tree, leave_out=("run",))
     execution, run, config = _validate(tree, step, executor, display(path))
     read_by_job = config
     if executor != "local":
@@ -137,7 +137,9 @@ def _without_effect(tree: Node, execution: Execution, profile: Profile | None) -
             yield f"run.env.{key} has no effect on a local run"
         elif profile and child_at(profile.values, (key,)):
             yield f"{key} of the profile has no effect on a local run"
-    yield from _kept_over(profile, tree) if profile else ()
+    if profile is not None:
+        yield from profile.notes
+        yield from _kept_over(profile, tree)
 
 
 def _kept_over(profile: Profile, tree: Node) -> Iterator[str]:
