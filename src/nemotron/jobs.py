@@ -310,6 +310,14 @@ def _read_record(path: Path) -> JobRecord:
     try:
         return JobRecord.model_validate_json((path / RECORD).read_bytes())
     except (ValidationError, OSError) as error:
+        if isinstance(error, ValidationError) and (keys := _unknown_keys(error)):
+            raise NemotronError(
+                "job_damaged",
+                f"{path / RECORD} is of another version of nemotron: it has {', '.join(keys)}",
+                where=str(path / RECORD),
+                fix="use the version that ran the job",
+                exit_code=ExitCode.IO,
+            ) from None
         raise NemotronError(
             "job_damaged",
             f"{path / RECORD} cannot be read: {str(error).splitlines()[0]}",
@@ -317,6 +325,14 @@ def _read_record(path: Path) -> JobRecord:
             fix=f"remove {path}",
             exit_code=ExitCode.IO,
         ) from None
+
+
+def _unknown_keys(error: ValidationError) -> list[str]:
+    """Return the keys that alone keep a record from being one; none if it has other faults."""
+    faults = error.errors()
+    if any(fault["type"] != "extra_forbidden" for fault in faults):
+        return []
+    return [".".join(map(str, fault["loc"])) for fault in faults]
 
 
 def find(name: str, root: Path | None = None) -> Job:

@@ -45,7 +45,12 @@ def list_jobs(as_json: Json = False, debug: Debug = False) -> None:
 @app.command("status")
 def show_status(job: JobName, as_json: Json = False, debug: Debug = False) -> None:
     """Show one job's record, as its scheduler sees it now."""
-    _show(launch.refresh(jobs.find(job)), as_json)
+    found = jobs.find(job)
+    try:
+        found = launch.refresh(found)
+    except NemotronError as error:  # as in the list: what was known last is better than nothing
+        say(f"note: as it was known last; {error.problem}")
+    _show(found, as_json)
 
 
 @app.command("logs")

@@ -39,6 +39,22 @@ def test_list_status_and_logs_of_two_jobs(demo: Path, capsys: Captured) -> None:
     assert f"note: {failed}: " in err
 
 
+def test_status_shows_what_was_known_where_the_scheduler_does_not_answer(
+    demo: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["steps", "run", "demo/make"])
+    (path,) = (Path(".nemotron") / "jobs").glob("*/job.json")
+    placement = {"executor": "slurm", "id": "8", "name": "make", "directory": "/nowhere"}
+    changes = {"status": "running", "exit_code": None, "placement": placement}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    monkeypatch.setenv("PATH", "/nowhere")
+    capsys.readouterr()
+    assert main(["jobs", "status", path.parent.name]) == 0
+    out, err = capsys.readouterr()
+    assert "status     running" in out
+    assert "note: as it was known last; there is no scontrol on this host" in err
+
+
 def test_report_writes_a_page_and_with_json_prints_the_figures(
     here: Path, capsys: Captured
 ) -> None:
