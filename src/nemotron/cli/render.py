@@ -239,11 +239,13 @@ def job_table(jobs: Sequence[Job]) -> str:
     """Return the jobs as a table."""
     if not jobs:
         return "No jobs here."
-    rows = [("JOB", "STATUS", "EXIT", "STARTED")]
+    rows = [("JOB", "STATUS", "EXIT", "STARTED", "PROFILE", "PLACED")]
     for job in jobs:
         record = job.record
         code = "" if record.exit_code is None else str(record.exit_code)
-        rows.append((record.id, record.status, code, record.started or record.queued))
+        placed = record.placement.id if record.placement else ""
+        when = record.started or record.queued
+        rows.append((record.id, record.status, code, when, record.profile or "", placed))
     return _table(rows)
 
 

@@ -153,7 +153,7 @@ def test_commands_and_options_are_the_documented_ones() -> None:
         "nemotron jobs": set(),
         "nemotron jobs list": both,
         "nemotron jobs status": both,
-        "nemotron jobs logs": {"-f", "--follow", "--on-interrupt", "--debug"},
+        "nemotron jobs logs": {"--tail", "-f", "--follow", "--on-interrupt", "--debug"},
         "nemotron jobs cancel": both,
         "nemotron jobs wait": both,
         "nemotron jobs report": both | {"--against", "-o", "--output"},
