@@ -36,7 +36,7 @@ NOT_LOCAL = ("container_image", "gpus_per_node", "ntasks_per_node", "extra", "ru
 M = TypeVar("M", bound=BaseModel)
 
 
-class Producer(Schema):
+class InputMaker(Schema):
     """Who makes an input that is missing: a step and the config that it runs with."""
 
     step: str
@@ -47,7 +47,7 @@ class RunSection(Schema):
     """The section ``run`` of a config; ``env`` has a schema of its own for each executor."""
 
     env: dict[str, Any] = Field(default={})
-    producers: dict[str, Producer] = Field(default={})
+    producers: dict[str, InputMaker] = Field(default={})
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Composed:
 
     tree: Node
     execution: Execution
-    producers: dict[str, Producer]
+    producers: dict[str, InputMaker]
     config: BaseModel
     values: dict[str, Any]
     notes: tuple[str, ...]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from nemotron.artifacts import refuse_overlap
-from nemotron.catalog import find_steps, producers_of, resolve
+from nemotron.catalog import find_step, find_steps, producers_of
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.executors import LeptonExecution, SlurmExecution
 from nemotron.plan import JobPlan, PlannedInput, build
@@ -284,7 +284,7 @@ def _check_producer(
     """Plan the run that makes a missing input, and check that it would make this one."""
     assert item.producer is not None and item.path is not None  # noqa: S101, PT018 - caller
     waiting = (*ancestors, label(plan))
-    maker = build(resolve(item.producer.step), config=item.producer.config, profile=plan.profile)
+    maker = build(find_step(item.producer.step), config=item.producer.config, profile=plan.profile)
     if label(maker) in waiting:
         problem = f"the producers wait for each other: {' -> '.join((*waiting, label(maker)))}"
         where = f"{plan.config_path}: run.producers"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron.catalog import resolve
+from nemotron.catalog import find_step
 from nemotron.errors import ExitCode
 from nemotron.plan import build
 from nemotron.preflight import Check, check, failures, label
@@ -21,7 +21,7 @@ def checks(
     step: str, *overrides: str, config: str = "default", profile: str = "", dry_run: bool = True
 ) -> list[Check]:
     chosen = load_profile(profile) if profile else None
-    plan = build(resolve(step), config=config, overrides=overrides, profile=chosen)
+    plan = build(find_step(step), config=config, overrides=overrides, profile=chosen)
     return check(plan, dry_run=dry_run)
 
 

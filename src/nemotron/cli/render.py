@@ -11,7 +11,7 @@ import yaml
 
 from nemotron.catalog import Step, config_names
 from nemotron.jobs import Job, JobRecord
-from nemotron.manifest import Artifact
+from nemotron.manifest import DeclaredArtifact
 from nemotron.plan import JobPlan
 from nemotron.preflight import Check, label
 from nemotron.profile import Profile
@@ -318,7 +318,7 @@ def _yaml_lines(values: Any, origins: dict[str, str], prefix: str = "") -> list[
     return lines
 
 
-def _artifact(artifact: Artifact) -> tuple[str, str]:
+def _artifact(artifact: DeclaredArtifact) -> tuple[str, str]:
     optional = "" if artifact.required else " (optional)"
     keys = f" [{', '.join(artifact.keys)}]" if artifact.keys else ""
     return f"{artifact.type}{optional}", f"{artifact.description}{keys}"

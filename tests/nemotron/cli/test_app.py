@@ -92,7 +92,7 @@ def test_a_defect_of_ours_is_one_error_too(
     def fail(name: str) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("nemotron.catalog.resolve", fail)
+    monkeypatch.setattr("nemotron.catalog.find_step", fail)
     assert main(["steps", "show", "x"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error[unexpected]: RuntimeError: boom")

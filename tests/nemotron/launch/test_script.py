@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nemotron.catalog import resolve
+from nemotron.catalog import find_step
 from nemotron.errors import NemotronError
 from nemotron.executors import LeptonExecution, SlurmExecution
 from nemotron.launch import lepton, script, slurm
@@ -52,7 +52,7 @@ def plan_of(executor: str, demo: Path) -> JobPlan:
     (demo / "env.toml").write_text(
         f'[p]\nexecutor = "{executor}"\ncontainer_image = "x"\nstartup_commands = ["true"]\n'
     )
-    return build(resolve("demo/make"), profile=load_profile("p"))
+    return build(find_step("demo/make"), profile=load_profile("p"))
 
 
 @pytest.mark.parametrize("executor", ["slurm", "lepton"])
@@ -430,13 +430,13 @@ def test_an_extra_that_lepton_has_no_field_for_is_refused_before_a_job_is_made(d
 def test_a_key_of_lepton_that_does_nothing_is_said_to(demo: Path) -> None:
     plan_of("lepton", demo)
     words = ["run.env.nprocs_per_node=8"]
-    plan = build(resolve("demo/make"), overrides=words, profile=load_profile("p"))
+    plan = build(find_step("demo/make"), overrides=words, profile=load_profile("p"))
     assert any("nprocs_per_node of the profile has no effect" in note for note in plan.notes)
     words = ["run.env.queue_priority=high-7000"]
-    plan = build(resolve("demo/make"), overrides=words, profile=load_profile("p"))
+    plan = build(find_step("demo/make"), overrides=words, profile=load_profile("p"))
     assert any("queue_priority has no effect without" in note for note in plan.notes)
     plan = build(
-        resolve("demo/make"),
+        find_step("demo/make"),
         overrides=[*words, "run.env.can_preempt=true"],
         profile=load_profile("p"),
     )

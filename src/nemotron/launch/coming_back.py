@@ -13,9 +13,9 @@ from nemotron import jobs
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.jobs import Job, JobRecord
 from nemotron.launch.base import Console
-from nemotron.launch.cluster import SlurmHandle
 from nemotron.launch.lepton_jobs import LeptonHandle
 from nemotron.launch.remote import FINAL, MOST_FAILED_POLLS, Handle, OnInterrupt, follow, note
+from nemotron.launch.slurm_jobs import SlurmHandle
 from nemotron.processes import runs
 
 _POLL_SECONDS = 0.2

@@ -1,4 +1,4 @@
-"""nemotron.launch.cluster: what Slurm's commands say, from stand-ins on PATH that say it."""
+"""nemotron.launch.slurm_jobs: what Slurm's commands say, from stand-ins on PATH that say it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 from nemotron.errors import NemotronError
 from nemotron.jobs import Placement
-from nemotron.launch import cluster
-from nemotron.launch.cluster import SlurmHandle
+from nemotron.launch import slurm_jobs
 from nemotron.launch.host import Host
 from nemotron.launch.script import BATCH_MARK
+from nemotron.launch.slurm_jobs import SlurmHandle
 
 FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
@@ -85,7 +85,7 @@ def test_every_state_of_slurm_has_a_status_and_an_exit_code(
 def test_slurm_is_asked_ever_more_rarely_and_at_once_when_the_job_has_left_its_end(
     commands: Path, handle: SlurmHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "MOST_SECONDS", 60.0)
+    monkeypatch.setattr(slurm_jobs, "MOST_SECONDS", 60.0)
     handle.poll_seconds = 0.02
     says(commands, "scontrol", f"echo asked >> asked; {shown('RUNNING')}")
     end = time.monotonic() + 1
@@ -101,7 +101,7 @@ def test_slurm_is_asked_ever_more_rarely_and_at_once_when_the_job_has_left_its_e
 def test_slurm_is_asked_again_soon_when_it_did_not_answer_or_was_told_to_cancel(
     commands: Path, handle: SlurmHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "MOST_SECONDS", 60.0)
+    monkeypatch.setattr(slurm_jobs, "MOST_SECONDS", 60.0)
     says(commands, "scontrol", "exit 1")
     assert handle.state().status == "unknown"
     says(commands, "scontrol", shown("PENDING"))
