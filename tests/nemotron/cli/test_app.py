@@ -143,6 +143,7 @@ def test_commands_and_options_are_the_documented_ones() -> None:
     assert options(typer.main.get_command(app)) == {
         "nemotron": {"--version"},
         "nemotron adapter": set(),
+        "nemotron doctor": both,
         "nemotron adapter verify": both | {"--base"},
         "nemotron adapter diff": both | {"--base"},
         "nemotron adapter export": both | {"--base", "--to"},
