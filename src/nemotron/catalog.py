@@ -92,7 +92,7 @@ def find_steps(root: Path | None = None) -> list[Step]:
     return steps
 
 
-def resolve(name: str, root: Path | None = None) -> Step:
+def find_step(name: str, root: Path | None = None) -> Step:
     """Return the step with the id ``name``, or the only one whose id ends in ``/name``.
 
     Raises:

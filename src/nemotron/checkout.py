@@ -31,25 +31,26 @@ def commit() -> Git | None:
 
 
 def difference() -> str:
-    """Return a patch from the checkout's commit to what runs: its tracked files, our new modules.
+    """Return a patch from the checkout's commit to what runs: its tracked files, our new ones.
 
     Bytes that are not UTF-8 are kept as ``surrogateescape`` has them.
     """
     source = Path(nemotron.__file__).resolve().parent
-    patches = [_git(source, "diff", "--no-ext-diff", "--no-color", "HEAD", "--", ":/")]
+    options = ("--no-ext-diff", "--no-color", "--binary")
+    patches = [_git(source, "diff", *options, "HEAD", "--", ":/")]
     top = Path((_git(source, "rev-parse", "--show-toplevel") or "").rstrip("\n"))
     for path in _untracked(source):  # with names as a patch has them: from the top
-        compare = ("diff", "--no-index", "--no-color", "/dev/null", str(path.relative_to(top)))
-        patches.append(_git(top, *compare, exit_codes=(0, 1)))
+        compare = ("--no-index", "/dev/null", str(path.relative_to(top)))
+        patches.append(_git(top, "diff", *options, *compare, exit_codes=(0, 1)))
     return "".join(patch or "" for patch in patches)
 
 
 def _untracked(source: Path) -> list[Path]:
-    """Return the modules of the package, its steps included, that git does not know."""
+    """Return the files of the package that git neither knows nor ignores: jobs get them too."""
     found: list[Path] = []
     for directory in (source.resolve(), (source / "steps").resolve()):
         names = _git(directory, "ls-files", "--others", "--exclude-standard", "-z") or ""
-        found += [directory / name for name in names.split("\0") if name.endswith(".py")]
+        found += [directory / name for name in names.split("\0") if name]
     return found
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from nemotron.catalog import DEFAULT_CONFIG, Step
 from nemotron.config import Schema, override, read_config
 from nemotron.errors import NemotronError, raise_all
-from nemotron.executors import EXECUTORS, WITHOUT_EFFECT, Execution
+from nemotron.executors import EXECUTORS, WITHOUT_EFFECT, Execution, LeptonExecution
 from nemotron.interpolation import escape, resolve
 from nemotron.profile import Profile
 from nemotron.tree import Node, child_at, display, merge, plain
@@ -36,7 +36,7 @@ NOT_LOCAL = ("container_image", "gpus_per_node", "ntasks_per_node", "extra", "ru
 M = TypeVar("M", bound=BaseModel)
 
 
-class Producer(Schema):
+class InputMaker(Schema):
     """Who makes an input that is missing: a step and the config that it runs with."""
 
     step: str
@@ -47,7 +47,7 @@ class RunSection(Schema):
     """The section ``run`` of a config; ``env`` has a schema of its own for each executor."""
 
     env: dict[str, Any] = Field(default={})
-    producers: dict[str, Producer] = Field(default={})
+    producers: dict[str, InputMaker] = Field(default={})
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Composed:
 
     tree: Node
     execution: Execution
-    producers: dict[str, Producer]
+    producers: dict[str, InputMaker]
     config: BaseModel
     values: dict[str, Any]
     notes: tuple[str, ...]
@@ -81,7 +81,7 @@ def compose(step: Step, path: Path, overrides: Sequence[str], profile: Profile |
     written = override(_lay_profile(read_config(path), profile), overrides)
     tree = resolve(written)
     refuse_secrets(tree, references="secret_vars")
-    refuse_home(tree, leave_out="run")
+    refuse_home(tree, leave_out=("run",))
     execution, run, config = _validate(tree, step, executor, display(path))
     read_by_job = config
     if executor != "local":
@@ -126,6 +126,10 @@ def _without_effect(tree: Node, execution: Execution, profile: Profile | None) -
     for key, reason in WITHOUT_EFFECT.items():
         if key in execution.model_fields_set:
             yield f"{key} of the profile has no effect: {reason}"
+    if isinstance(execution, LeptonExecution):
+        has_queue = execution.can_be_preempted or execution.can_preempt  # as nemo-run has it
+        if execution.queue_priority is not None and not has_queue:
+            yield "queue_priority has no effect without can_be_preempted or can_preempt"
     is_local = profile is None or profile.executor == "local"
     for key in NOT_LOCAL if is_local else ():
         used = child_at(tree, ("run", "env", key))
@@ -133,7 +137,9 @@ def _without_effect(tree: Node, execution: Execution, profile: Profile | None) -
             yield f"run.env.{key} has no effect on a local run"
         elif profile and child_at(profile.values, (key,)):
             yield f"{key} of the profile has no effect on a local run"
-    yield from _kept_over(profile, tree) if profile else ()
+    if profile is not None:
+        yield from profile.notes
+        yield from _kept_over(profile, tree)
 
 
 def _kept_over(profile: Profile, tree: Node) -> Iterator[str]:

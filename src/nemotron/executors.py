@@ -164,6 +164,8 @@ class SlurmExecution(RemoteExecution):
     def _jobs_can_be_found(self) -> SlurmExecution:
         if taken := sorted({"output", "error", "array"} & self.extra.keys()):
             raise ValueError(f"extra cannot have {taken[0]}: a job is known by where it writes")
+        if not str(self.extra.get("export", "ALL")).startswith("ALL"):
+            raise ValueError("extra cannot have export: secrets come in sbatch's environment")
         return self
 
     @model_validator(mode="after")

@@ -310,6 +310,14 @@ def _read_record(path: Path) -> JobRecord:
     try:
         return JobRecord.model_validate_json((path / RECORD).read_bytes())
     except (ValidationError, OSError) as error:
+        if isinstance(error, ValidationError) and (keys := _unknown_keys(error)):
+            raise NemotronError(
+                "job_damaged",
+                f"{path / RECORD} is of another version of nemotron: it has {', '.join(keys)}",
+                where=str(path / RECORD),
+                fix="use the version that ran the job",
+                exit_code=ExitCode.IO,
+            ) from None
         raise NemotronError(
             "job_damaged",
             f"{path / RECORD} cannot be read: {str(error).splitlines()[0]}",
@@ -319,16 +327,27 @@ def _read_record(path: Path) -> JobRecord:
         ) from None
 
 
+def _unknown_keys(error: ValidationError) -> list[str]:
+    """Return the keys that alone keep a record from being one; none if it has other faults."""
+    faults = error.errors()
+    if any(fault["type"] != "extra_forbidden" for fault in faults):
+        return []
+    return [".".join(map(str, fault["loc"])) for fault in faults]
+
+
 def find(name: str, root: Path | None = None) -> Job:
-    """Return the job with the id ``name``, or the only one whose id contains it.
+    """Return the job with the id ``name``, here or to its scheduler, or the only one with it in it.
 
     Raises:
         NemotronError: ``job_unknown`` or ``job_ambiguous``.
     """
     root = root or JOBS_ROOT
     ids = [path.name for path in job_directories(root)]
+    matches = (
+        [name] if name in ids else [job.path.name for job in list_jobs(root) if _is(job, name)]
+    )
     # An empty text is in every id, and was hardly meant as part of one.
-    matches = [name] if name in ids else [job_id for job_id in ids if name and name in job_id]
+    matches = matches or [job_id for job_id in ids if name and name in job_id]
     if len(matches) == 1:
         return read_job(root / matches[0])
     if matches:
@@ -339,6 +358,10 @@ def find(name: str, root: Path | None = None) -> Job:
         )
     fix = f"the newest is {ids[-1]}" if ids else "run a step first: nemotron steps list"
     raise NemotronError("job_unknown", f"no job {name!r} in {root}", fix=fix)
+
+
+def _is(job: Job, name: str) -> bool:
+    return job.record.placement is not None and job.record.placement.id == name
 
 
 def write_private(path: Path, text: str) -> None:

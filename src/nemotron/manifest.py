@@ -43,7 +43,7 @@ class StepInfo(_Frozen):
         return self
 
 
-class Artifact(_Frozen):
+class DeclaredArtifact(_Frozen):
     """An artifact that a step reads or writes, and the config keys that may hold its path."""
 
     type: str
@@ -52,7 +52,7 @@ class Artifact(_Frozen):
     keys: tuple[str, ...] = ()
 
 
-class Consumed(Artifact):
+class Consumed(DeclaredArtifact):
     """An input; ``missing`` names the entry of ``[[errors]]`` for when it is not there."""
 
     missing: str | None = None
@@ -88,7 +88,7 @@ class Manifest(_Frozen):
 
     step: StepInfo
     consumes: tuple[Consumed, ...] = ()
-    produces: tuple[Artifact, ...] = ()
+    produces: tuple[DeclaredArtifact, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     strategies: tuple[Strategy, ...] = ()
     errors: tuple[ErrorEntry, ...] = ()

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nemotron.catalog import DEFAULT_CONFIG, Step, find_config
-from nemotron.compose import Producer, compose
+from nemotron.compose import InputMaker, compose
 from nemotron.config import dump
 from nemotron.executors import Execution, LeptonExecution, SlurmExecution
 from nemotron.profile import Profile
@@ -36,7 +36,7 @@ class PlannedInput:
     path: str | None
     is_required: bool
     missing: str | None
-    producer: Producer | None
+    producer: InputMaker | None
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _value_at(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _inputs(
-    step: Step, values: Mapping[str, Any], producers: Mapping[str, Producer]
+    step: Step, values: Mapping[str, Any], producers: Mapping[str, InputMaker]
 ) -> tuple[PlannedInput, ...]:
     planned = []
     for consumed in step.manifest.consumes:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from nemotron.artifacts import refuse_overlap
-from nemotron.catalog import find_steps, producers_of, resolve
+from nemotron.catalog import find_step, find_steps, producers_of
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.executors import SlurmExecution
+from nemotron.executors import LeptonExecution, SlurmExecution
 from nemotron.plan import JobPlan, PlannedInput, build
 
 
@@ -44,6 +44,7 @@ def check(plan: JobPlan, *, dry_run: bool, ancestors: tuple[str, ...] = ()) -> l
     """
     results = [
         *_check_layout(plan),
+        *_check_workspace(plan),
         *_check_secrets(plan, dry_run),
         *_check_overlap(plan),
         *_check_inputs(plan, dry_run, ancestors),
@@ -122,11 +123,39 @@ def _check_nodes(plan: JobPlan) -> list[Check]:
     return found
 
 
+def _check_workspace(plan: JobPlan) -> list[Check]:
+    """Check what a Lepton job cannot work without: storage, and GPUs that are asked for."""
+    execution = plan.execution
+    if not isinstance(execution, LeptonExecution):
+        return []
+    found: list[Check] = []
+    mounted = [mount.mount_path for mount in execution.mounts]
+    places = [("nemo_run_dir", execution.nemo_run_dir or "nemo-run")]
+    places += [("the output", output.path) for output in plan.outputs]
+    for name, path in places if mounted else ():
+        assert plan.workspace is not None  # noqa: S101 - a Lepton job has one
+        place = Path(os.path.normpath(plan.workspace / path))
+        if not any(place.is_relative_to(target) for target in mounted):
+            problem = f"{name} {place} is on none of the mounts: {', '.join(mounted)}"
+            fix = "choose a place below a mount_path of the profile"
+            found.append(_failed("storage_missing", problem, "run.env.mounts", fix))
+    if not mounted:
+        problem = "the profile mounts no storage, where a job's files come and what it writes stays"
+        fix = "add mounts with path, mount_path and from: nemotron profiles init lepton has one"
+        found.append(_failed("storage_missing", problem, "run.env.mounts", fix))
+    if plan.gpus_per_node and not execution.resource_shape:
+        problem = f"{plan.gpus_per_node} GPU(s) per node are asked for, and no resource_shape"
+        fix = "name the shape in the profile; on Lepton it alone brings GPUs"
+        found.append(_failed("shape_missing", problem, "run.env.resource_shape", fix))
+    return found
+
+
 def _check_secrets(plan: JobPlan, dry_run: bool) -> list[Check]:
     found: list[Check] = []
     for name in plan.execution.secrets:
         if plan.executor == "lepton":
-            found.append(Check("ok", f"secret {name} is taken from the workspace"))
+            text = f"secret {name}: taken from the workspace by the job"
+            found.append(Check("pending", text))
         elif os.environ.get(name):
             found.append(Check("ok", f"secret {name} is set"))
         elif dry_run:
@@ -255,7 +284,7 @@ def _check_producer(
     """Plan the run that makes a missing input, and check that it would make this one."""
     assert item.producer is not None and item.path is not None  # noqa: S101, PT018 - caller
     waiting = (*ancestors, label(plan))
-    maker = build(resolve(item.producer.step), config=item.producer.config, profile=plan.profile)
+    maker = build(find_step(item.producer.step), config=item.producer.config, profile=plan.profile)
     if label(maker) in waiting:
         problem = f"the producers wait for each other: {' -> '.join((*waiting, label(maker)))}"
         where = f"{plan.config_path}: run.producers"

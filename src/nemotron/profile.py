@@ -9,9 +9,10 @@ errors; what the executor knows and the schema does not goes into ``extra``.
 
 from __future__ import annotations
 
+import datetime
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,21 +21,30 @@ from nemotron.errors import NemotronError, writing
 from nemotron.executors import EXECUTORS, Execution
 from nemotron.interpolation import resolve
 from nemotron.tree import Node, child_at, display, dotted, from_plain, leaves, merge
-from nemotron.validation import did_you_mean, refuse_secrets, validate
+from nemotron.validation import did_you_mean, refuse_home, refuse_secrets, validate
 
 RESERVED = ("wandb", "cli", "cache", "artifacts")
+# What ~ may begin: shell code, and what is read on this machine or by the job's own programs.
+_HOME_KNOWN = (
+    *("startup_commands", "setup_lines", "pre_launch_commands", "run_command"),
+    *("identity", "env_vars"),
+)
 ENV_FILE_VARIABLE = "NEMOTRON_ENV_FILE"
 BUILT_IN = {"local": from_plain({"executor": "local"}, "built in")}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile: its executor, its keys with their places, resolved, and what they say."""
+    """A profile: its executor, its keys with their places, resolved, and what they say.
+
+    ``notes`` say what stands beside it and changes nothing.
+    """
 
     name: str
     executor: str
     values: Node
     execution: Execution
+    notes: tuple[str, ...] = ()
 
 
 def load_profile(name: str, start: Path | None = None) -> Profile:
@@ -55,9 +65,10 @@ def load_profile(name: str, start: Path | None = None) -> Profile:
         _refuse_files_of_steps(written)
     tree = _without_empty_variables(resolve(written), written)
     refuse_secrets(tree, references="secret_vars")
+    refuse_home(tree, leave_out=_HOME_KNOWN)
     what = f"{executor} profile key"
     execution = validate(tree, EXECUTORS[executor], source=values.place, what=what)
-    return Profile(name, executor, tree, execution)
+    return Profile(name, executor, tree, execution, tuple(_unused(start or Path.cwd())))
 
 
 def read_tables(start: Path) -> dict[str, Node]:
@@ -157,7 +168,29 @@ def _read_file(path: Path) -> Iterator[tuple[str, Node]]:
                 where=display(path),
                 fix="put it below the [profile] that it belongs to",
             )
+        _refuse_times(table, f"{display(path)} [{name}]")
         yield name, from_plain(table, f"{display(path)} [{name}]")
+
+
+def _refuse_times(table: Mapping[str, object], place: str) -> None:
+    """Refuse what TOML takes for a time or a date: Slurm's are text."""
+    for key, value in table.items():
+        if isinstance(value, datetime.time | datetime.date):
+            raise NemotronError(
+                "profile_invalid",
+                f"{key} = {value} stands without quotes",
+                where=place,
+                fix=f'put it in quotes: {key} = "{value}"',
+            )
+
+
+def _unused(start: Path) -> Iterator[str]:
+    """Yield a line per table of settings of other tools: ours are keys of configs."""
+    env_file = _env_file(start)
+    for path in (*_profile_files(start), *([env_file] if env_file else [])):
+        for name in tomllib.loads(path.read_text(encoding="utf-8")).keys() & {*RESERVED}:
+            instead = "; pass logger.wandb_project=NAME" if name == "wandb" else ""
+            yield f"[{name}] of {display(path)} has no effect{instead}"
 
 
 def _extended(name: str, tables: dict[str, Node], below: tuple[str, ...]) -> Node:

@@ -8,7 +8,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -102,14 +102,14 @@ def refuse_secrets(tree: Node, *, references: str = "") -> None:
     raise_all(failures)
 
 
-def refuse_home(tree: Node, *, leave_out: str) -> None:
+def refuse_home(tree: Node, *, leave_out: Collection[str]) -> None:
     """Refuse values that begin with ``~/``: no shell reads a config, so it would be a directory.
 
     It is not expanded either: the job may run where the home is another one.
 
     Args:
         tree: The values.
-        leave_out: A section whose values are for the machine here, or for a shell.
+        leave_out: Keys whose values are for the machine here, a shell or another program.
 
     Raises:
         NemotronError: ``home_in_config``; all of them at once.
@@ -124,7 +124,7 @@ def refuse_home(tree: Node, *, leave_out: str) -> None:
                 f"{os.path.expanduser(node.value)}",  # noqa: PTH111 - never fails
             )
             for path, node in leaves(tree)
-            if path[0] != leave_out and isinstance(node.value, str)
+            if path[0] not in leave_out and isinstance(node.value, str)
             if node.value == "~" or node.value.startswith("~/")
         ]
     )

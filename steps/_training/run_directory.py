@@ -33,6 +33,7 @@ def room_for(directory: Path, *, load: Path | None) -> Path | None:
         NemotronError: ``output_not_ours``: what would be moved or deleted is no run.
             ``output_path_overlaps_inputs``: it is what the run goes on from.
     """
+    directory = directory.absolute()  # "." has no name
     if not _holds_anything(directory):
         return None
     has_saves = any(list_saves(directory))

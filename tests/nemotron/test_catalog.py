@@ -10,7 +10,7 @@ import pytest
 
 import nemotron
 from nemotron import catalog
-from nemotron.catalog import config_names, find_config, find_steps, resolve, select, steps_root
+from nemotron.catalog import config_names, find_config, find_step, find_steps, select, steps_root
 from nemotron.errors import NemotronError
 
 
@@ -56,13 +56,13 @@ def test_a_clone_without_links_is_told_how_to_mend_it(
 
 
 def test_resolve_takes_a_full_id_or_a_unique_last_part(demo_root: Path) -> None:
-    assert resolve("demo/use", demo_root).id == "demo/use"
-    assert resolve("make", demo_root).id == "demo/make"
+    assert find_step("demo/use", demo_root).id == "demo/use"
+    assert find_step("make", demo_root).id == "demo/make"
 
 
 def test_resolve_lists_the_candidates_of_an_ambiguous_name(demo_root: Path) -> None:
     with pytest.raises(NemotronError, match="several steps") as caught:
-        resolve("use", demo_root)
+        find_step("use", demo_root)
     assert caught.value.code == "step_ambiguous"
     assert caught.value.fix == "give the whole id: demo/use or other/use"
 
@@ -77,7 +77,7 @@ def test_resolve_lists_the_candidates_of_an_ambiguous_name(demo_root: Path) -> N
 )
 def test_resolve_unknown_step_names_the_closest_id(demo_root: Path, name: str, fix: str) -> None:
     with pytest.raises(NemotronError, match=f"no step '{name}'") as caught:
-        resolve(name, demo_root)
+        find_step(name, demo_root)
     assert caught.value.fix == fix
 
 
@@ -108,7 +108,7 @@ def test_select_refuses_a_filter_that_nothing_can_fit(
 
 
 def test_config_names_puts_default_first(demo_root: Path) -> None:
-    names = config_names(resolve("demo/use", demo_root))
+    names = config_names(find_step("demo/use", demo_root))
     assert names == ["default", "broken", "silent", "tiny"]
 
 
@@ -116,12 +116,12 @@ def test_config_names_puts_default_first(demo_root: Path) -> None:
 def test_find_config_takes_a_name_with_or_without_suffix(
     demo_root: Path, here: Path, name: str
 ) -> None:
-    step = resolve("demo/use", demo_root)
+    step = find_step("demo/use", demo_root)
     assert find_config(step, name) == demo_root / "demo/use/config/tiny.yaml"
 
 
 def test_find_config_takes_paths(demo_root: Path, here: Path) -> None:
-    step = resolve("demo/use", demo_root)
+    step = find_step("demo/use", demo_root)
     (here / "sub").mkdir()
     for name in ("mine.yaml", "sub/mine.yaml"):
         (here / name).touch()
@@ -132,12 +132,12 @@ def test_find_config_takes_paths(demo_root: Path, here: Path) -> None:
 def test_find_config_refuses_a_name_that_means_two_files(demo_root: Path, here: Path) -> None:
     (here / "tiny.yaml").touch()
     with pytest.raises(NemotronError, match="also a file here") as caught:
-        find_config(resolve("demo/use", demo_root), "tiny.yaml")
+        find_config(find_step("demo/use", demo_root), "tiny.yaml")
     assert caught.value.fix == "-c tiny for the step's, -c ./tiny.yaml for the file"
 
 
 def test_find_config_lists_what_there_is(demo_root: Path, here: Path) -> None:
-    step = resolve("demo/make", demo_root)
+    step = find_step("demo/make", demo_root)
     with pytest.raises(NemotronError, match=r"it has: default, broken, silent, tiny") as caught:
         find_config(step, "tinny")
     assert caught.value.fix == "did you mean tiny?"

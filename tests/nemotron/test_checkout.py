@@ -76,16 +76,14 @@ def test_the_difference_applies_and_gives_the_same_bytes(
     assert (applied(source, tmp_path) / "text.py").read_bytes() == changed
 
 
-@pytest.mark.parametrize("place", ["new.py", "steps/new.py"])
-def test_a_module_that_git_does_not_know_is_part_of_it(
-    source: Path, tmp_path: Path, place: str
+@pytest.mark.parametrize("content", [b"print('new')\n", b"\0\xff" * 100])
+@pytest.mark.parametrize("place", ["new.py", "steps/new.yaml"])
+def test_a_file_that_git_does_not_know_is_part_of_it(
+    source: Path, tmp_path: Path, place: str, content: bytes
 ) -> None:
-    (source / place).write_bytes(b"print('new')\n")
-    (source / "notes.txt").touch()
+    (source / place).write_bytes(content)
     assert is_dirty()
-    other = applied(source, tmp_path)
-    assert (other / place).read_bytes() == b"print('new')\n"
-    assert not (other / "notes.txt").exists()
+    assert (applied(source, tmp_path) / place).read_bytes() == content
 
 
 def test_other_new_files_and_ignored_ones_are_not(source: Path) -> None:

@@ -130,6 +130,14 @@ def test_find_takes_an_id_or_a_part_that_only_one_has(here: Path) -> None:
     assert caught.value.code == "job_unknown"
 
 
+def test_a_record_of_a_later_version_is_named_and_not_called_damaged(here: Path) -> None:
+    job = create()
+    path = job.path / jobs.RECORD
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red"}))
+    with pytest.raises(NemotronError, match=r"is of another version of nemotron: it has colour"):
+        jobs.read_job(job.path)
+
+
 def test_a_damaged_record_is_named(here: Path) -> None:
     job = create()
     (job.path / "job.json").write_text("{")

@@ -56,6 +56,16 @@ def test_every_key_that_a_manifest_names_is_one_of_the_schema(step: Step) -> Non
 
 
 @every_step
+def test_an_output_without_a_name_is_refused(
+    step: Step, empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = step.manifest.produces[0].keys[0]
+    assert main(["steps", "run", step.id, "-d", f"{key}="]) in (2, 3)
+    said = capsys.readouterr().err
+    assert f"{key} is null; wanted a path" in said or "at least one output" in said
+
+
+@every_step
 def test_every_default_and_choice_of_a_manifest_is_accepted(step: Step, empty: Path) -> None:
     for parameter in step.manifest.parameters:
         for value in (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron.catalog import resolve
+from nemotron.catalog import find_step
 from nemotron.errors import NemotronError
 from nemotron.plan import JobPlan, build
 from nemotron.profile import load_profile
@@ -28,7 +28,7 @@ secrets = ["HF_TOKEN"]
 
 def plan(step: str, *overrides: str, profile: str | None = None, **options: object) -> JobPlan:
     chosen = None if profile is None else load_profile(profile)
-    return build(resolve(step), overrides=overrides, profile=chosen, **options)  # type: ignore[arg-type]
+    return build(find_step(step), overrides=overrides, profile=chosen, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from nemotron.catalog import resolve
+from nemotron.catalog import find_step
 from nemotron.errors import ExitCode
 from nemotron.plan import build
 from nemotron.preflight import Check, check, failures, label
 from nemotron.profile import load_profile
+
+STORAGE = 'mounts = [{ path = "/", mount_path = "/store", from = "node-nfs:x" }]'
+LEPTON = f'executor = "lepton"\ncontainer_image = "x"\nresource_shape = "gpu"\n{STORAGE}'
 
 
 def checks(
     step: str, *overrides: str, config: str = "default", profile: str = "", dry_run: bool = True
 ) -> list[Check]:
     chosen = load_profile(profile) if profile else None
-    plan = build(resolve(step), config=config, overrides=overrides, profile=chosen)
+    plan = build(find_step(step), config=config, overrides=overrides, profile=chosen)
     return check(plan, dry_run=dry_run)
 
 
@@ -191,9 +194,38 @@ def test_a_remote_layout_that_cannot_be_is_refused(
 
 
 def test_a_remote_step_needs_an_image(demo: Path) -> None:
-    cluster(demo, '[c]\nexecutor = "lepton"\n')
-    (error,) = failures(checks("demo/use", profile="c"))
+    cluster(demo, f"[c]\n{LEPTON}\n")
+    (error,) = failures(checks("demo/use", "run.env.container_image=null", profile="c"))
     assert error.code == "image_missing"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        (STORAGE, "", "the profile mounts no storage"),
+        ("", 'nemo_run_dir = "/scratch"', "nemo_run_dir /scratch is on none of the mounts: /store"),
+        (
+            "",
+            'workspace = "/work"\nnemo_run_dir = "/store/nemo-run"',
+            "the output /work/out/train is on none of the mounts: /store",
+        ),
+        ('resource_shape = "gpu"', "", "4 GPU(s) per node are asked for, and no resource_shape"),
+    ],
+)
+def test_a_lepton_profile_that_cannot_work_is_refused(
+    demo: Path, before: str, after: str, problem: str
+) -> None:
+    keys = LEPTON.replace(before, after) if before else f"{LEPTON}\n{after}"
+    cluster(demo, f"[c]\n{keys}\n")
+    found = failures(checks("demo/train", profile="c"))
+    assert problem in found[0].problem
+    assert len(found) == 1
+
+
+def test_what_a_workspace_has_not_been_asked_for_is_pending(demo: Path) -> None:
+    cluster(demo, f'[c]\n{LEPTON}\nsecrets = ["HF_TOKEN"]\n')
+    found = checks("demo/train", profile="c")
+    assert "secret HF_TOKEN: taken from the workspace by the job" in texts(found, "pending")
 
 
 @pytest.fixture
@@ -226,7 +258,7 @@ def test_an_input_that_a_login_node_sees_must_be_there_on_submission(demo: Path)
 @pytest.mark.parametrize(
     ("keys", "override"),
     [
-        ('executor = "lepton"\ncontainer_image = "x"', ""),
+        (LEPTON, ""),
         ('executor = "slurm"\ndependency = "afterok:7"', ""),
         ('executor = "slurm"', "data.packs=/scratch/of/the/node"),
         ('executor = "slurm"\nworkspace = "/opt/inside"\nmounts = ["/nowhere:/opt"]', "../x"),
@@ -256,7 +288,7 @@ SSH = 'executor = "slurm"\ntunnel = "ssh"\nremote_job_dir = "/jobs"'
         ('executor = "slurm"\ndependency = "afterok:7"', False),
         (f"{SSH}", False),
         (f'{SSH}\nworkspace = "HERE"', False),  # the same name on another machine
-        ('executor = "lepton"', False),
+        (LEPTON, False),
     ],
 )
 def test_files_of_this_machine_are_checked_only_where_the_job_has_them(

@@ -128,6 +128,36 @@ def test_a_value_that_no_directive_or_command_can_hold_is_refused_in_words(
     assert wanted in caught.value.problem
 
 
+@pytest.mark.parametrize(
+    ("written", "problem", "fix"),
+    [
+        ("time = 04:00:00", "time = 04:00:00 stands without quotes", 'time = "04:00:00"'),
+        ('mounts = ["~/data:/data"]', "mounts[0] is '~/data:/data'; ~ stands for a home", "/data"),
+        ('extra = { export = "NONE" }', "secrets come in sbatch's environment", ""),
+    ],
+)
+def test_a_value_that_would_mean_something_else_is_refused(
+    here: Path, written: str, problem: str, fix: str
+) -> None:
+    profiles(here, f'[p]\nexecutor = "slurm"\n{written}\n')
+    with pytest.raises(NemotronError) as caught:
+        load_profile("p")
+    assert problem in caught.value.problem
+    assert fix in caught.value.fix
+
+
+def test_what_a_shell_or_this_machine_reads_may_begin_with_a_home(here: Path) -> None:
+    lines = 'identity = "~/.ssh/id"\nstartup_commands = ["~/env.sh"]\nextra = { export = "ALL" }'
+    profiles(here, f'[p]\nexecutor = "slurm"\n{lines}\n')
+    assert load_profile("p").notes == ()
+
+
+def test_settings_of_other_tools_are_said_to_have_no_effect(here: Path) -> None:
+    (here / "env.toml").write_text('[wandb]\nproject = "x"\n[p]\nexecutor = "slurm"\n')
+    (note,) = load_profile("p").notes
+    assert note == "[wandb] of env.toml has no effect; pass logger.wandb_project=NAME"
+
+
 def test_an_unknown_executor_is_refused(here: Path) -> None:
     profiles(here, '[p]\nexecutor = "slrum"\n')
     with pytest.raises(NemotronError, match="executor 'slrum'") as caught:

@@ -7,11 +7,13 @@ and two steps do not write the same one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from nemotron.files import write_atomically
 MANIFEST = "artifact.json"
 RESUME_DIR = ".resume"  # in a partial directory: what the next run needs to go on with it
 _KEY_FILE = "key"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some parallel file systems
 
 
 @contextlib.contextmanager
@@ -69,6 +72,7 @@ def hold(directory: Path) -> Iterator[None]:
     Raises:
         NemotronError: ``output_locked``: another process is writing the same output.
     """
+    directory = directory.absolute()  # "." has no name
     path = directory.with_name(f".{directory.name}.lock")
     with path.open("a+", encoding="utf-8") as stream:
         try:
@@ -82,6 +86,10 @@ def hold(directory: Path) -> Iterator[None]:
                 fix="wait for it to end, or choose another output directory",
                 exit_code=ExitCode.LOCKED,
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"note: {path} cannot be locked; no other run may write there", file=sys.stderr)
         stream.truncate(0)
         job = os.environ.get("NEMOTRON_JOB", "")
         name = f"job {job}, " if job else ""

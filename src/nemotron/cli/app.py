@@ -13,13 +13,25 @@ from typing import Annotated, Any
 import typer
 
 import nemotron
-from nemotron.cli import adapter, data, jobs, profiles, steps
+from nemotron.cli import adapter, data, doctor, jobs, profiles, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.cli.terminal import forget_reader, say
 from nemotron.errors import NO_ROOM, ExitCode, NemotronError, system_refusal
 
 COMMANDS = (
-    *("steps", "jobs", "data", "profiles", "adapter", "list", "show", "run", "status", "logs"),
+    *(
+        "steps",
+        "jobs",
+        "data",
+        "profiles",
+        "adapter",
+        "doctor",
+        "list",
+        "show",
+        "run",
+        "status",
+        "logs",
+    ),
     *("cancel", "wait", "report", "init", "check", "stats", "inspect", "verify", "diff", "export"),
 )
 
@@ -36,6 +48,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(data.app, name="data")
 app.add_typer(profiles.app, name="profiles")
 app.add_typer(adapter.app, name="adapter")
+app.command("doctor")(doctor.show_machine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

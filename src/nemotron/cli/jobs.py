@@ -12,7 +12,7 @@ import typer
 from nemotron import jobs, launch, report
 from nemotron.cli import render
 from nemotron.cli.options import Debug, Json
-from nemotron.cli.terminal import lasting, say, show
+from nemotron.cli.terminal import last_lines, lasting, say, show
 from nemotron.errors import NemotronError
 from nemotron.launch import OnInterrupt
 
@@ -22,7 +22,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-JobName = Annotated[str, typer.Argument(metavar="JOB", help="Job id, or a part that only it has.")]
+JobName = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help="Job id, a part that only it has, or the scheduler's id."),
+]
 
 
 @app.command("list")
@@ -45,7 +48,12 @@ def list_jobs(as_json: Json = False, debug: Debug = False) -> None:
 @app.command("status")
 def show_status(job: JobName, as_json: Json = False, debug: Debug = False) -> None:
     """Show one job's record, as its scheduler sees it now."""
-    _show(launch.refresh(jobs.find(job)), as_json)
+    found = jobs.find(job)
+    try:
+        found = launch.refresh(found)
+    except NemotronError as error:  # as in the list: what was known last is better than nothing
+        say(f"note: as it was known last; {error.problem}")
+    _show(found, as_json)
 
 
 @app.command("logs")
@@ -57,6 +65,9 @@ def show_logs(
             "-f", "--follow", help="Go on until the job has ended; exit with the job's exit code."
         ),
     ] = False,
+    tail: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the last N lines so far.")
+    ] = None,
     on_interrupt: Annotated[
         OnInterrupt, typer.Option(help="What the first Ctrl-C does to a remote job.")
     ] = "leave",
@@ -65,6 +76,7 @@ def show_logs(
     """Print what a job printed."""
     found = jobs.find(job)
     stdout = lasting(sys.stdout) if follow else sys.stdout.buffer
+    stdout = stdout if tail is None else last_lines(stdout, tail)
     console = launch.Console(argv=[], say=say, stdout=stdout, stderr=sys.stderr.buffer)
     return launch.logs(found, console, is_followed=follow, on_interrupt=on_interrupt) or 0
 

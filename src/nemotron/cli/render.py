@@ -11,7 +11,7 @@ import yaml
 
 from nemotron.catalog import Step, config_names
 from nemotron.jobs import Job, JobRecord
-from nemotron.manifest import Artifact
+from nemotron.manifest import DeclaredArtifact
 from nemotron.plan import JobPlan
 from nemotron.preflight import Check, label
 from nemotron.profile import Profile
@@ -239,11 +239,13 @@ def job_table(jobs: Sequence[Job]) -> str:
     """Return the jobs as a table."""
     if not jobs:
         return "No jobs here."
-    rows = [("JOB", "STATUS", "EXIT", "STARTED")]
+    rows = [("JOB", "STATUS", "EXIT", "STARTED", "PROFILE", "PLACED")]
     for job in jobs:
         record = job.record
         code = "" if record.exit_code is None else str(record.exit_code)
-        rows.append((record.id, record.status, code, record.started or record.queued))
+        placed = record.placement.id if record.placement else ""
+        when = record.started or record.queued
+        rows.append((record.id, record.status, code, when, record.profile or "", placed))
     return _table(rows)
 
 
@@ -316,7 +318,7 @@ def _yaml_lines(values: Any, origins: dict[str, str], prefix: str = "") -> list[
     return lines
 
 
-def _artifact(artifact: Artifact) -> tuple[str, str]:
+def _artifact(artifact: DeclaredArtifact) -> tuple[str, str]:
     optional = "" if artifact.required else " (optional)"
     keys = f" [{', '.join(artifact.keys)}]" if artifact.keys else ""
     return f"{artifact.type}{optional}", f"{artifact.description}{keys}"

@@ -53,7 +53,7 @@ def list_steps(
 @app.command("show")
 def show_step(step: StepName, as_json: Json = False, debug: Debug = False) -> None:
     """Show a step: its inputs, outputs, configs, parameters, strategies and errors."""
-    found = catalog.resolve(step)
+    found = catalog.find_step(step)
     if as_json:
         print(json.dumps(render.step_details(found), indent=2))
     else:
@@ -98,7 +98,7 @@ def run_step(
     invocation: Invocation = context.obj
     name = run if run is not None else batch
     job = plan.build(
-        catalog.resolve(step),
+        catalog.find_step(step),
         config=config,
         overrides=overrides or [],
         profile=None if name is None else load_profile(name),
@@ -122,7 +122,7 @@ def run_step(
 
 
 def _print_plan(job: plan.JobPlan, as_json: bool) -> int:
-    launch.refuse_secrets(job)  # before anything of it is printed
+    launch.refuse_secrets_in_plan(job)  # before anything of it is printed
     checks = preflight.check(job, dry_run=True)
     failures = preflight.failures(checks)
     scripts = {} if failures else launch.preview(job)

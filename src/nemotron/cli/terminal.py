@@ -65,6 +65,11 @@ def forget_reader(stream: TextIO) -> None:
     os.close(nowhere)
 
 
+def last_lines(stream: BinaryIO, count: int) -> BinaryIO:
+    """Return a stream that passes on the last lines of the first block, and all that follows."""
+    return cast(BinaryIO, _LastLines(stream, count))
+
+
 @contextlib.contextmanager
 def rewriting(stdout: BinaryIO, stderr: BinaryIO) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Yield what a job's stdout and stderr are written to; both as given where no terminal is."""
@@ -102,6 +107,23 @@ class _Lasting:
             yield
         except OSError:  # EPIPE of a pipe, EIO of a terminal, ENOSPC of a file
             forget_reader(self._stream)
+
+
+class _LastLines:
+    """Stdout of a log, which comes in one block as far as it is written."""
+
+    def __init__(self, stream: BinaryIO, count: int) -> None:
+        self._stream = stream
+        self._count: int | None = count
+
+    def write(self, block: bytes) -> None:
+        if self._count is not None and block:
+            block = b"".join(block.splitlines(keepends=True)[-self._count :])
+            self._count = None
+        self._stream.write(block)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 class _Progress:

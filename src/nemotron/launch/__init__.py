@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from nemotron.launch.base import Console, Submission
 from nemotron.launch.check import check_profile
-from nemotron.launch.follow import cancel, logs, refresh, wait
-from nemotron.launch.local import LocalBackend
+from nemotron.launch.coming_back import cancel, logs, refresh, wait
+from nemotron.launch.local import submit_local
 from nemotron.launch.remote import OnInterrupt
-from nemotron.launch.secrets import refuse_secrets
+from nemotron.launch.secrets import refuse_secrets_in_plan
 from nemotron.launch.submit import preview, submit_remote
 from nemotron.plan import JobPlan
 
@@ -20,7 +20,7 @@ __all__ = [
     "logs",
     "preview",
     "refresh",
-    "refuse_secrets",
+    "refuse_secrets_in_plan",
     "submit",
     "wait",
 ]
@@ -33,5 +33,5 @@ def submit(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt = "ask"
         NemotronError: A check failed, or the executor did not take the job.
     """
     if plan.executor == "local":
-        return LocalBackend().submit(plan, console)
+        return submit_local(plan, console)
     return submit_remote(plan, console, on_interrupt=on_interrupt)

@@ -54,24 +54,12 @@ class LeptonHandle:
         """
         with _asking():
             try:
-                status = self._client.job.get(self.placement.id).status
+                job = self._client.job.get(self.placement.id)
             except RuntimeError as error:
                 if _http_status(error) != 404:
                     raise
                 return _gone(self.placement.id)
-        name = status.state.value if status and status.state else "UNK"
-        if name in _QUEUED:
-            return State("queued", reason=name)
-        if name in _RUNNING:
-            return State("running")
-        self._has_ended.set()
-        if name == "Stopped":
-            error = NemotronError("job_cancelled", "the job was stopped")
-            code = int(ExitCode.INTERRUPTED)
-            return State.ended(code, error.to_dict() | {"exit_code": code}, 0, "cancelled")
-        if name == "Completed" or (name in ("Archived", "Deleted") and not status.failed):
-            return State.ended(0, None, 0)
-        return self._failed()
+        return self._judged(job)
 
     def new_output(self, *, is_last: bool = False) -> bytes:
         """Return what the job has printed since the last call, all its nodes.
@@ -122,6 +110,23 @@ class LeptonHandle:
     def _log(self, replica: str) -> Iterator[bytes]:
         texts = self._client.job.get_log(self.placement.id, replica, timeout=_TIMEOUT_SECONDS)
         return (text.encode() for text in texts)
+
+    def _judged(self, job: Any) -> State:
+        status = job.status
+        name = status.state.value if status and status.state else "UNK"
+        if name in _QUEUED:
+            return State("queued", reason=name)
+        if name in _RUNNING:
+            return State("running")
+        self._has_ended.set()
+        if name == "Stopped":
+            return _cancelled("job_cancelled", "the job was stopped")
+        is_deleted = name in ("Archived", "Deleted")
+        if name == "Completed" or (is_deleted and _succeeded(job)):
+            return State.ended(0, None, 0)
+        if is_deleted and not status.failed:
+            return _cancelled("job_deleted", "the job was deleted before it had ended")
+        return self._failed()
 
     def _failed(self) -> State:
         code, error = int(ExitCode.FAILED), None
@@ -199,6 +204,23 @@ def check_workspace(execution: LeptonExecution) -> Iterator[Check]:
     """Yield what can be said about a profile from its workspace."""
     require_node_group(execution)
     yield Check("ok", f"the workspace answers; node group {execution.node_group} is there")
+    wanted = dict.fromkeys((*execution.secrets, *execution.secret_vars.values()))
+    if not wanted:
+        return
+    with _asking():
+        known = {secret.name for secret in open_client().secret.list_all()}
+    for name in wanted:
+        if name in known:
+            yield Check("ok", f"the workspace has the secret {name}")
+            continue
+        error = NemotronError(
+            "secret_missing",
+            f"the workspace has no secret {name}",
+            where="secrets and secret_vars of the profile",
+            fix="make it in the workspace, or mend the name",
+            exit_code=ExitCode.PREFLIGHT,
+        )
+        yield Check("failed", error.problem, error)
 
 
 @contextlib.contextmanager
@@ -227,10 +249,20 @@ def _http_status(error: Exception) -> int | None:
     return getattr(response, "status_code", None)
 
 
+def _succeeded(job: Any) -> bool:
+    """Return whether all nodes of a job have ended well."""
+    return (job.status.succeeded or 0) >= (job.spec.completions or 1)
+
+
+def _cancelled(code: str, problem: str) -> State:
+    error = NemotronError(code, problem, exit_code=ExitCode.INTERRUPTED)
+    return State.ended(int(error.exit_code), error.to_dict(), 0, "cancelled")
+
+
 def _gone(job: str) -> State:
-    error = NemotronError("job_gone", f"the workspace has no job {job} any more")
-    code = int(ExitCode.FAILED)
-    return State.ended(code, error.to_dict() | {"exit_code": code}, 0, "lost")
+    problem = f"the workspace has no job {job} any more"
+    error = NemotronError("job_gone", problem, exit_code=ExitCode.RANK_DIED)
+    return State.ended(int(error.exit_code), error.to_dict(), 0, "lost")
 
 
 def _reported(text: str) -> dict[str, Any] | None:

@@ -20,52 +20,38 @@ from pathlib import Path
 from typing import Any
 
 from nemotron import jobs, preflight
-from nemotron.config import dump
 from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.jobs import Job
-from nemotron.launch.base import Console, Submission
+from nemotron.launch.base import Console, Submission, create_job
 from nemotron.launch.ending import Ending, ending, stopped
-from nemotron.launch.secrets import refuse_secrets
+from nemotron.launch.secrets import refuse_secrets_in_plan
 from nemotron.launch.signals import SignalForwarder, kill, kill_orphans, signal_group
 from nemotron.plan import JobPlan
 from nemotron.processes import start_of
-from nemotron.redaction import secret_values
 
 _BLOCK_BYTES = 65536
 _GRACE_SECONDS = 2.0  # how long pipes may stay silent once the job has ended
 
 
-class LocalBackend:
-    """This host."""
+def submit_local(plan: JobPlan, console: Console) -> Submission:
+    """Run a plan here; produce the inputs first that are missing and have a producer.
 
-    def submit(self, plan: JobPlan, console: Console) -> Submission:
-        """Run a plan here; produce the inputs first that are missing and have a producer.
-
-        Raises:
-            NemotronError: A check failed; nothing was started.
-        """
-        refuse_secrets(plan)  # first: what checks find is told with the values
-        raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
-        with SignalForwarder() as signals:
-            job = _record(plan, console)
-            if plan.is_detached:
-                _detach(job, lambda quiet: _run(plan, job, quiet, signals), console)
-                return Submission(jobs.read_job(job.path), None)  # the pid is its own
-            return Submission(job, _run(plan, job, console, signals))
+    Raises:
+        NemotronError: A check failed; nothing was started.
+    """
+    refuse_secrets_in_plan(plan)  # first: what checks find is told with the values
+    raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
+    with SignalForwarder() as signals:
+        job = _record(plan, console)
+        if plan.is_detached:
+            _detach(job, lambda quiet: _run(plan, job, quiet, signals), console)
+            return Submission(jobs.read_job(job.path), None)  # the pid is its own
+        return Submission(job, _run(plan, job, console, signals))
 
 
 def _record(plan: JobPlan, console: Console) -> Job:
     directory = jobs.new_directory(plan.step.id)
-    return jobs.create(
-        directory,
-        step=plan.step.id,
-        profile=plan.profile.name if plan.profile else None,
-        argv=console.argv,
-        command=plan.command(_relative(directory)),
-        values=plan.values,
-        config_text=dump(plan.values),
-        known_secrets=secret_values(os.environ, plan.execution.secrets),
-    )
+    return create_job(directory, plan, console, command=plan.command(_relative(directory)))
 
 
 def _run(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder) -> int:
@@ -104,7 +90,7 @@ def _produce_inputs(plan: JobPlan, console: Console, signals: SignalForwarder) -
             )
         done.add(name)
         console.say(f"{plan.step.id} needs {name}, which runs first")
-        refuse_secrets(maker)
+        refuse_secrets_in_plan(maker)
         code = _run(maker, _record(maker, console), console, signals)
         if signals.received and code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
             return Ending(code)

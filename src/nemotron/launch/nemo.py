@@ -13,7 +13,9 @@ import io
 import logging
 import os
 import shutil
+import subprocess
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -24,13 +26,15 @@ import nemo_run as run
 from nemo_run.config import get_nemorun_home, set_nemorun_home
 from nemo_run.core.execution import lepton as lepton_execution
 from nemo_run.core.execution.base import Executor
-from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel, Tunnel
+from nemo_run.core.tunnel.client import LocalTunnel
 from nemo_run.run.torchx_backend.schedulers import lepton, slurm
 
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.executors import LeptonExecution
+from nemotron.launch.host import Host
 
 TITLE = "nemotron"
+_SBATCH_SECONDS = 600  # a controller that is busy takes a job late; a job must not be lost over it
 
 
 @dataclass(kw_only=True)
@@ -46,13 +50,40 @@ class ShippedFiles(run.Packager):
 
 
 @dataclass(kw_only=True)
-class OwnSession(LocalTunnel):
-    """Runs commands where Ctrl-C of the terminal, which the launcher keeps, does not reach them."""
+class Login(LocalTunnel):
+    """Runs ``sbatch`` on a machine; on another one than this, where the job's files come first.
+
+    nemo-run's own tunnel has a client of its own, which does not read ``~/.ssh/config``.
+    """
+
+    machine: Host
+    pre_command: str | None = None
 
     def run(self, command: str, hide: bool = True, warn: bool = False, **options: Any) -> Any:
-        """Run a command as ``LocalTunnel`` does."""
-        prefix = "setsid --wait " if shutil.which("setsid") else ""
-        return super().run(prefix + command, hide=hide, warn=warn, **options)
+        """Run a line of shell; return a result of which nemo-run reads ``stdout``.
+
+        Raises:
+            NemotronError: ``submission_failed``, with what it said, and what reaching it raises.
+        """
+        if not self.machine.is_local:
+            self._send()
+        line = f"{self.pre_command} && {command}" if self.pre_command else command
+        done = self.machine.run(["sh", "-c", line], timeout=_SBATCH_SECONDS)
+        said = done.stderr.decode(errors="replace")
+        if done.returncode:
+            raise NemotronError("submission_failed", said.strip()[-1000:])
+        return subprocess.CompletedProcess(line, 0, done.stdout.decode(errors="replace"), said)
+
+    def _send(self) -> None:
+        """Copy the directory that nemo-run has made here for the job."""
+        there = Path(self.job_dir)
+        here = Path(get_nemorun_home()) / "experiments" / TITLE / there.name
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            archive.add(here, there.name)
+        unpack = 'umask 077; mkdir -p -- "$1" && tar -x -o -f - -C "$1"'
+        command = ["sh", "-c", unpack, "sh", str(there.parent)]
+        self.machine.require(command, stdin=packed.getvalue())
 
 
 def experiment_id(job_id: str) -> str:
@@ -61,7 +92,12 @@ def experiment_id(job_id: str) -> str:
 
 
 def slurm_executor(
-    options: dict[str, Any], *, source: Path, job_root: str, ssh: dict[str, Any] | None
+    options: dict[str, Any],
+    *,
+    source: Path,
+    job_root: str,
+    machine: Host,
+    pre_command: str | None = None,
 ) -> Executor:
     """Return nemo-run's Slurm executor.
 
@@ -69,12 +105,11 @@ def slurm_executor(
         options: Its fields.
         source: Directory of the files to ship.
         job_root: Directory on the cluster below which nemo-run makes the job's.
-        ssh: Host, user, port and key file of a login node; None: this machine is one.
+        machine: Where Slurm's commands run.
+        pre_command: Shell code that ``sbatch`` needs before it.
     """
-    base = f"{job_root}/experiments"
-    tunnel: Tunnel = OwnSession(job_dir=base) if ssh is None else SSHTunnel(job_dir=base, **ssh)
     return run.SlurmExecutor(
-        tunnel=tunnel,
+        tunnel=Login(job_dir=f"{job_root}/experiments", machine=machine, pre_command=pre_command),
         packager=ShippedFiles(source=str(source)),
         launcher=None,
         poll_estimated_start_time=False,
@@ -145,9 +180,9 @@ def submit(executor: Executor, *, job_id: str, task: str, base: Path) -> str:
 
 
 def _said(error: BaseException) -> str:
-    """Return what a command that failed wrote, or else the error's own words."""
-    stderr = getattr(getattr(error, "result", None), "stderr", "")
-    return str(stderr or error).strip()[-1000:] or type(error).__name__
+    """Return an error's own words, in one line if it is ours."""
+    said = error.problem if isinstance(error, NemotronError) else str(error)
+    return said.strip()[-1000:] or type(error).__name__
 
 
 def _experiment(executor: Executor, job_id: str, base: Path) -> run.Experiment:

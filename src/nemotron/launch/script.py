@@ -40,6 +40,12 @@ _FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.S
 # What asks a job to stop; a shell says 128 + N of a command that signal N killed.
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
 _PYTHONPATH = 'export PYTHONPATH="$nemotron_package${PYTHONPATH:+:$PYTHONPATH}"'
+_SILENT_FAILURE = (
+    "# Before the step was imported: it would have said what went wrong.",
+    'if [ "$nemotron_code" -eq 1 ] && [ ! -s "$NEMOTRON_ERROR_FILE" ]; then',
+    "    python -m nemotron.packages || nemotron_code=$?",
+    "fi",
+)
 _LAST_WORDS = (
     'if [ -s "$NEMOTRON_ERROR_FILE" ]; then',
     f"    printf '{ERROR_MARK}%s\\n' \"$(tr -d '\\n' < \"$NEMOTRON_ERROR_FILE\")\"",
@@ -84,6 +90,7 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         "trap : INT",
         _run_line(plan),
         "nemotron_code=$?",
+        *(() if plan.execution.run_command else _SILENT_FAILURE),
         "# What a signal to stop killed could not listen yet.",
         f'if [ "$nemotron_code" -eq {int(ExitCode.PREEMPTED)} ] ||',
         '    [ "$nemotron_code" = "$nemotron_told" ]; then',
@@ -112,6 +119,12 @@ def batch_prologue(plan: JobPlan, *, job_id: str, directory: PurePosixPath) -> s
         f"echo {shlex.quote(f'{BATCH_MARK} {job_id}')}",
         # nemo-run sets it; tasks would have a terminal, and write progress for one into the log.
         "unset SLURM_UNBUFFEREDIO",
+        # The one task of a node starts all ranks; srun would bind it to what a task of one core
+        # gets, and since Slurm 22.05 it does not know what sbatch was asked for.
+        "export SLURM_CPU_BIND=none",
+        'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then',
+        '    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',
+        "fi",
         f"nemotron_dir={shlex.quote(str(directory))}",
         'nemotron_restart="${SLURM_RESTART_COUNT:-0}" nemotron_told=',
         *_leave_end(limit),

@@ -14,7 +14,7 @@ from nemotron.redaction import redact_argv, redact_text, secret_values
 _NOT_VALUES = {"secrets", "secret_vars", "image_pull_secrets", "env_vars"}
 
 
-def refuse_secrets(plan: JobPlan) -> None:
+def refuse_secrets_in_plan(plan: JobPlan) -> None:
     """Refuse a plan whose files would hold a secret; a job's files are written to disk and shown.
 
     Raises:

@@ -36,6 +36,9 @@ _SAME_NAME = (
 )
 # Directives that it has no field for.
 _DIRECTIVES = ("reservation", "dependency", "nodelist")
+# What Slurm's commands read from the environment: options, which come before all directives.
+_OPTIONS = ("SLURM_", "SBATCH_", "SRUN_")
+_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")  # and who asks
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def submit(
     """
     execution = _execution(plan)
     host = host_of(execution)
+    _drop_options_of_others()
     _prepare(host, plan)
     if plan.squash is not None and plan.image is not None:
         squash.import_image(plan, host, console)
@@ -189,16 +193,6 @@ def _executor(
             where="run.env.remote_job_dir",
             fix="set remote_job_dir to a path of letters, digits and _ . / @ + = -",
         )
-    ssh = None
-    if execution.tunnel == "ssh":
-        identity = str(Path(execution.identity).expanduser()) if execution.identity else None
-        ssh = {
-            "host": execution.host,
-            "user": execution.user or os.environ.get("USER", "root"),
-            "port": execution.port,
-            "identity": identity,
-            "pre_command": pre_command,
-        }
     options = executor_options(plan, shipped.prologue)
     if plan.image is None and any("/nemo_run" in str(value) for value in (root, *options.values())):
         raise NemotronError(
@@ -207,7 +201,9 @@ def _executor(
             where="the directory of this run, remote_job_dir, setup_lines or srun_args",
             fix="say it in other words, or set remote_job_dir to another directory",
         )
-    return load_nemo().slurm_executor(options, source=source, job_root=root, ssh=ssh)
+    return load_nemo().slurm_executor(
+        options, source=source, job_root=root, machine=host_of(execution), pre_command=pre_command
+    )
 
 
 _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./@+=-"
@@ -267,6 +263,17 @@ def _container_env(plan: JobPlan) -> list[str]:
     return list(dict.fromkeys((*execution.container_env, *execution.secrets, *ours)))
 
 
+def _drop_options_of_others() -> None:
+    """Remove options in the environment: they would change the job, and be handed on to it.
+
+    A job around this process has its own, such as the one core that its step is bound to; only what
+    says which cluster is asked stays.
+    """
+    for name in [name for name in os.environ if name.startswith(_OPTIONS)]:
+        if name not in _CLUSTER:
+            del os.environ[name]
+
+
 def _write(shipped: SlurmFiles, directory: Path) -> None:
     directory.mkdir()
     (directory / script.LAUNCH).write_text(shipped.launch, encoding="utf-8")
@@ -276,10 +283,7 @@ def _write(shipped: SlurmFiles, directory: Path) -> None:
 
 
 def _prepare(host: Host, plan: JobPlan) -> None:
-    """Make the directories of a job; refuse early what cannot be reached.
-
-    It is ssh's own check of the host's key, which nemo-run's client lacks.
-    """
+    """Make the directories of a job; refuse early what cannot be reached."""
     if host.is_local:
         host.run(["sbatch", "--version"])
     else:

@@ -10,7 +10,8 @@ from nemotron.launch.base import Console
 from nemotron.launch.host import Host
 from nemotron.plan import JobPlan
 
-_IMPORT_SECONDS = 4 * 3600
+_IMPORT_TIME = "01:00:00"
+_IMPORT_SECONDS = 4 * 3600  # with the wait for a node
 
 
 def import_image(plan: JobPlan, host: Host, console: Console) -> None:
@@ -60,9 +61,12 @@ def _srun(plan: JobPlan) -> list[str]:
     options = {
         "account": execution.account,
         "partition": partition,
-        "time": execution.build_time or execution.time,
+        "time": execution.build_time or _IMPORT_TIME,
         "gpus-per-node": gpus if execution.build_include_gpus else None,
     }
+    if execution.build_partition is None:  # whose nodes may have none of these
+        names = ("qos", "reservation", "constraint")
+        options |= {name: getattr(execution, name) for name in names}
     given = [f"--{name}={value}" for name, value in options.items() if value]
     return ["srun", "--nodes=1", "--ntasks=1", "--job-name=nemotron-squash", "--quiet", *given]
 

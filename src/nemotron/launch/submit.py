@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from types import ModuleType
 
@@ -10,15 +9,14 @@ from nemotron import jobs, preflight
 from nemotron.errors import ExitCode, raise_all
 from nemotron.jobs import Job
 from nemotron.launch import lepton, script, slurm
-from nemotron.launch.base import Console, Submission
-from nemotron.launch.follow import handle_of
+from nemotron.launch.base import Console, Submission, create_job
+from nemotron.launch.coming_back import handle_of
 from nemotron.launch.lepton import LeptonFiles
 from nemotron.launch.remote import OnInterrupt, follow, leave
-from nemotron.launch.secrets import refuse_secrets
+from nemotron.launch.secrets import refuse_secrets_in_plan
 from nemotron.launch.signals import Interrupts
 from nemotron.launch.slurm import SlurmFiles
 from nemotron.plan import JobPlan
-from nemotron.redaction import secret_values
 
 
 def preview(plan: JobPlan) -> dict[str, str]:
@@ -34,24 +32,14 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
     Raises:
         NemotronError: A check failed, or the scheduler did not take the job.
     """
-    refuse_secrets(plan)  # first: what checks find is told with the values
+    refuse_secrets_in_plan(plan)  # first: what checks find is told with the values
     raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
     backend = _backend(plan)
     backend.require_inputs(plan)
     directory = jobs.new_directory(plan.step.id)
     shipped = backend.files(plan, directory.name)
-    job = jobs.create(
-        directory,
-        step=plan.step.id,
-        profile=plan.profile.name if plan.profile else None,
-        argv=console.argv,
-        command=plan.command("."),
-        values=plan.values,
-        config_text=plan.config_text,
-        executor=plan.executor,
-        code=shipped.archive.sha256 if shipped.archive else None,
-        known_secrets=secret_values(os.environ, plan.execution.secrets),
-    )
+    code = shipped.archive.sha256 if shipped.archive else None
+    job = create_job(directory, plan, console, command=plan.command("."), code=code)
     jobs.write_private(directory / script.LAUNCH, shipped.launch)
     received = _place(job, plan, backend, shipped, console)
     # What Ctrl-C means is asked while the job is followed; other signals mean the launcher alone.

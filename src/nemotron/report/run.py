@@ -88,7 +88,7 @@ def read_run(target: str, root: Path | None = None) -> TrainingRun:
     if Path(target).is_dir():
         raise _no_metrics(f"{target} holds no {METRICS_FILE}")
     record = jobs.find(target, root).record
-    for directory in _outputs(record):
+    for directory in _outputs(record, _output_keys()):
         if (directory / METRICS_FILE).is_file():
             return _read(record.id, directory, root)
     raise _no_metrics(f"job {record.id} ({record.step}) left no {METRICS_FILE}")
@@ -205,18 +205,23 @@ def _end_of(record: JobRecord) -> Happening:
 
 def _jobs_of(directory: Path, root: Path | None) -> list[JobRecord]:
     """Return the records of the jobs that wrote to a directory, in the order of their ends."""
-    records = [job.record for job in jobs.list_jobs(root)]
-    return sorted((each for each in records if directory in _outputs(each)), key=_ended)
+    records, keys = [job.record for job in jobs.list_jobs(root)], _output_keys()
+    return sorted((each for each in records if directory in _outputs(each, keys)), key=_ended)
 
 
-def _outputs(record: JobRecord) -> list[Path]:
+def _output_keys() -> dict[str, list[str]]:
+    """Return the keys that name what a step writes, by step."""
+    return {
+        step.id: [key for artifact in step.manifest.produces for key in artifact.keys]
+        for step in catalog.find_steps()
+    }
+
+
+def _outputs(record: JobRecord, output_keys: Mapping[str, list[str]]) -> list[Path]:
     """Return the directories that a job's step says it writes, as the job's config names them."""
-    try:
-        produced = catalog.resolve(record.step).manifest.produces
-    except NemotronError:  # a step that this installation does not have
-        return []
     values = dict(_leaves(record.config))
-    paths = [values.get(key) for artifact in produced for key in artifact.keys]
+    # A step may be one that this installation does not have.
+    paths = [values.get(key) for key in output_keys.get(record.step, ())]
     return [(Path(record.directory) / path).resolve() for path in paths if isinstance(path, str)]
 
 

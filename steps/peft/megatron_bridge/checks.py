@@ -268,7 +268,7 @@ def _check_resume(config: Config) -> list[NemotronError]:
     packs, base = packed_root(config.packed_data), config.checkpoint.pretrained_checkpoint
     if packs is None or base is None:
         return []
-    output, load = Path(config.checkpoint.save), config.checkpoint.other_run
+    output, load = config.checkpoint.save, config.checkpoint.other_run
     try:
         start = choose_start(
             output,

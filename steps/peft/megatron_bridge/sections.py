@@ -252,8 +252,8 @@ class SchedulerConfig(Schema):
 class CheckpointConfig(Schema):
     """Where the base is and where adapters go."""
 
-    save: str = Field(
-        default="./output/peft/megatron_bridge/default",
+    save: Path = Field(
+        default=Path("./output/peft/megatron_bridge/default"),
         description="directory of the adapters and of metrics.jsonl",
     )
     pretrained_checkpoint: str | None = None
@@ -312,7 +312,7 @@ class CheckpointConfig(Schema):
 
         Upstream's ``load`` equal to ``save`` asks for what happens by itself.
         """
-        if self.load is None or Path(self.load).resolve() == Path(self.save).resolve():
+        if self.load is None or Path(self.load).resolve() == self.save.resolve():
             return None
         return Path(self.load)
 

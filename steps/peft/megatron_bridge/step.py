@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from nemotron.artifacts import Producer
 from nemotron.steps._entry import reporting, run_step
 from nemotron.steps._training.checkpoint import hold_output
@@ -22,7 +20,7 @@ from nemotron.steps.peft.megatron_bridge.train import named_errors, train_adapte
 def run(config: Config, produced_by: Producer) -> None:
     """Check the inputs, open the process groups and train."""
     packed_root, base_path = existing_inputs(config)
-    output = Path(config.checkpoint.save)
+    output = config.checkpoint.save
     with (
         open_layout(
             tensor_model_parallel_size=config.tensor_model_parallel_size,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,7 @@ import pytest
 from nemotron.artifacts import (
     MANIFEST,
     Producer,
+    hold,
     publish,
     refuse_overlap,
     write_artifact,
@@ -223,3 +226,22 @@ def test_write_text_leaves_no_partial_file(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "two")
     assert (tmp_path / "a.txt").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_system_without_locks_is_written_to_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    make(tmp_path / "out")
+    assert (tmp_path / "out" / "a.txt").is_file()
+    assert "out.lock cannot be locked; no other run may write there" in capsys.readouterr().err
+
+
+def test_the_working_directory_can_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with hold(Path()):
+        assert (tmp_path / ".out.lock").is_file()

@@ -92,7 +92,7 @@ def test_a_defect_of_ours_is_one_error_too(
     def fail(name: str) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("nemotron.catalog.resolve", fail)
+    monkeypatch.setattr("nemotron.catalog.find_step", fail)
     assert main(["steps", "show", "x"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error[unexpected]: RuntimeError: boom")
@@ -143,6 +143,7 @@ def test_commands_and_options_are_the_documented_ones() -> None:
     assert options(typer.main.get_command(app)) == {
         "nemotron": {"--version"},
         "nemotron adapter": set(),
+        "nemotron doctor": both,
         "nemotron adapter verify": both | {"--base"},
         "nemotron adapter diff": both | {"--base"},
         "nemotron adapter export": both | {"--base", "--to"},
@@ -153,7 +154,7 @@ def test_commands_and_options_are_the_documented_ones() -> None:
         "nemotron jobs": set(),
         "nemotron jobs list": both,
         "nemotron jobs status": both,
-        "nemotron jobs logs": {"-f", "--follow", "--on-interrupt", "--debug"},
+        "nemotron jobs logs": {"--tail", "-f", "--follow", "--on-interrupt", "--debug"},
         "nemotron jobs cancel": both,
         "nemotron jobs wait": both,
         "nemotron jobs report": both | {"--against", "-o", "--output"},

@@ -21,7 +21,7 @@ def test_list_status_and_logs_of_two_jobs(demo: Path, capsys: Captured) -> None:
     capsys.readouterr()
     assert main(["jobs", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["JOB", "STATUS", "EXIT", "STARTED"]
+    assert lines[0].split() == ["JOB", "STATUS", "EXIT", "STARTED", "PROFILE", "PLACED"]
     assert sorted(line.split()[1:3] for line in lines[1:]) == [["failed", "4"], ["succeeded", "0"]]
     assert main(["jobs", "list", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
@@ -32,11 +32,29 @@ def test_list_status_and_logs_of_two_jobs(demo: Path, capsys: Captured) -> None:
     assert "[too_odd] that is odd" in text
     assert main(["jobs", "logs", failed]) == 0
     assert capsys.readouterr().out.startswith("making\n")
+    assert main(["jobs", "logs", failed, "--tail", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
     (demo / ".nemotron" / "jobs" / failed / "job.json").write_text("{")
     assert main(["jobs", "list"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [line for line in lines if failed not in line]
     assert f"note: {failed}: " in err
+
+
+def test_status_shows_what_was_known_where_the_scheduler_does_not_answer(
+    demo: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["steps", "run", "demo/make"])
+    (path,) = (Path(".nemotron") / "jobs").glob("*/job.json")
+    placement = {"executor": "slurm", "id": "2", "name": "make", "directory": "/nowhere"}
+    changes = {"status": "running", "exit_code": None, "placement": placement}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    monkeypatch.setenv("PATH", "/nowhere")
+    capsys.readouterr()
+    assert main(["jobs", "status", "2"]) == 0  # which every id has in it
+    out, err = capsys.readouterr()
+    assert "status     running" in out
+    assert "note: as it was known last; there is no scontrol on this host" in err
 
 
 def test_report_writes_a_page_and_with_json_prints_the_figures(

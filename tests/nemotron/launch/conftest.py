@@ -19,8 +19,7 @@ import pytest
 
 import nemotron as nemotron_package
 from nemotron.cli.app import main
-from nemotron.launch import cluster as slurm_commands
-from nemotron.launch import lepton_jobs, remote
+from nemotron.launch import lepton_jobs, remote, slurm_jobs
 
 RIG = Path(__file__).parent / "rig"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
@@ -40,8 +39,9 @@ startup_commands = ["{PYTHON}"]
 @pytest.fixture(autouse=True)
 def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask schedulers on this machine as often as they can bear it."""
-    monkeypatch.setattr(slurm_commands, "POLL_SECONDS", 0.1)
-    monkeypatch.setattr(slurm_commands, "POLL_SECONDS_OVER_SSH", 0.2)
+    monkeypatch.setattr(slurm_jobs, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(slurm_jobs, "POLL_SECONDS_OVER_SSH", 0.2)
+    monkeypatch.setattr(slurm_jobs, "MOST_SECONDS", 0.0)
     monkeypatch.setattr(lepton_jobs, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(remote, "_SETTLE_SECONDS", 0.05)
 
@@ -216,8 +216,8 @@ def _wait_until_it_listens(port: int, server: subprocess.Popen[bytes]) -> None:
 def login_node(slurm_rig: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoginNode]:
     """Start a login node of the cluster."""
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
-    if sshd is None or shutil.which("rsync") is None or shutil.which("ssh") is None:
-        pytest.skip("a login node of our own needs sshd, ssh and rsync (see .ci/run)")
+    if sshd is None or shutil.which("ssh") is None:
+        pytest.skip("a login node of our own needs sshd and ssh (see .ci/run)")
     with open_login_node(tmp_path_factory.mktemp("sshd"), slurm_rig, sshd) as node:
         yield node
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemotron import jobs, launch
-from nemotron.catalog import resolve
+from nemotron.catalog import find_step
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.jobs import Job, JobRecord
 from nemotron.launch import Console, Submission
@@ -32,7 +32,7 @@ class Terminal:
 
 
 def plan(step: str, *overrides: str, config: str = "default", **options: object) -> JobPlan:
-    return build(resolve(step), config=config, overrides=overrides, **options)  # type: ignore[arg-type]
+    return build(find_step(step), config=config, overrides=overrides, **options)  # type: ignore[arg-type]
 
 
 def run(job: JobPlan) -> tuple[Submission, JobRecord, Terminal]:
@@ -262,7 +262,7 @@ def test_no_secret_is_in_any_file_that_a_run_leaves(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
     (demo / "env.toml").write_text('[p]\nsecrets = ["HF_TOKEN"]\n')
-    run(build(resolve("demo/make"), profile=load_profile("p"), passthrough=["--extra"]))
+    run(build(find_step("demo/make"), profile=load_profile("p"), passthrough=["--extra"]))
     files = [path for path in (demo / ".nemotron").rglob("*") if path.is_file()]
     assert {"job.json", "train.yaml", "log.txt"} <= {path.name for path in files}
     assert not [path for path in files if "hunter2hunter2" in path.read_text()]

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nemotron.catalog import resolve
+from nemotron.catalog import find_step
 from nemotron.errors import NemotronError
 from nemotron.executors import LeptonExecution, SlurmExecution
 from nemotron.launch import lepton, script, slurm
@@ -52,7 +52,7 @@ def plan_of(executor: str, demo: Path) -> JobPlan:
     (demo / "env.toml").write_text(
         f'[p]\nexecutor = "{executor}"\ncontainer_image = "x"\nstartup_commands = ["true"]\n'
     )
-    return build(resolve("demo/make"), profile=load_profile("p"))
+    return build(find_step("demo/make"), profile=load_profile("p"))
 
 
 @pytest.mark.parametrize("executor", ["slurm", "lepton"])
@@ -390,6 +390,17 @@ def run_launch(
     )
 
 
+def test_a_job_that_fails_without_a_word_is_asked_for_its_packages(
+    demo: Path, tmp_path: Path
+) -> None:
+    python = 'if [ "$2" = nemotron.packages ]; then echo asked; exit 3; fi'
+    assert run_launch(demo, tmp_path, f"{python}; exit 1").returncode == 3
+    assert run_launch(demo, tmp_path, f"{python}; exit 0").stdout == ""
+    assert run_launch(demo, tmp_path, f"{python}; exit 4").returncode == 4
+    said = run_launch(demo, tmp_path, f'{python}; echo {{}} > "$NEMOTRON_ERROR_FILE"; exit 1')
+    assert (said.returncode, said.stdout) == (1, "")
+
+
 def test_the_archive_is_the_same_bytes_every_time_and_has_the_steps(tmp_path: Path) -> None:
     first, second = pack_code(), pack_code()
     assert first == second
@@ -419,8 +430,17 @@ def test_an_extra_that_lepton_has_no_field_for_is_refused_before_a_job_is_made(d
 def test_a_key_of_lepton_that_does_nothing_is_said_to(demo: Path) -> None:
     plan_of("lepton", demo)
     words = ["run.env.nprocs_per_node=8"]
-    plan = build(resolve("demo/make"), overrides=words, profile=load_profile("p"))
+    plan = build(find_step("demo/make"), overrides=words, profile=load_profile("p"))
     assert any("nprocs_per_node of the profile has no effect" in note for note in plan.notes)
+    words = ["run.env.queue_priority=high-7000"]
+    plan = build(find_step("demo/make"), overrides=words, profile=load_profile("p"))
+    assert any("queue_priority has no effect without" in note for note in plan.notes)
+    plan = build(
+        find_step("demo/make"),
+        overrides=[*words, "run.env.can_preempt=true"],
+        profile=load_profile("p"),
+    )
+    assert not plan.notes
 
 
 def test_what_is_no_file_is_left_out_of_the_archive(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from nemotron.catalog import resolve
+from nemotron.catalog import find_step
 from nemotron.errors import NemotronError
-from nemotron.launch import refuse_secrets
+from nemotron.launch import refuse_secrets_in_plan
 from nemotron.plan import build
 from nemotron.profile import load_profile
 
@@ -143,9 +143,9 @@ def test_a_secret_in_whatever_a_profile_says_is_refused(
     (demo / "env.toml").write_text(
         f'[p]\nexecutor = "{executor}"\nsecrets = ["FAVOURITE_DISH"]\n{line}\n'
     )
-    plan = build(resolve("demo/make"), profile=load_profile("p"))
+    plan = build(find_step("demo/make"), profile=load_profile("p"))
     with pytest.raises(NemotronError) as caught:
-        refuse_secrets(plan)
+        refuse_secrets_in_plan(plan)
     assert (caught.value.code, caught.value.where) == ("secret_in_job", where)
     assert "FAVOURITE_DISH" in caught.value.problem
     assert "hunter2" not in str(caught.value)
@@ -159,4 +159,4 @@ def test_names_of_secrets_and_defaults_of_a_profile_are_not_refused(
     pull = 'image_pull_secrets = ["registry"]\nsecret_vars = { A = "registry" }'
     for said in (f'executor = "lepton"\n{pull}', 'executor = "slurm"'):
         (demo / "env.toml").write_text(f"[p]\n{said}\n")
-        refuse_secrets(build(resolve("demo/make"), profile=load_profile("p")))
+        refuse_secrets_in_plan(build(find_step("demo/make"), profile=load_profile("p")))

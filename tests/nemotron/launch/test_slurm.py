@@ -44,6 +44,18 @@ def test_an_attached_job_streams_its_log_and_leaves_a_private_record(
     assert modes == {0o600}
 
 
+def test_a_submission_from_inside_of_another_job_is_the_same(
+    slurm: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "1")
+    monkeypatch.setenv("SLURM_CPU_BIND", "map_cpu:0")
+    job_id = nemotron("steps", "run", "demo/make", "-b", "rig").out.strip()
+    assert nemotron("jobs", "wait", job_id).code == 0
+    command = ["scontrol", "-o", "show", "job", record(job_id)["placement"]["id"]]
+    facts = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "TimeLimit=00:30:00 " in facts
+
+
 def test_a_failing_job_gives_its_own_exit_code_and_error(slurm: Path, nemotron: Nemotron) -> None:
     done = nemotron("steps", "run", "demo/make", "-r", "rig", "behaviour=refuse")
     assert done.code == 4

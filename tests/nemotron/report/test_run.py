@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemotron import catalog
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.jobs import Job
 from nemotron.report import read_run, report_data
@@ -65,6 +66,18 @@ def test_a_run_is_found_by_its_job_and_by_its_directory(
     assert (by_job.name, by_directory.name) == (record.id, "out")
     assert by_job.directory == by_directory.directory == directory
     assert by_job.status == by_directory.status == "succeeded"
+
+
+def test_the_steps_are_read_no_more_often_where_there_are_many_jobs(
+    write_metrics: WriteMetrics, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_metrics("out")
+    for _ in range(5):
+        job("out", ended=9.0, code=0)
+    find_steps, calls = catalog.find_steps, []
+    monkeypatch.setattr(catalog, "find_steps", lambda: calls.append(1) or find_steps())
+    assert read_run("out").status == "succeeded"
+    assert len(calls) == 1
 
 
 def test_what_happened_is_told_in_order_from_metrics_and_jobs(

@@ -66,6 +66,13 @@ def test_an_empty_directory_needs_no_room(tmp_path: Path) -> None:
     assert start_directory(tmp_path / "out", load=None) is None
 
 
+def test_the_working_directory_makes_room_under_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(a_run(tmp_path / "out", 1))
+    assert room_for(Path(), load=None) == tmp_path / "out.previous"
+
+
 def test_a_save_that_cannot_be_read_counts_as_damaged(tmp_path: Path) -> None:
     # As on a disk with bad sectors: the error of the old save is not one of the new.
     output = a_run(tmp_path / "out", 1, 2)

@@ -42,6 +42,7 @@ class RigJob:
     body: dict[str, Any]
     root: Path
     is_stopped: bool = False
+    is_deleted: bool = False
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -51,6 +52,8 @@ class RigJob:
     @property
     def state(self) -> str:
         codes = [process.poll() for process in self.processes]
+        if self.is_deleted:
+            return "Archived"
         if any(code is None for code in codes):
             return "Running"
         if self.is_stopped:
@@ -88,8 +91,9 @@ class RigJob:
     def view(self) -> dict[str, Any]:
         active = len(self.processes) if self.state == "Running" else 0
         failed = 1 if self.state == "Failed" else 0
+        succeeded = sum(process.poll() == 0 for process in self.processes)
         status = {"state": self.state, "active": active, "ready": active, "failed": failed}
-        return self.body | {"status": status}
+        return self.body | {"status": status | {"succeeded": succeeded}}
 
     def _environment(self, node: Path, index: int, port: int) -> dict[str, str]:
         pairs = []
@@ -139,6 +143,8 @@ class Workspace:
         if parts[0] == "dedicated-node-groups":
             name = "group" if len(parts) == 1 else "node-0"
             return 200, [{"metadata": {"id": f"{name}-id", "name": name}, "spec": {}, "status": {}}]
+        if request == "GET /usersecrets":
+            return 200, [{"name": "HF_TOKEN"}]
         if request == "POST /jobs":
             return self._create(body)
         job = self.jobs.get(parts[1]) if parts[0] == "jobs" and len(parts) > 1 else None
@@ -147,8 +153,9 @@ class Workspace:
         return self._answer_job(job, method, parts[2:], body)
 
     def _answer_job(self, job: RigJob, method: str, rest: list[str], body: Any) -> tuple[int, Any]:
-        if method == "DELETE":
-            del self.jobs[job.id]
+        if method == "DELETE":  # into the archive, from which it still answers
+            job.stop(signal.SIGKILL)
+            job.is_deleted = True
         if method == "PATCH" and body["spec"].get("stopped"):
             job.stop()
         if rest == ["replicas"]:

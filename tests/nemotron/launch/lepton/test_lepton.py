@@ -235,7 +235,31 @@ def test_a_job_that_the_workspace_has_forgotten_is_lost(workspace: Any, nemotron
     path.write_text(json.dumps(text))
     workspace.jobs.clear()
     assert nemotron("jobs", "wait", job_id).code == 8
-    assert nemotron("jobs", "status", job_id, "--json").data["error"]["code"] == "job_gone"
+    said = nemotron("jobs", "status", job_id, "--json").data
+    assert (said["status"], said["exit_code"], said["error"]["code"]) == ("lost", 8, "job_gone")
+
+
+def test_a_job_that_was_deleted_has_not_succeeded(
+    workspace: Any, nemotron: Nemotron, until: Callable[..., Any]
+) -> None:
+    job_id = nemotron(*RUN, "-b", "lepton", "behaviour=sleep").out.strip()
+    until(lambda: "making" in next(workspace.root.glob("n-*.log")).read_text())
+    lepton_jobs.open_client().job.delete(record(job_id)["placement"]["id"])
+    assert nemotron("jobs", "wait", job_id).code == 130
+    assert (record(job_id)["status"], record(job_id)["error"]["code"]) == (
+        "cancelled",
+        "job_deleted",
+    )
+
+
+def test_a_job_that_was_deleted_after_its_end_ended_as_it_did(
+    workspace: Any, nemotron: Nemotron, until: Callable[..., Any]
+) -> None:
+    job_id = nemotron(*RUN, "-b", "lepton").out.strip()
+    name = record(job_id)["placement"]["id"]
+    until(lambda: workspace.jobs[name].state == "Completed")
+    lepton_jobs.open_client().job.delete(name)
+    assert nemotron("jobs", "wait", job_id).code == 0
 
 
 def test_a_name_is_one_that_lepton_takes() -> None:
@@ -257,6 +281,16 @@ def test_what_does_not_fit_into_a_job_is_refused_before_anything_is_sent(
     assert done.code == 3
     assert "error[config_too_large]" in done.err
     assert not workspace.jobs
+
+
+def test_check_asks_the_workspace_for_the_secrets(workspace: Any, nemotron: Nemotron) -> None:
+    with Path("env.toml").open("a") as file:
+        file.write('[p]\nextends = "lepton"\nsecrets = ["HF_TOKEN"]\n')
+        file.write('secret_vars = { WANDB_API_KEY = "my-key" }\n')
+    wrong = nemotron("profiles", "check", "p")
+    assert wrong.code == 3
+    assert "ok       the workspace has the secret HF_TOKEN\n" in wrong.out
+    assert "FAILED   the workspace has no secret my-key\n" in wrong.out
 
 
 def test_check_asks_the_workspace_for_the_node_group(workspace: Any, nemotron: Nemotron) -> None:

@@ -13,9 +13,9 @@ from nemotron import jobs
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.jobs import Job, JobRecord
 from nemotron.launch.base import Console
-from nemotron.launch.cluster import SlurmHandle
 from nemotron.launch.lepton_jobs import LeptonHandle
 from nemotron.launch.remote import FINAL, MOST_FAILED_POLLS, Handle, OnInterrupt, follow, note
+from nemotron.launch.slurm_jobs import SlurmHandle
 from nemotron.processes import runs
 
 _POLL_SECONDS = 0.2
@@ -64,10 +64,15 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
     Raises:
         NemotronError: ``job_lost``: nothing will ever say how it ended.
     """
-    num_failed = 0
+    num_failed, handle = 0, None
     while True:
         try:
-            job, num_failed = refresh(job), 0
+            if job.record.placement is None or job.record.status in jobs.ENDED:
+                job = jobs.read_job(job.path)
+            else:
+                handle = handle or handle_of(job)
+                note(job, handle.state())
+            num_failed = 0
         except NemotronError as error:  # as where it is followed
             num_failed += 1
             if num_failed >= MOST_FAILED_POLLS or error.code in FINAL:
@@ -76,7 +81,7 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
         _refuse_lost(record)
         if record.exit_code is not None:
             return record.exit_code
-        pause(_POLL_SECONDS if record.placement is None else handle_of(job).poll_seconds)
+        pause(handle.poll_seconds if handle else _POLL_SECONDS)
 
 
 def cancel(job: Job, pause: Callable[[float], None] = time.sleep) -> Job:

@@ -1,4 +1,4 @@
-"""nemotron.launch.follow: coming back to jobs."""
+"""nemotron.launch.coming_back: coming back to jobs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from nemotron import jobs
 from nemotron.errors import NemotronError
 from nemotron.jobs import Job, Placement
-from nemotron.launch import follow
+from nemotron.launch import coming_back
 from nemotron.launch.remote import State
 
 
@@ -68,5 +68,5 @@ def test_a_wait_outlasts_a_scheduler_that_does_not_answer_for_a_moment(
     job = left_running(1)
     job.update(placement=Placement(executor="slurm", id="1", name="make", directory="/nowhere"))
     stumbling = Stumbling()
-    monkeypatch.setattr(follow, "handle_of", lambda _: stumbling)
-    assert follow.wait(job) == 4
+    monkeypatch.setattr(coming_back, "handle_of", lambda _: stumbling)
+    assert coming_back.wait(job) == 4

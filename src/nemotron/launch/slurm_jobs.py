@@ -39,8 +39,9 @@ _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
 _READ_EXITS = 'cd -- "$1" 2>/dev/null && grep -s "" exit.* /dev/null'
 # How often a job is asked for before it is lost: a file can show up late on another machine.
 _TIMES_LOST = 3
-# How often the scheduler is asked.
+# How often files are read, and how often at first Slurm is asked.
 POLL_SECONDS, POLL_SECONDS_OVER_SSH = 0.5, 3.0
+MOST_SECONDS = 10.0  # between two questions: a job takes days, and Slurm has other users
 
 
 @dataclass
@@ -52,6 +53,10 @@ class SlurmHandle:
     _offsets: dict[str, int] = field(init=False, default_factory=dict)
     _restarts: int = field(init=False, default=0)
     _marks_seen: int = field(init=False, default=0)
+    _first_log: int = field(init=False, default=0)
+    _known: State | None = field(init=False, default=None)
+    _pause: float = field(init=False, default=0.0)
+    _ask_at: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         place = self.placement
@@ -59,17 +64,22 @@ class SlurmHandle:
         self.poll_seconds = POLL_SECONDS if self._host.is_local else POLL_SECONDS_OVER_SSH
 
     def state(self) -> State:
-        """Return where the job stands.
+        """Return where the job stands: as Slurm said a moment ago, until the job has left its end.
 
         Raises:
             NemotronError: The scheduler does not answer.
         """
+        if self._known is not None and time.monotonic() < self._ask_at and not self._has_left_end():
+            return self._known
         state = self._asked()
         for _ in range(_TIMES_LOST - 1):
             if state.status != "lost":
                 break
             time.sleep(self.poll_seconds)
             state = self._asked()
+        self._known = None if state.status == "unknown" else state
+        self._pause = min(2 * (self._pause or self.poll_seconds), MOST_SECONDS)
+        self._ask_at = time.monotonic() + self._pause
         return state
 
     def new_output(self, *, is_last: bool = False) -> bytes:
@@ -81,14 +91,20 @@ class SlurmHandle:
         place = self.placement
         logs = [
             self._read(f"{place.directory}/log-{place.name}_{place.id}_{restart}.out")
-            for restart in range(self._restarts + 1)
+            for restart in range(self._first_log, self._restarts + 1)
         ]
+        self._first_log = self._restarts
         return b"".join([self._batch_output(is_last), *logs])
 
     def cancel(self) -> None:
         """Ask Slurm to end the job; one that has ended stays as it is."""
         if self._from_scontrol() != {}:
             self._host.require(["scancel", self.placement.id])
+        self._known, self._pause = None, 0.0
+
+    def _has_left_end(self) -> bool:
+        path = f"{self.placement.directory}/code/exit.{self._restarts}"
+        return bool(self._host.read_from(path, 0))
 
     def _read(self, path: str) -> bytes:
         start = self._offsets.get(path, 0)

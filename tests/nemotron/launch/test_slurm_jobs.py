@@ -1,8 +1,9 @@
-"""nemotron.launch.cluster: what Slurm's commands say, from stand-ins on PATH that say it."""
+"""nemotron.launch.slurm_jobs: what Slurm's commands say, from stand-ins on PATH that say it."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 
 from nemotron.errors import NemotronError
 from nemotron.jobs import Placement
-from nemotron.launch.cluster import SlurmHandle
+from nemotron.launch import slurm_jobs
 from nemotron.launch.host import Host
 from nemotron.launch.script import BATCH_MARK
+from nemotron.launch.slurm_jobs import SlurmHandle
 
 FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
@@ -78,6 +80,52 @@ def test_every_state_of_slurm_has_a_status_and_an_exit_code(
     if exit_code not in (None, 0, 75):
         assert found.error is not None
         assert found.error["exit_code"] == exit_code
+
+
+def test_slurm_is_asked_ever_more_rarely_and_at_once_when_the_job_has_left_its_end(
+    commands: Path, handle: SlurmHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_jobs, "MOST_SECONDS", 60.0)
+    handle.poll_seconds = 0.02
+    says(commands, "scontrol", f"echo asked >> asked; {shown('RUNNING')}")
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        assert handle.state().status == "running"
+    # After 0, 0.04, 0.12, 0.28, 0.6 and, on a slow machine fewer times, 1.24 seconds.
+    assert 1 < Path("asked").read_text().count("asked") < 7
+    (Path(handle.placement.directory) / "code" / "exit.0").write_text("0\n")
+    says(commands, "scontrol", shown("COMPLETED"))
+    assert handle.state().status == "succeeded"
+
+
+def test_slurm_is_asked_again_soon_when_it_did_not_answer_or_was_told_to_cancel(
+    commands: Path, handle: SlurmHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_jobs, "MOST_SECONDS", 60.0)
+    says(commands, "scontrol", "exit 1")
+    assert handle.state().status == "unknown"
+    says(commands, "scontrol", shown("PENDING"))
+    assert handle.state().status == "queued"
+    says(commands, "scancel", "true")
+    handle.cancel()
+    says(commands, "scontrol", shown("CANCELLED"))
+    assert handle.state().status == "cancelled"
+
+
+def test_the_log_of_a_start_that_is_over_is_read_to_its_end_and_left(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    logs = [
+        Path(handle.placement.directory) / f"log-nemotron-x_7_{restart}.out" for restart in (0, 1)
+    ]
+    says(commands, "scontrol", shown("RUNNING", restarts=1))
+    handle.state()
+    for log in logs:
+        log.write_text(f"{log.name}\n")
+    assert handle.new_output().decode() == "".join(f"{log.name}\n" for log in logs)
+    for log in logs:
+        log.write_text(f"{log.name}\nmore\n")
+    assert handle.new_output() == b"more\n"
 
 
 def test_accounting_answers_where_scontrol_has_forgotten(

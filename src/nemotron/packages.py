@@ -1,0 +1,57 @@
+"""Names the packages that a job lacks; ``launch.sh`` runs it where a job failed without a word.
+
+Imports only what is certainly there: whatever else it needed could be what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+from nemotron.errors import ExitCode, NemotronError
+
+# What the steps import on their way in, and what provides it.
+JOB_PACKAGES = {
+    "blake3": "blake3",
+    "jinja2": "jinja2",
+    "numpy": "numpy",
+    "omegaconf": "omegaconf",
+    "pyarrow": "pyarrow",
+    "pydantic": "pydantic",
+    "safetensors": "safetensors",
+    "tokenizers": "tokenizers",
+    "torch": "torch",
+    "yaml": "pyyaml",
+}
+
+
+def main() -> int:
+    """Print and leave an error if packages are missing; return its exit code, 0 if none is."""
+    missing = [
+        package
+        for module, package in JOB_PACKAGES.items()
+        if importlib.util.find_spec(module) is None
+    ]
+    if not missing:
+        return int(ExitCode.OK)
+    error = NemotronError(
+        "package_missing",
+        f"Python {platform.python_version()} of the job has no {', '.join(missing)}",
+        where=sys.executable,
+        why="only nemotron itself is shipped; what it is built on comes from the image",
+        fix="choose another container_image, or add to startup_commands of the profile: "
+        f"python -m pip install {' '.join(missing)}",
+        exit_code=ExitCode.PREFLIGHT,
+    )
+    print(error, file=sys.stderr)
+    if path := os.environ.get("NEMOTRON_ERROR_FILE"):
+        Path(path).write_text(json.dumps(error.to_dict()), encoding="utf-8")
+    return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
