@@ -20,7 +20,8 @@ from nemotron.steps._training.host_memory import keep_freed_memory
 # How many GPUs a node of this job was to have; launch.sh says it.
 GPUS_PER_NODE = "NEMOTRON_GPUS_PER_NODE"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_ON_THE_CPU = f"export {_VISIBLE}= to compute on the CPU"
+_NONE = ("", "-1")  # of its values, those by which users mean that a GPU is not to be used
+_ON_THE_CPU = f"set {_VISIBLE}=-1 to compute on the CPU"
 
 
 def own_device() -> torch.device:
@@ -81,7 +82,7 @@ def describe(device: torch.device) -> str:
 
 def _refuse_a_missing_gpu() -> None:
     asked = int(os.environ.get(GPUS_PER_NODE, "0"))
-    if not asked or os.environ.get(_VISIBLE) == "":
+    if not asked or os.environ.get(_VISIBLE) in _NONE:
         return
     raise NemotronError(
         "no_gpu",

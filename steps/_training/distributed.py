@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 from nemotron.errors import NemotronError
 from nemotron.steps._tensor_parallel.collectives import (
@@ -109,8 +110,15 @@ def open_layout(
         yield Layout(alone, alone, alone, alone, alone, device)
         return
     timeout = timedelta(minutes=timeout_minutes)
-    refuse_mixed_devices(connect("device", os.environ, timeout), int(os.environ["RANK"]), device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    store, rank, _ = next(rendezvous("env://", timeout=timeout))
+    refuse_mixed_devices(PrefixStore("device", store), rank, device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("ranks", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     try:
         layout = make_layout(tensor_model_parallel_size, stage_size, device, timeout)
         # NCCL's groups wait for nobody: a rank that is minutes late in starting would be taken for
@@ -123,21 +131,6 @@ def open_layout(
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
-
-
-def connect(prefix: str, environment: Mapping[str, str], timeout: timedelta) -> PrefixStore:
-    """Return a connection of one's own to the rendezvous store that torchrun keeps for the job.
-
-    Args:
-        prefix: Of all keys, so that uses of the store do not meet.
-        environment: Of a rank.
-        timeout: How long a key is waited for.
-
-    Raises:
-        RuntimeError: There is no store any more.
-    """
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    return PrefixStore(prefix, TCPStore(address, port, is_master=False, timeout=timeout))
 
 
 def leave_process(exit_code: int) -> NoReturn:

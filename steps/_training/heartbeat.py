@@ -23,12 +23,12 @@ from types import FrameType, TracebackType
 from typing import NamedTuple, Self
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._entry import origin, report
 from nemotron.steps._tensor_parallel import collectives, host_exchange
-from nemotron.steps._training.distributed import Layout, connect
+from nemotron.steps._training.distributed import Layout
 
 _LEFT = "left"
 _TORCH = f"{os.sep}torch{os.sep}"
@@ -165,7 +165,13 @@ def last_words(environment: Mapping[str, str]) -> LastWords | None:
 
 
 def _connect(environment: Mapping[str, str], timeout_seconds: float) -> PrefixStore:
-    return connect("heartbeat", environment, timedelta(seconds=timeout_seconds))
+    store = TCPStore(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    return PrefixStore("heartbeat", store)
 
 
 def _parse(text: str) -> LastWords:

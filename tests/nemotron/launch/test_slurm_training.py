@@ -31,7 +31,7 @@ def test_a_run_stopped_on_two_nodes_and_queued_again_equals_one_on_this_machine(
         assert nemotron("steps", "run", step, "-c", "tiny").code == 0
     options = ("run.env.nodes=2", "run.env.requeue=true", "checkpoint.save=remote")
     # A GPU that Slurm gives and torch is not to use.
-    options += ("run.env.gpus_per_node=1", "run.env.env_vars.CUDA_VISIBLE_DEVICES=")
+    options += ("run.env.gpus_per_node=1", "run.env.env_vars.CUDA_VISIBLE_DEVICES=-1")
     job_id = nemotron(*TRAIN, "-b", "rig", *options).out.strip()
     number = nemotron("jobs", "status", job_id, "--json").data["placement"]["id"]
     until(lambda: losses(cluster / "remote"), 120)

@@ -21,8 +21,9 @@ without_gpus = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 
 
 @without_gpus
+@pytest.mark.parametrize("none", ["", "-1"])
 def test_a_job_that_asked_for_gpus_does_not_compute_on_the_cpu_unless_told_to(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, none: str
 ) -> None:
     monkeypatch.setenv(GPUS_PER_NODE, "8")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -30,7 +31,7 @@ def test_a_job_that_asked_for_gpus_does_not_compute_on_the_cpu_unless_told_to(
         own_device()
     assert caught.value.code == "no_gpu"
     assert f"sees none on {socket.gethostname()}" in caught.value.problem
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
     assert own_device() == CPU
 
 

@@ -39,10 +39,10 @@ ALL = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 @pytest.mark.parametrize(
     "lora",
     [
-        LoraTargets(ALL, LoraSpec(4, 8.0)),
-        LoraTargets(ALL, LoraSpec(4, 8.0), rank_pattern={"linear_fc1": 7}),
-        LoraTargets(["linear_proj"], LoraSpec(4, 8.0)),  # no backward through the first linear_qkv
-        LoraTargets(["*.layers.1.mlp.linear_fc1"], LoraSpec(4, 8.0)),
+        LoraTargets(ALL, LoraSpec(8, 8.0)),
+        LoraTargets(ALL, LoraSpec(8, 8.0), rank_pattern={"linear_fc1": 16}),
+        LoraTargets(["linear_proj"], LoraSpec(8, 8.0)),  # no backward through the first linear_qkv
+        LoraTargets(["*.layers.1.mlp.linear_fc1"], LoraSpec(8, 8.0)),
     ],
 )
 def test_the_flops_of_a_step_are_those_of_the_matrix_products_it_takes(lora: LoraTargets) -> None:
@@ -59,13 +59,13 @@ def test_attention_counts_the_pairs_within_documents_forward_and_twice_backward(
     # Per pair and head: a score and a share of the value, each of 4 channels, 2 operations each.
     forward = seen * 8 * (4 + 4) * 2
     for target, num_backward in (("linear_qkv", 3), ("linear_proj", 2), ("*.layers.2.mlp.*", 0)):
-        flops = lora_flops(CONFIG, LoraTargets([target], LoraSpec(4, 8.0)))
+        flops = lora_flops(CONFIG, LoraTargets([target], LoraSpec(8, 8.0)))
         total = replace(flops, per_token=0.0, per_supervised=0.0).of(CU_SEQLENS, 1)
         assert total == 3 * forward + num_backward * 2 * forward
 
 
 def test_a_micro_batch_that_trains_nothing_costs_nothing() -> None:
-    assert lora_flops(CONFIG, LoraTargets(ALL, LoraSpec(4, 8.0))).of(CU_SEQLENS, 0) == 0.0
+    assert lora_flops(CONFIG, LoraTargets(ALL, LoraSpec(8, 8.0))).of(CU_SEQLENS, 0) == 0.0
 
 
 def matrix_products(lora: LoraTargets, num_supervised: int) -> int:
