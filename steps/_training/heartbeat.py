@@ -29,6 +29,7 @@ from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._entry import origin, report
 from nemotron.steps._tensor_parallel import collectives, host_exchange
 from nemotron.steps._training.distributed import Layout
+from nemotron.steps._training.read_ahead import READER
 
 _LEFT = "left"
 _TORCH = f"{os.sep}torch{os.sep}"
@@ -38,6 +39,7 @@ _WHERE_RANKS_WAIT = (
     host_exchange.__file__,
     str(Path(dist.__file__).parent),
 )
+_TASKS = Path("/proc/self/task")
 # Of the CPU between two beats: more than the interpreter's own housekeeping takes.
 _IDLE_SECONDS = 1e-3
 _LAST_WORDS_SECONDS = 2.0
@@ -186,7 +188,7 @@ class _MainThread:
         ident = threading.main_thread().ident
         assert ident is not None  # the main thread has started
         self._ident = ident
-        self._status = Path(f"/proc/self/task/{threading.main_thread().native_id}/stat")
+        self._read_ticks: list[bytes] = []
         self._clock = time.pthread_getcpuclockid(ident)
         self._used_seconds = 0.0
 
@@ -194,17 +196,23 @@ class _MainThread:
         """Whether it has used the CPU since the last call, or waits for another rank or a disk."""
         before, self._used_seconds = self._used_seconds, time.clock_gettime(self._clock)
         waits = any(f.f_code.co_filename.startswith(_WHERE_RANKS_WAIT) for f in self._frames())
-        return waits or self._used_seconds - before > _IDLE_SECONDS or self._is_in_the_kernel()
+        others_work = self._disk_or_reader_works()  # each time: it compares with the last
+        return waits or self._used_seconds - before > _IDLE_SECONDS or others_work
 
-    def _is_in_the_kernel(self) -> bool:
-        """Whether it sleeps uninterruptibly, as in fsync; one that is stopped does not.
+    def _disk_or_reader_works(self) -> bool:
+        """Whether any thread sleeps uninterruptibly, as in fsync, or one that reads ahead computes.
 
-        Source: proc_pid_stat(5), the field after the name in parentheses.
+        Source: proc_pid_stat(5), after the name in parentheses; a process that is stopped is T.
         """
-        try:
-            return self._status.read_bytes().rpartition(b") ")[2].startswith(b"D")
-        except OSError:  # not Linux
-            return False
+        readers = {t.native_id for t in threading.enumerate() if t.name.startswith(READER)}
+        before, self._read_ticks = self._read_ticks, []
+        is_in_kernel = False
+        for task in _TASKS.glob("*"):  # none where this is not Linux
+            with contextlib.suppress(OSError):  # a thread that has just ended
+                fields = (task / "stat").read_bytes().rpartition(b") ")[2].split()
+                is_in_kernel |= fields[0] == b"D"
+                self._read_ticks += fields[11:13] if int(task.name) in readers else []
+        return is_in_kernel or self._read_ticks != before
 
     def place(self) -> str:
         """Return file and line of where it is, outside of torch and of Python's library."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
+READER = "read-ahead"  # how the names of the threads begin
 T = TypeVar("T")
 
 
@@ -32,7 +33,7 @@ class ReadAhead(Generic[T]):
         return result
 
     def _start(self, number: int) -> Future[T]:
-        thread = ThreadPoolExecutor(1, "read-ahead")
+        thread = ThreadPoolExecutor(1, READER)
         future = thread.submit(self._read, number)
         thread.shutdown(wait=False)  # it ends with this read, whatever becomes of the run
         return future

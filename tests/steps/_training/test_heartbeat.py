@@ -14,6 +14,7 @@ import pytest
 SPAWNS = """
 import ctypes, os, sys, threading, time
 from nemotron.steps._training.heartbeat import _MainThread
+from nemotron.steps._training.read_ahead import ReadAhead
 
 def watch():
     main = _MainThread()
@@ -25,7 +26,14 @@ def watch():
         os.close(os.open(sys.argv[2], os.O_WRONLY))
 
 threading.Thread(target=watch).start()
-if sys.argv[1] == "disk":
+def compute(number):
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        pass
+
+if sys.argv[1] == "reader":
+    ReadAhead(compute).take(1, has_next=False)
+elif sys.argv[1] == "disk":
     library, actions, pid = ctypes.CDLL(None), ctypes.create_string_buffer(1024), ctypes.c_int()
     library.posix_spawn_file_actions_init(actions)
     library.posix_spawn_file_actions_addopen(actions, 0, sys.argv[2].encode(), os.O_RDONLY, 0)
@@ -39,8 +47,10 @@ else:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the state of a thread is Linux's to tell")
-@pytest.mark.parametrize(("waits_for", "works"), [("disk", "True"), ("nothing", "False")])
-def test_a_rank_that_waits_for_a_disk_works_and_one_that_sleeps_does_not(
+@pytest.mark.parametrize(
+    ("waits_for", "works"), [("disk", "True"), ("reader", "True"), ("nothing", "False")]
+)
+def test_a_rank_that_waits_for_a_disk_or_its_rows_works_and_one_that_sleeps_does_not(
     tmp_path: Path, waits_for: str, works: str
 ) -> None:
     pipe = tmp_path / "pipe"
