@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemotron.artifacts import write_text
+from nemotron.artifacts import read_artifact, write_text
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._training.resume import list_saves, verify_save
 
@@ -30,10 +30,12 @@ def room_for(directory: Path, *, load: Path | None) -> Path | None:
         load: Directory of the run that it goes on from, or None.
 
     Raises:
-        NemotronError: ``output_not_ours``: what would be moved or deleted is no run.
-            ``output_path_overlaps_inputs``: it is what the run goes on from.
+        NemotronError: ``output_not_ours``: what would be moved or deleted is no run, or is the
+            working directory. ``output_path_overlaps_inputs``: it is what the run goes on from.
     """
     directory = directory.absolute()  # "." has no name
+    if directory.resolve() == Path.cwd():
+        raise _is_where_we_are(directory)
     if not _holds_anything(directory):
         return None
     has_saves = any(list_saves(directory))
@@ -75,33 +77,44 @@ def resume_directory(directory: Path, iteration: int, damaged: Sequence[Path]) -
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def retain_newest(
-    directory: Path, most_recent_k: int, *, until: int, best_iteration: int | None = None
-) -> None:
+def retain_newest(directory: Path, most_recent_k: int, *, until: int) -> None:
     """Delete saves beyond the newest ``most_recent_k`` that are whole; damaged ones do not count.
 
     Neither do those after the iteration ``until``, which the run has reached: they are of the time
     before it went back. Those that are kept are hashed first, so that what is deleted is never the
-    last whole one. The save of ``best_iteration`` stays as well: of a run that has begun to overfit
-    it is the one that is wanted.
+    last whole one. The ``best_save`` stays as well: of a run that has begun to overfit it is the
+    one that is wanted.
 
     Raises:
         OSError: A save cannot be deleted.
     """
-    whole = 0
+    whole, best = 0, best_save(directory, until=until)
     for iteration, save in list_saves(directory):
-        if iteration > until or iteration == best_iteration:
+        if iteration > until:
             continue
         if whole < most_recent_k:
             with contextlib.suppress(NemotronError, OSError):
                 verify_save(save)
                 whole += 1
             continue
+        if save == best:
+            continue
         # Under a hidden name first: a save that is there is whole, also while it is deleted.
         gone = save.with_name(f".{save.name}.deleted")
         save.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
         save.with_name(f".{save.name}.lock").unlink(missing_ok=True)
+
+
+def best_save(directory: Path, *, until: int) -> Path | None:
+    """Return the save with the lowest validation loss, none after ``until``; None: none has one."""
+    losses: dict[Path, float] = {}
+    for iteration, save in list_saves(directory):
+        with contextlib.suppress(NemotronError, OSError):
+            loss = read_artifact(save, "checkpoint_lora").properties.get("valid_loss")
+            if loss is not None and iteration <= until:
+                losses[save] = loss
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def _holds_anything(directory: Path) -> bool:
@@ -121,6 +134,16 @@ def _not_ours(place: Path, directory: Path) -> NemotronError:
         f"{place} holds what no run wrote; it would make room for a run in {directory}",
         where="checkpoint.save",
         fix="pass another checkpoint.save, or move that away yourself",
+        exit_code=ExitCode.IO,
+    )
+
+
+def _is_where_we_are(directory: Path) -> NemotronError:
+    return NemotronError(
+        "output_not_ours",
+        f"{directory} is the working directory; the next run there would have to move it",
+        where="checkpoint.save",
+        fix="pass a directory of its own, such as checkpoint.save=output/mine",
         exit_code=ExitCode.IO,
     )
 

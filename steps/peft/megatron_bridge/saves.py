@@ -96,16 +96,8 @@ class Saves:
             ),
         )
         if trainer.layout.is_first and self.resume.most_recent_k > 0:
-            self._retain(progress.iteration, losses["best_iteration"])
+            try:
+                retain_newest(self.output, self.resume.most_recent_k, until=progress.iteration)
+            except OSError as error:  # what was to be written is
+                print(f"warning: earlier saves stay: {error}", file=sys.stderr, flush=True)
         return directory
-
-    def _retain(self, iteration: int, best_iteration: int | None) -> None:
-        try:
-            retain_newest(
-                self.output,
-                self.resume.most_recent_k,
-                until=iteration,
-                best_iteration=best_iteration,
-            )
-        except OSError as error:  # what was to be written is
-            print(f"warning: earlier saves stay: {error}", file=sys.stderr, flush=True)

@@ -34,7 +34,7 @@ def _work(settings: RunSettings, train_rows: int, valid_rows: int) -> str:
     """Return such as ``500 steps of 4 rows: 2.4 epochs of 834; 128 rows validated every 50``."""
     intervals, rows_per_step = settings.intervals, settings.batch.global_batch_size
     steps = intervals.train_iters
-    work = f"{steps} steps of {rows_per_step} rows: {steps * rows_per_step / train_rows:.2g} "
+    work = f"{steps} steps of {rows_per_step} rows: {steps * rows_per_step / train_rows:.3g} "
     work += f"epochs of {train_rows}"
     if settings.schedule.warmup_iters:
         work += f"; warm-up over {settings.schedule.warmup_iters:g} steps"

@@ -25,6 +25,7 @@ from nemotron.steps._training.metrics import MetricsLog
 from nemotron.steps._training.pipeline import PipelineStage
 from nemotron.steps._training.preemption import StopRequest
 from nemotron.steps._training.resume import SavedRun, save_name
+from nemotron.steps._training.run_directory import best_save
 from nemotron.steps._training.trainer_state import load_adapter
 from nemotron.steps._training.validation import Best
 from nemotron.steps.peft.megatron_bridge.checks import STEP
@@ -92,10 +93,13 @@ def train_adapter(
 
 
 def _say_which_is_best(best: Best, output: Path, reached: Progress) -> None:
-    """Name the save that a merge of the newest would pass over."""
-    directory = output / save_name(best.iteration)
-    if best.iteration < reached.iteration and directory.is_dir():
-        print(f"lowest validation loss: {best.lm_loss:.4f}, of {directory}", flush=True)
+    """Name the save that a merge of the newest would pass over, or say that none is any good."""
+    if best.iteration == 0:
+        print(f"validation loss never fell below the base's own, {best.lm_loss:.4f}", flush=True)
+        return
+    save = best_save(output, until=reached.iteration)
+    if save is not None and save.name != save_name(reached.iteration):
+        print(f"of all saves {save} has the lowest validation loss", flush=True)
 
 
 def _trainer(

@@ -66,11 +66,15 @@ def test_an_empty_directory_needs_no_room(tmp_path: Path) -> None:
     assert start_directory(tmp_path / "out", load=None) is None
 
 
-def test_the_working_directory_makes_room_under_its_own_name(
+def test_the_working_directory_is_no_place_for_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(a_run(tmp_path / "out", 1))
-    assert room_for(Path(), load=None) == tmp_path / "out.previous"
+    for place in (Path(), tmp_path / "out"):
+        with pytest.raises(NemotronError, match="out is the working directory") as caught:
+            start_directory(place, load=None)
+        assert caught.value.code == "output_not_ours"
+    assert (tmp_path / "out" / "iter_0000001").is_dir()
 
 
 def test_a_save_that_cannot_be_read_counts_as_damaged(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nemotron.steps._training.device import describe, own_device
+
 Train = Callable[..., Any]
 
 
@@ -53,7 +55,6 @@ def test_a_run_says_where_it_computes_and_how_often_it_sees_its_rows(
     }
     assert train_here(**plan).exit_code == 0
     said = capfd.readouterr().out
-    assert "1 rank on cpu (torch " in said
-    assert "): TP 1, PP 1, DP 1; float32\n2 steps of " in said
+    assert f"1 rank on {describe(own_device())}: TP 1, PP 1, DP 1; float32\n2 steps of " in said
     assert "warm-up over 1 steps; " in said
     assert " rows validated every 2 steps\n" in said
