@@ -224,4 +224,6 @@ def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
         raise unsupported(f"the rope type is {rope_type!r}; only default and llama3 are supported")
     for key in ROPE_SCALING_KEYS:
         number(rope, key)
+        if isinstance(rope[key], str):  # what another reader of it would not take
+            raise unsupported(f"{key} of the rope scaling is {rope[key]!r}; wanted a number")
     return {"rope_type": "llama3"} | {key: rope[key] for key in ROPE_SCALING_KEYS}

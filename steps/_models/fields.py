@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,12 @@ def number(config: Mapping[str, Any], key: str) -> float:
     """
     value = required(config, key)
     try:
-        return float(value)
+        found = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        raise unsupported(f"{key} is {value!r}; wanted a number") from None
+        found = math.nan
+    if not math.isfinite(found):
+        raise unsupported(f"{key} is {value!r}; wanted a number")
+    return found
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ Base weight and one LoRA factor lie in one extended matrix, so that one GEMM giv
 and LoRA shard are added locally; then one collective. Between the linears activations are either
 replicated over the tensor-parallel ranks or, with sequence parallelism, split over the sequence.
 
-S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T tensor-parallel size;
-scale: ``LoraSpec``'s. Factors come in their masters' dtype (fp32) and are used in the activations'.
+S tokens, H input features, F output features, R LoRA rank (``peft.dim``, here rounded up to a
+multiple of 8), T tensor-parallel size; scale: ``LoraSpec``'s. Factors come in their masters' dtype
+(fp32) and are used in the activations'.
 A prologue (RMS norm, SwiGLU) is part of the linear: x in the lines below is its output; what is
 saved is its input, and what backward needs of it is computed again. With dropout of p, x in a line
 about A is ``x * mask`` and the scale is over 1 - p, which the activations' type would round; masks
