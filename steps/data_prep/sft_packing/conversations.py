@@ -37,6 +37,7 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function": "tool",
 }
 
 # What a message says beside role and content; other fields may differ between copies.
@@ -138,7 +139,7 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     alias = role.lower() if isinstance(role, str) else ""
     if alias not in ROLES:
         raise BadRowError("unknown_role", f"message {index} has the role {str(role)[:40]!r}")
-    if own[1] not in raw and not any(raw.get(name) for name in ("tool_calls", *FIELDS)):
+    if own[1] not in raw and not any(raw.get(name) for name in ("tool_calls", CALL, *FIELDS)):
         raise BadRowError("bad_message", f"message {index} has no field {own[1]!r}")
     content = "" if alias == CALL else _text(raw.get(own[1]), index)
     # Exports give every message every field; templates ask whether there is one.
@@ -154,6 +155,11 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     if alias == CALL:
         calls = _parsed(raw.get(own[1]))
         message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+    elif message["role"] == "assistant" and CALL in message and "tool_calls" not in message:
+        # OpenAI's before tool_calls; some exports give every message one of nulls.
+        call = _parsed(message.pop(CALL))
+        if not isinstance(call, dict) or any(call.values()):
+            message["tool_calls"] = [call]
     if message["role"] == "assistant":
         _require_weight(message.get("weight"), index)
     if "tool_calls" in message:

@@ -24,7 +24,13 @@ from nemotron.steps.data_prep.sft_packing.left_out import (
     require_definitions,
     require_reasoning,
 )
-from nemotron.steps.data_prep.sft_packing.reasoning import Reasoning, Variant, per_turn, variants
+from nemotron.steps.data_prep.sft_packing.reasoning import (
+    Reasoning,
+    Variant,
+    per_answer,
+    per_turn,
+    variants,
+)
 from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 from nemotron.steps.data_prep.sft_packing.rendering import (
     ANSWER,
@@ -118,16 +124,33 @@ class Encoder:
         return rendered
 
     def _render_variants(self, conversation: Conversation) -> list[Rendered]:
-        messages = conversation.messages
+        found = variants(conversation.messages, self.reasoning)
+        return [text for variant in found for text in self._render_stable(variant, conversation)]
+
+    def _render_stable(self, variant: Variant, conversation: Conversation) -> list[Rendered]:
+        """Split what the template shows otherwise when it comes last, where that is asked for.
+
+        Without reasoning too, that may be a turn, and within it the answer after calls of tools.
+        """
         try:
-            found = variants(messages, self.reasoning)
-            return [self._render_variant(variant, conversation) for variant in found]
+            return [self._render_variant(variant, conversation)]
         except BadRowError as error:
-            is_unstable = error.reason == "template_not_prefix_stable"
-            if self.reasoning != "split_per_turn" or not is_unstable:
+            if error.reason != "template_not_prefix_stable":
                 raise
-        # Without reasoning too, a template may show the last turn otherwise than those before it.
-        return [self._render_variant(variant, conversation) for variant in per_turn(messages)]
+            if self.reasoning != "split_per_turn" or variant.num_trained == 1:
+                raise BadRowError(error.reason, f"{error.detail}; {self._advice()}") from None
+        is_whole = variant.num_trained is None
+        parts = per_turn(variant.messages) if is_whole else per_answer(variant)
+        return [text for part in parts for text in self._render_stable(part, conversation)]
+
+    def _advice(self) -> str:
+        """Return what to do about a template that shows turns otherwise when they come last."""
+        marked = "another chat_template can mark the assistant's words with {% generation %}"
+        if "<think>" in self.template.text and self.template.stop == "<|im_end|>":
+            marked = "chat_template=qwen3, the bundled one, marks the assistant's words itself"
+        if self.reasoning == "split_per_turn":
+            return marked
+        return f"reasoning=split_per_turn trains every turn as at inference, {marked}"
 
     def _render_variant(self, variant: Variant, conversation: Conversation) -> Rendered:
         messages, tools = variant.messages, conversation.tools

@@ -52,6 +52,17 @@ def per_turn(messages: Messages) -> list[Variant]:
     return found
 
 
+def per_answer(variant: Variant) -> list[Variant]:
+    """Return a document for each trained message of a turn: what came before it, and the message.
+
+    For templates that show the last message of a turn otherwise than the calls of tools before it.
+    """
+    messages, num_trained = variant
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    chosen = answers if num_trained is None else answers[-num_trained:]
+    return [Variant(messages[: index + 1], 1) for index in chosen]
+
+
 def without_reasoning(messages: Messages) -> list[Mapping[str, Any]]:
     """Return messages without reasoning, neither in fields nor in a block inside the content."""
     return [_without(message) if _has_reasoning(message) else message for message in messages]

@@ -165,9 +165,7 @@ class ChatTemplate:
             if not (text.startswith(prompt) and text.startswith(turn) and turn.startswith(prompt)):
                 raise BadRowError(
                     "template_not_prefix_stable",
-                    f"message {index} renders otherwise when the conversation ends there; "
-                    "reasoning=split_per_turn trains every turn as at inference, another "
-                    "chat_template can mark the assistant's with {% generation %}",
+                    f"message {index} renders otherwise when the conversation ends there",
                 )
             spans.append((len(prompt), len(turn)))
         return text, spans

@@ -131,8 +131,9 @@ class Config(Schema):
         default=0.05,
         ge=0,
         le=1,
-        description="share of a dataset's rows, without those that used_in_filter and max_rows "
-        "leave out, that may be unusable before the run ends",
+        description="share of a dataset's rows that may be unusable before the run ends; rows that "
+        "used_in_filter leaves out do not count, for those that max_rows leaves out stand the ones "
+        "that it takes",
     )
 
     pack_size: int = Field(default=4096, ge=2, description="tokens of a row at training time")

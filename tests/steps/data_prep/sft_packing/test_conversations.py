@@ -121,6 +121,27 @@ def test_a_function_call_may_be_a_list_of_parallel_calls(
     assert [call["function"]["name"] for call in message["tool_calls"]] == ["f", "g"]
 
 
+OLD_CALL: dict[str, Any] = {"name": "look", "arguments": '{"at": "sky"}'}
+
+
+@pytest.mark.parametrize("call", [OLD_CALL, json.dumps(OLD_CALL)])
+@pytest.mark.parametrize("content", [{"content": None}, {}])
+def test_the_old_function_call_and_function_of_openai_are_a_tool_call_and_its_answer(
+    call: Any, content: dict[str, Any]
+) -> None:
+    result = {"name": "look", "content": "sun"}
+    old = [{"role": "assistant", "function_call": call, **content}, {"role": "function", **result}]
+    new = [{"role": "assistant", "tool_calls": [OLD_CALL]}, {"role": "tool", **result}]
+    assert read({"messages": [USER, *old, ASSISTANT]}) == read(
+        {"messages": [USER, *new, ASSISTANT]}
+    )
+
+
+def test_an_old_function_call_that_names_nothing_is_no_call() -> None:
+    nothing = {"function_call": {"name": None, "arguments": None}}
+    assert read({"messages": [USER, ASSISTANT | nothing]}) == read({"messages": [USER, ASSISTANT]})
+
+
 @pytest.mark.parametrize("names", [("from", "value"), ("role", "content")])
 @pytest.mark.parametrize(
     ("asks", "answers"),
@@ -203,6 +224,7 @@ def test_detect_field_takes_a_named_field_at_its_word() -> None:
         ({"messages": [{"role": "critic", "content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"messages": [USER, {"role": "function_call", "content": "[]"}]}, "bad_message"),
         ({"messages": [USER, {"role": "function_call", "content": ""}]}, "bad_message"),
+        ({"messages": [USER, ASSISTANT | {"function_call": "look"}]}, "bad_message"),
         ({"messages": [{"role": ["user"], "content": "Q"}, ASSISTANT]}, "unknown_role"),
         ({"conversations": [{"from": "oracle", "value": "Q"}]}, "unknown_role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not_text"),

@@ -30,6 +30,14 @@ LAST_TURN_THINKS = (  # as Qwen3's own: earlier turns are shown without reasonin
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+QWEN3_LIKE = (  # without reasoning, what the turn's last message begins with its others do not
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and (loop.last or m.reasoning_content) %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def encoder_of(directory: Path, template: str, **options: Any) -> Encoder:
     return build_encoder(
@@ -54,9 +62,13 @@ def encode(encoder: Encoder, *answers: dict[str, Any]) -> list[Document] | BadRo
 def trained(encoder: Encoder, *answers: dict[str, Any]) -> list[str]:
     found = encode(encoder, *answers)
     assert not isinstance(found, BadRowError)
+    return said(encoder, found)
+
+
+def said(encoder: Encoder, documents: list[Document]) -> list[str]:
     decode = encoder.tokenizer.backend.decode
-    ids = [document.ids[document.mask.astype(bool)].tolist() for document in found]
-    return [decode(said, skip_special_tokens=False) for said in ids]
+    ids = [document.ids[document.mask.astype(bool)].tolist() for document in documents]
+    return [decode(one, skip_special_tokens=False) for one in ids]
 
 
 @pytest.mark.parametrize("template", ["chatml", PLAIN, STOP_OUTSIDE])
@@ -95,7 +107,53 @@ def test_split_per_turn_trains_a_template_that_shows_earlier_turns_otherwise(
     assert isinstance(found, BadRowError)
     assert found.reason == "template_not_prefix_stable"
     assert "reasoning=split_per_turn" in found.detail
-    assert "chat_template" in found.detail
+    assert "chat_template=qwen3" in found.detail
+
+
+def with_tools(encoder: Encoder, **called: Any) -> list[str] | BadRowError:
+    """Return what is trained of [user, assistant(tool_calls), tool, assistant]."""
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}], **called},
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    row = {"messages": messages}
+    (found,) = encoder.encode([read_conversation(row, field="messages", tools_field="tools")])
+    return found if isinstance(found, BadRowError) else said(encoder, found)
+
+
+CALLED = '{"name": "look", "arguments": {}}'
+
+
+@pytest.mark.parametrize("thought", ["", "hm"])
+def test_split_per_turn_trains_a_call_and_the_answer_after_it_where_the_last_renders_otherwise(
+    tokenizer_dir: Path, thought: str
+) -> None:
+    encoder = encoder_of(tokenizer_dir, QWEN3_LIKE, reasoning="split_per_turn")
+    call, answer = (f"<think>\n{t}\n</think>\n\n" for t in (thought, ""))
+    call, answer = f"{call}{CALLED}{STOP}", f"{answer}Sunny.{STOP}"
+    # With its reasoning the call renders as it does at the end, and the turn is one document.
+    expected = [call + answer] if thought else [call, answer]
+    assert with_tools(encoder, reasoning_content=thought) == expected
+    assert with_tools(encoder, reasoning_content=thought, weight=0) == [answer]
+
+
+def test_advice_on_a_template_that_is_not_stable_names_nothing_that_is_set(
+    tokenizer_dir: Path,
+) -> None:
+    found = with_tools(encoder_of(tokenizer_dir, QWEN3_LIKE))
+    assert isinstance(found, BadRowError)
+    assert found.reason == "template_not_prefix_stable"
+    assert "reasoning=split_per_turn" in found.detail
+    assert "chat_template=qwen3" in found.detail
+    assert not isinstance(with_tools(encoder_of(tokenizer_dir, "qwen3")), BadRowError)
+    never = QWEN3_LIKE.replace("{% if add", "{{ '<plan>' if messages | length == 3 }}{% if add")
+    found = with_tools(encoder_of(tokenizer_dir, never, reasoning="split_per_turn"))
+    assert isinstance(found, BadRowError)
+    assert found.reason == "template_not_prefix_stable"
+    assert "split_per_turn" not in found.detail
+    assert "chat_template=qwen3" in found.detail
 
 
 def test_a_turn_that_is_not_trained_is_read(tokenizer_dir: Path) -> None:
