@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nemotron.launch.lazy import load_nemo
 
 Nemotron = Callable[..., Any]
 PROFILE = '[cluster]\nexecutor = "slurm"\ncontainer_image = ""\n'
@@ -136,3 +139,21 @@ def test_what_sbatch_says_over_ssh_is_told(stand_in: Path, nemotron: Nemotron) -
     done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
     assert done.code == 9
     assert "error[submission_failed]: the job was not taken: sbatch: error: no such" in done.err
+
+
+def test_files_that_take_too_long_to_copy_are_named_as_the_reason(
+    stand_in: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = stand_in.parent / "tools" / "ssh"
+    answer = ssh.read_text()
+    # The login node answers, and takes no files.
+    ssh.write_text(
+        answer.replace("for line", 'case "$*" in *"tar -x"*) exec sleep 60; esac\nfor line', 1)
+    )
+    monkeypatch.setattr(load_nemo(), "_SBATCH_SECONDS", 1)
+    words = ("tunnel=ssh", "host=far", f"remote_job_dir={stand_in}/far")
+    done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
+    assert done.code == 9, done.err
+    assert re.search(
+        r"the job was not taken: copying \d+\.\d MiB to far took longer than 1 s", done.err
+    )
