@@ -89,9 +89,13 @@ def _launchers() -> Iterator[Finding]:
         fix = "python -m pip install 'nemo_run>=0.11.1,<0.12' 'leptonai>=0.26.6,<0.28'"
         yield Finding("warn", "no nemo-run; nothing can be submitted", fix)
         return
+    fix = "python -m pip install 'leptonai>=0.26.6,<0.28'"
+    if leptonai is None:
+        text = f"nemo-run {nemo_run} without leptonai, which it imports; nothing can be submitted"
+        yield Finding("warn", text, fix)
+        return
     yield Finding("ok", f"nemo-run {nemo_run}, leptonai {leptonai}")
-    if importlib.util.find_spec("leptonai") and not _has_lepton_v1():
-        fix = "python -m pip install 'leptonai>=0.26.6,<0.28'"
+    if not _has_lepton_v1():
         yield Finding("warn", f"leptonai {leptonai} lacks what nemo-run imports", fix)
 
 

@@ -44,7 +44,7 @@ def check(plan: JobPlan, *, dry_run: bool, ancestors: tuple[str, ...] = ()) -> l
     """
     results = [
         *_check_layout(plan),
-        *_check_workspace(plan),
+        *_check_storage_and_shape(plan),
         *_check_secrets(plan, dry_run),
         *_check_overlap(plan),
         *_check_inputs(plan, dry_run, ancestors),
@@ -123,7 +123,7 @@ def _check_nodes(plan: JobPlan) -> list[Check]:
     return found
 
 
-def _check_workspace(plan: JobPlan) -> list[Check]:
+def _check_storage_and_shape(plan: JobPlan) -> list[Check]:
     """Check what a Lepton job cannot work without: storage, and GPUs that are asked for."""
     execution = plan.execution
     if not isinstance(execution, LeptonExecution):

@@ -18,16 +18,17 @@ from pathlib import Path
 
 import nemotron
 from nemotron.errors import NemotronError, writing
-from nemotron.executors import EXECUTORS, Execution
+from nemotron.executors import EXECUTORS, WITHOUT_EFFECT, Execution
 from nemotron.interpolation import resolve
 from nemotron.tree import Node, child_at, display, dotted, from_plain, leaves, merge
 from nemotron.validation import did_you_mean, refuse_home, refuse_secrets, validate
 
 RESERVED = ("wandb", "cli", "cache", "artifacts")
-# What ~ may begin: shell code, and what is read on this machine or by the job's own programs.
+# What ~ may begin: shell code, what is read here or by the job's own programs, and what by nobody.
 _HOME_KNOWN = (
     *("startup_commands", "setup_lines", "pre_launch_commands", "run_command"),
     *("identity", "env_vars"),
+    *WITHOUT_EFFECT,
 )
 ENV_FILE_VARIABLE = "NEMOTRON_ENV_FILE"
 BUILT_IN = {"local": from_plain({"executor": "local"}, "built in")}
@@ -175,7 +176,9 @@ def _read_file(path: Path) -> Iterator[tuple[str, Node]]:
 def _refuse_times(table: Mapping[str, object], place: str) -> None:
     """Refuse what TOML takes for a time or a date: Slurm's are text."""
     for key, value in table.items():
-        if isinstance(value, datetime.time | datetime.date):
+        if isinstance(value, Mapping):
+            _refuse_times(value, f"{place} {key}")
+        elif isinstance(value, datetime.time | datetime.date):
             raise NemotronError(
                 "profile_invalid",
                 f"{key} = {value} stands without quotes",

@@ -67,3 +67,15 @@ def test_gpus_that_torch_cannot_use_and_a_cluster_that_is_silent_are_warned_of(
     found = {finding.text: finding.status for finding in doctor.examine(here)}
     assert found["2 GPU(s): NVIDIA H200, which this torch cannot use"] == "warn"
     assert found["slurm 22.05.8, whose controller does not answer"] == "warn"
+
+
+def test_a_machine_without_leptonai_is_told_that_nothing_can_be_submitted(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # nemo-run imports it for any submission, also to Slurm.
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda p: None if p == "leptonai" else version(p))
+    (found,) = [finding for finding in doctor.examine(here) if "leptonai" in finding.text]
+    assert found.status == "warn"
+    assert found.text.endswith(" without leptonai, which it imports; nothing can be submitted")
+    assert found.fix == "python -m pip install 'leptonai>=0.26.6,<0.28'"

@@ -222,6 +222,12 @@ def test_a_lepton_profile_that_cannot_work_is_refused(
     assert len(found) == 1
 
 
+def test_a_lepton_job_without_gpus_needs_no_shape(demo: Path) -> None:
+    keys = LEPTON.replace('resource_shape = "gpu"', "")
+    cluster(demo, f"[c]\n{keys}\n")
+    assert failures(checks("demo/train", "run.env.gpus_per_node=0", profile="c")) == []
+
+
 def test_what_a_workspace_has_not_been_asked_for_is_pending(demo: Path) -> None:
     cluster(demo, f'[c]\n{LEPTON}\nsecrets = ["HF_TOKEN"]\n')
     found = checks("demo/train", profile="c")

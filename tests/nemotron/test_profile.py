@@ -132,6 +132,7 @@ def test_a_value_that_no_directive_or_command_can_hold_is_refused_in_words(
     ("written", "problem", "fix"),
     [
         ("time = 04:00:00", "time = 04:00:00 stands without quotes", 'time = "04:00:00"'),
+        ("extra = { begin = 16:00:00 }", "begin = 16:00:00 stands without", 'begin = "16:00:00"'),
         ('mounts = ["~/data:/data"]', "mounts[0] is '~/data:/data'; ~ stands for a home", "/data"),
         ('extra = { export = "NONE" }', "secrets come in sbatch's environment", ""),
     ],
@@ -150,6 +151,11 @@ def test_what_a_shell_or_this_machine_reads_may_begin_with_a_home(here: Path) ->
     lines = 'identity = "~/.ssh/id"\nstartup_commands = ["~/env.sh"]\nextra = { export = "ALL" }'
     profiles(here, f'[p]\nexecutor = "slurm"\n{lines}\n')
     assert load_profile("p").notes == ()
+
+
+def test_a_key_without_effect_may_begin_with_a_home(here: Path) -> None:
+    profiles(here, '[p]\nexecutor = "slurm"\nbuild_cache_dir = "~/.cache/images"\n')
+    assert load_profile("p").execution.model_fields_set == {"build_cache_dir"}
 
 
 def test_settings_of_other_tools_are_said_to_have_no_effect(here: Path) -> None:

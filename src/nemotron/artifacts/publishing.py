@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from nemotron.errors import ExitCode, NemotronError, writing
@@ -89,7 +90,7 @@ def hold(directory: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            print(f"note: {path} cannot be locked; no other run may write there", file=sys.stderr)
+            _say_unlocked()
         stream.truncate(0)
         job = os.environ.get("NEMOTRON_JOB", "")
         name = f"job {job}, " if job else ""
@@ -119,6 +120,13 @@ def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it appears complete or not at all; writers may overlap."""
     write_atomically(path, text)
+
+
+@cache
+def _say_unlocked() -> None:
+    """Say it once: a training takes a lock for every save."""
+    text = "note: the file system of the output has no locks; no other run may write there"
+    print(text, file=sys.stderr)
 
 
 def _prepare(partial: Path, notes: Path, resume_key: str | None) -> None:

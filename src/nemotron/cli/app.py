@@ -19,20 +19,9 @@ from nemotron.cli.terminal import forget_reader, say
 from nemotron.errors import NO_ROOM, ExitCode, NemotronError, system_refusal
 
 COMMANDS = (
-    *(
-        "steps",
-        "jobs",
-        "data",
-        "profiles",
-        "adapter",
-        "doctor",
-        "list",
-        "show",
-        "run",
-        "status",
-        "logs",
-    ),
-    *("cancel", "wait", "report", "init", "check", "stats", "inspect", "verify", "diff", "export"),
+    *("steps", "jobs", "data", "profiles", "adapter", "doctor"),
+    *("list", "show", "run", "status", "logs", "cancel", "wait", "report"),
+    *("init", "check", "stats", "inspect", "verify", "diff", "export"),
 )
 
 app = typer.Typer(

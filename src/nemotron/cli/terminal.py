@@ -10,6 +10,7 @@ line of progress is shortened and takes the place of the one before; everything 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -118,7 +119,8 @@ class _LastLines:
 
     def write(self, block: bytes) -> None:
         if self._count is not None and block:
-            block = b"".join(block.splitlines(keepends=True)[-self._count :])
+            lines = io.BytesIO(block).readlines()  # a bar that redraws itself is one line
+            block = b"".join(lines[-self._count :])
             self._count = None
         self._stream.write(block)
 

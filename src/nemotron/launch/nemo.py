@@ -34,7 +34,8 @@ from nemotron.executors import LeptonExecution
 from nemotron.launch.host import Host
 
 TITLE = "nemotron"
-_SBATCH_SECONDS = 600  # a controller that is busy takes a job late; a job must not be lost over it
+# A controller that is busy takes a job late, and a slow line its files; none is lost over it.
+_SBATCH_SECONDS = 600
 
 
 @dataclass(kw_only=True)
@@ -83,7 +84,14 @@ class Login(LocalTunnel):
             archive.add(here, there.name)
         unpack = 'umask 077; mkdir -p -- "$1" && tar -x -o -f - -C "$1"'
         command = ["sh", "-c", unpack, "sh", str(there.parent)]
-        self.machine.require(command, stdin=packed.getvalue())
+        try:
+            self.machine.require(command, stdin=packed.getvalue(), timeout=_SBATCH_SECONDS)
+        except NemotronError as error:
+            if error.code != "host_silent":
+                raise
+            size, seconds = len(packed.getvalue()) / 2**20, _SBATCH_SECONDS
+            problem = f"copying {size:.1f} MiB to {self.machine.name} took longer than {seconds} s"
+            raise NemotronError("submission_failed", problem) from None
 
 
 def experiment_id(job_id: str) -> str:

@@ -93,7 +93,8 @@ class SlurmHandle:
             self._read(f"{place.directory}/log-{place.name}_{place.id}_{restart}.out")
             for restart in range(self._first_log, self._restarts + 1)
         ]
-        self._first_log = self._restarts
+        # Slurm counts a restart before it ends the start before, whose last lines are yet to come.
+        self._first_log = max(0, self._restarts - 1)
         return b"".join([self._batch_output(is_last), *logs])
 
     def cancel(self) -> None:

@@ -53,6 +53,25 @@ def registry_uri(image: str) -> str:
     return f"{scheme}://{rest}"
 
 
+def _time(execution: SlurmExecution) -> str:
+    """Return the time to ask for: of the job's own partition no more than the job asks for."""
+    if execution.build_time is not None:
+        return execution.build_time
+    # None of another partition's limits is known; 0 is no limit.
+    longest = _seconds(execution.time) if execution.build_partition is None else 0
+    return execution.time if 0 < longest < _seconds(_IMPORT_TIME) else _IMPORT_TIME
+
+
+def _seconds(time: str) -> int:
+    """Return how long a time of Slurm is: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def _srun(plan: JobPlan) -> list[str]:
     execution = plan.execution
     assert isinstance(execution, SlurmExecution)  # noqa: S101 - a Slurm plan
@@ -61,7 +80,7 @@ def _srun(plan: JobPlan) -> list[str]:
     options = {
         "account": execution.account,
         "partition": partition,
-        "time": execution.build_time or _IMPORT_TIME,
+        "time": _time(execution),
         "gpus-per-node": gpus if execution.build_include_gpus else None,
     }
     if execution.build_partition is None:  # whose nodes may have none of these

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from nemotron.cli.terminal import rewriting
+from nemotron.cli.terminal import last_lines, rewriting
 
 FIRST = (
     b"iteration  5/60 | lm loss 2.3412 | grad norm 0.523 | lr 3.00e-03 | 12,345 tokens/s | "
@@ -77,3 +77,9 @@ def test_a_file_or_a_pipe_gets_every_byte_as_it_is() -> None:
     out, err = io.BytesIO(), io.BytesIO()
     with rewriting(out, err) as streams:
         assert streams == (out, err)
+
+
+def test_a_bar_that_redraws_itself_is_one_of_the_last_lines() -> None:
+    stream = io.BytesIO()
+    last_lines(stream, 2).write(b"one\ntwo\n 10%\r 50%\r100%\r\n")
+    assert stream.getvalue() == b"two\n 10%\r 50%\r100%\r\n"

@@ -112,20 +112,33 @@ def test_slurm_is_asked_again_soon_when_it_did_not_answer_or_was_told_to_cancel(
     assert handle.state().status == "cancelled"
 
 
-def test_the_log_of_a_start_that_is_over_is_read_to_its_end_and_left(
+def test_the_last_lines_of_a_start_that_ends_after_its_restart_is_counted_are_read(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    says(commands, "scontrol", shown("PENDING", restarts=1))
+    handle.state()
+    log = Path(handle.placement.directory) / "log-nemotron-x_7_0.out"
+    log.write_text("told to stop\n")
+    assert handle.new_output() == b"told to stop\n"
+    log.write_text("told to stop\nsaved iter_0000010\n")
+    assert handle.new_output() == b"saved iter_0000010\n"
+
+
+def test_the_log_of_a_start_that_is_long_over_is_read_to_its_end_and_left(
     commands: Path, handle: SlurmHandle
 ) -> None:
     logs = [
-        Path(handle.placement.directory) / f"log-nemotron-x_7_{restart}.out" for restart in (0, 1)
+        Path(handle.placement.directory) / f"log-nemotron-x_7_{restart}.out"
+        for restart in (0, 1, 2)
     ]
-    says(commands, "scontrol", shown("RUNNING", restarts=1))
+    says(commands, "scontrol", shown("RUNNING", restarts=2))
     handle.state()
     for log in logs:
         log.write_text(f"{log.name}\n")
     assert handle.new_output().decode() == "".join(f"{log.name}\n" for log in logs)
     for log in logs:
         log.write_text(f"{log.name}\nmore\n")
-    assert handle.new_output() == b"more\n"
+    assert handle.new_output() == b"more\n" * 2
 
 
 def test_accounting_answers_where_scontrol_has_forgotten(

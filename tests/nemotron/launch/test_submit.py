@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nemotron.launch.lazy import load_nemo
 
 Nemotron = Callable[..., Any]
 PROFILE = '[cluster]\nexecutor = "slurm"\ncontainer_image = ""\n'
@@ -65,6 +68,32 @@ def test_an_import_asks_for_what_the_profile_says_and_for_an_hour(
     assert "--time=01:00:00" in said
 
 
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("time=00:30:00", "00:30:00"),
+        ("time=30", "30"),
+        ("time=59:59", "59:59"),
+        ("time=0-00:30", "0-00:30"),
+        ("time=60", "01:00:00"),
+        ("time=60:01", "01:00:00"),
+        ("time=02:00:00", "01:00:00"),
+        ("time=1-0", "01:00:00"),
+        ("time=0", "01:00:00"),  # no limit
+        ("time=30 build_partition=builders", "01:00:00"),
+        ("time=30 build_time=00:45:00", "00:45:00"),
+    ],
+)
+def test_an_import_asks_for_no_more_time_than_the_job_in_the_same_partition(
+    stand_in: Path, nemotron: Nemotron, written: str, wanted: str
+) -> None:
+    words = ["container_image=registry/image", f"remote_job_dir={stand_in}", *written.split()]
+    quoted = [f"run.env.{key}={value!r}" for key, _, value in (w.partition("=") for w in words)]
+    done = nemotron("steps", "run", "demo/make", "-b", "cluster", *quoted)
+    assert done.code == 0, done.err
+    assert f"--time={wanted}\n" in (stand_in / "srun.arguments").read_text()
+
+
 @pytest.mark.parametrize("cores", [None, "6"])
 def test_the_one_task_of_a_node_gets_all_its_cores(
     stand_in: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch, cores: str | None
@@ -110,3 +139,21 @@ def test_what_sbatch_says_over_ssh_is_told(stand_in: Path, nemotron: Nemotron) -
     done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
     assert done.code == 9
     assert "error[submission_failed]: the job was not taken: sbatch: error: no such" in done.err
+
+
+def test_files_that_take_too_long_to_copy_are_named_as_the_reason(
+    stand_in: Path, nemotron: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = stand_in.parent / "tools" / "ssh"
+    answer = ssh.read_text()
+    # The login node answers, and takes no files.
+    ssh.write_text(
+        answer.replace("for line", 'case "$*" in *"tar -x"*) exec sleep 60; esac\nfor line', 1)
+    )
+    monkeypatch.setattr(load_nemo(), "_SBATCH_SECONDS", 1)
+    words = ("tunnel=ssh", "host=far", f"remote_job_dir={stand_in}/far")
+    done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
+    assert done.code == 9, done.err
+    assert re.search(
+        r"the job was not taken: copying \d+\.\d MiB to far took longer than 1 s", done.err
+    )
