@@ -30,7 +30,7 @@ from nemotron.steps._training.loop import (
     Trainer,
 )
 from nemotron.steps._training.metrics import MetricsLog
-from nemotron.steps._training.pipeline import PipelineStage
+from nemotron.steps._training.pipeline import PipelineStage, WeightedBatch
 from nemotron.steps._training.preemption import StopRequest
 from nemotron.steps._training.schedule import Schedule
 
@@ -231,13 +231,16 @@ def test_dropout_is_another_at_each_iteration_and_none_in_an_evaluation(
     assert len({*losses, *record.valid_losses}) == 3
 
 
-@pytest.mark.parametrize("moment", ["after a step's answer", "in an evaluation's last batch"])
+@pytest.mark.parametrize(
+    ("moment", "last_step"),
+    [("in a step", 2), ("after a step's answer", 3), ("in an evaluation's last batch", 4)],
+)
 def test_whatever_a_stop_interrupts_the_last_step_taken_is_saved(
-    tmp_path: Path, moment: str
+    tmp_path: Path, moment: str, last_step: int
 ) -> None:
     record, saved = Record(), list[Progress]()
     trainer = trainer_of(tmp_path, record)
-    evaluate = trainer.model.evaluate
+    train, evaluate = trainer.model.train, trainer.model.evaluate
     evaluated: list[int] = []
 
     class Stop(StopRequest):
@@ -253,13 +256,18 @@ def test_whatever_a_stop_interrupts_the_last_step_taken_is_saved(
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(batches)
 
-    trainer.model.evaluate = evaluate_and_stop
+    def train_and_stop(batches: Sequence[WeightedBatch]) -> torch.Tensor:
+        if moment == "in a step" and len(record.steps) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train(batches)
+
+    trainer.model.train, trainer.model.evaluate = train_and_stop, evaluate_and_stop
     intervals = Intervals(train_iters=9, eval_interval=3, eval_iters=NUM_ROWS, save_interval=8)
     with Stop(LAYOUT) as stop:
         reached = trainer.run(intervals, saved.append, start=Progress(), stop=stop)
     assert stop.is_agreed
     assert saved == [reached]
-    assert len(record.steps) == reached.iteration
+    assert len(record.steps) == reached.iteration == last_step
 
 
 @pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
