@@ -46,7 +46,10 @@ def main() -> None:
     report: dict[str, Any] = {
         name: all_gather(torch.tensor(each), layout.world).tolist() for name, each in found.items()
     }
-    report["sums"] = all_gather(summed(make_layout(2, NUM_RANKS, CPU)), layout.world).tolist()
+    split = make_layout(2, NUM_RANKS, CPU)
+    # In fp32 the second sum is 0 or 1, as the order has it.
+    for name, parts in {"sums": (1.0, 2.0, 3.0), "sums that round": (1.0, 1e8, -1e8)}.items():
+        report[name] = all_gather(summed(split, parts), layout.world).flatten().tolist()
     if layout.is_first:
         report["elements received at once"] = max(received)
         Path(sys.argv[-1]).write_text(json.dumps(report), encoding="utf-8")
@@ -64,18 +67,18 @@ def difference(layout: Layout, own: list[float]) -> float:
     return FlatAdapter(factors if own else [], layout).replica_difference()
 
 
-def summed(layout: Layout) -> Tensor:
-    """Return a replicated factor's summed gradient: of 1, 1e8 and -1e8 in fp32, 0 or 1."""
+def summed(layout: Layout, parts: tuple[float, ...]) -> Tensor:
+    """Return a replicated factor's gradient, summed of those of the data-parallel ranks."""
 
     def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
-        parts = [*all_gather(tensor, group)]
-        ordered = parts if group is layout.stage or layout.tensor.rank == 0 else parts[::-1]
+        own = [*all_gather(tensor, group)]
+        ordered = own if group is layout.stage or layout.tensor.rank == 0 else own[::-1]
         return tensor.copy_(functools.reduce(torch.add, ordered))
 
     flat_adapter.all_reduce = all_reduce
     factor = LoraParameter("x.lora_b", nn.Parameter(torch.zeros(1)), "replicated")
     adapter = FlatAdapter([factor], layout)
-    adapter.gradients.fill_((1.0, 1e8, -1e8)[layout.data.rank])
+    adapter.gradients.fill_(parts[layout.data.rank])
     adapter.reduce_gradients()
     return adapter.gradients
 

@@ -42,4 +42,8 @@ def test_a_rank_holds_one_part_of_one_other_copy_at_a_time(found: dict[str, Any]
 def test_copies_of_a_gradient_are_the_same_bits_where_groups_add_in_other_orders(
     found: dict[str, Any],
 ) -> None:
-    assert len({value for [value] in found["sums"]}) == 1, found["sums"]
+    assert len(set(found["sums that round"])) == 1, found["sums that round"]
+
+
+def test_copies_of_a_gradient_count_once_for_each_replica(found: dict[str, Any]) -> None:
+    assert found["sums"] == [6.0] * NUM_RANKS
