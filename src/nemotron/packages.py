@@ -25,6 +25,7 @@ JOB_PACKAGES = {
     "safetensors": "safetensors",
     "tokenizers": "tokenizers",
     "torch": "torch",
+    "xxhash": "xxhash",
     "yaml": "pyyaml",
 }
 

@@ -206,7 +206,7 @@ def _write_files(
         names=sorted(tensors),
         shape=lambda name: tuple(tensors[name].shape),
         dtype=lambda name: tensors[name].dtype,
-        read=lambda name: tensors[name],
+        blocks=lambda name: [tensors[name]],
         metadata={SCALING: json.dumps(scaling)},
     )
     values = {

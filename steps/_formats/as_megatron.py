@@ -1,11 +1,13 @@
-"""Any weights under Megatron's names, so that a model can start from a Hugging Face directory."""
+"""Any weights under Megatron's names: to start from a Hugging Face directory, or to write them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from nemotron.steps._formats.weights import Weights
-from nemotron.steps._models.layouts import join_rows, weight_rules
+from nemotron.steps._models.layouts import join_rows, row_runs, weight_rules
 
 
 class AsMegatron:
@@ -42,3 +44,34 @@ class AsMegatron:
             parts = [self._weights.read(name) for name in names]
             tensor = join_rows(parts, layout=rule.layout, config=self.config)
         return tensor[first:last, columns] if columns else tensor[first:last]
+
+    def blocks(self, name: str, *, layer: int | None = None) -> Iterator[Tensor]:
+        """Yield one tensor as blocks of its rows; see ``Weights.blocks``."""
+        rule = self._rules[name]
+        parts = [_Rows(self._weights.blocks(part.format(layer=layer))) for part in rule.hf]
+        for part, num_rows in row_runs(rule, self.config):
+            yield from parts[part].take(num_rows)
+        for part in parts:
+            part.end()
+
+
+class _Rows:
+    """The rows of one tensor, taken some at a time from the blocks that they come in."""
+
+    def __init__(self, blocks: Iterator[Tensor]) -> None:
+        self._blocks = blocks
+        self._rest = next(blocks)
+
+    def take(self, num_rows: int) -> Iterator[Tensor]:
+        """Yield the next rows, in one block or more."""
+        while num_rows > 0:
+            if len(self._rest) == 0:
+                self._rest = next(self._blocks)
+            rows, self._rest = self._rest[:num_rows], self._rest[num_rows:]
+            num_rows -= len(rows)
+            yield rows
+
+    def end(self) -> None:
+        """Let whoever makes the blocks know that all were taken."""
+        if next(self._blocks, None) is not None:
+            raise ValueError("a tensor has more rows than its rule says")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from torch import Tensor
 from nemotron.artifacts import blake3_file
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.safetensors_file import SafetensorsFile
-from nemotron.steps._formats.weights import check_names, damaged, pickled_weights, read_json
+from nemotron.steps._formats.weights import (
+    check_names,
+    damaged,
+    pickled_weights,
+    read_json,
+    row_blocks,
+)
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.fields import naming
 from nemotron.steps._models.layouts import hf_tensors
@@ -80,6 +86,9 @@ class HuggingFaceCheckpoint:
 
     def read(self, name: str) -> Tensor:
         return self._files[name].read(name)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        return row_blocks(self.read(name))
 
     def _model_names(self) -> list[str]:
         """Return the names in the files, less what is no weight of the model.

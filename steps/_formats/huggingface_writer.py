@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
-from torch import Tensor
 
 from nemotron.artifacts import Artifact, Input, Producer, publish, write_artifact
-from nemotron.steps._formats.fingerprint import Fingerprint
 from nemotron.steps._formats.huggingface import (
     CHAT_TEMPLATE,
     INDEX_FILE,
@@ -23,6 +21,7 @@ from nemotron.steps._formats.huggingface import (
 from nemotron.steps._formats.safetensors_file import write_safetensors
 from nemotron.steps._formats.weight_files import (
     Compare,
+    PassingWeights,
     Receipt,
     Written,
     read_back,
@@ -77,7 +76,7 @@ def publish_huggingface(
         written = write_weights(directory, reported)
         reread = HuggingFaceCheckpoint(directory)
         compared = read_back(reread, written, where=directory, compare=compare)
-        model = model_properties(source, weights.config, written.fingerprint.hexdigest())
+        model = model_properties(source, weights.config, written.fingerprint)
         return write_artifact(
             directory,
             artifact_type="checkpoint_hf",
@@ -98,17 +97,12 @@ def write_weights(
 
     Args:
         directory: Where to write; exists.
-        weights: What to write; one tensor of a file is held at a time.
+        weights: What to write, a block of a tensor at a time.
         max_shard_bytes: Most bytes of tensors in one file, ``MAX_SHARD_BYTES`` by default; a
             larger tensor gets its own file.
     """
-    fingerprint = Fingerprint()
+    passing = PassingWeights(weights)
     shards = _plan_shards(weights, max_shard_bytes or MAX_SHARD_BYTES)
-
-    def read(name: str) -> Tensor:
-        tensor = weights.read(name)
-        fingerprint.add(name, tensor)
-        return tensor
 
     def write(file: str) -> Receipt:
         header, names = write_safetensors(
@@ -116,18 +110,16 @@ def write_weights(
             names=shards[file],
             shape=weights.shape,
             dtype=weights.dtype,
-            read=read,
+            blocks=passing.blocks,
         )
         pieces = [(len(header), blake3(header).hexdigest())]
-        pieces += [(size_bytes(weights, name), fingerprint.blake3(name)) for name in names]
-        return {"blake3": pieces, "tensors": fingerprint.entries(names)}
+        pieces += [(size_bytes(weights, name), passing.blake3[name]) for name in names]
+        return {"blake3": pieces, **passing.receipt(names)}
 
     receipts = write_files(directory, shards, write)
-    fingerprint.restore(*(receipt["tensors"] for receipt in receipts.values()))
     if len(shards) > 1:
         _write_index(directory, shards, weights)
-    digests = {file: receipt["blake3"] for file, receipt in receipts.items()}
-    return Written(fingerprint, digests)
+    return passing.written(receipts)
 
 
 def _spell_twice(config_path: Path) -> None:

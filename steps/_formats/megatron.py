@@ -8,6 +8,7 @@ read through its ``run_config.yaml``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -20,10 +21,16 @@ from nemotron.artifacts import MANIFEST, Artifact, read_artifact
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.huggingface import read_decoder_config
 from nemotron.steps._formats.torch_dist import TorchDistReader
-from nemotron.steps._formats.weights import check_names, damaged, read_json
+from nemotron.steps._formats.weights import check_names, damaged, read_json, row_blocks
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.fields import naming
-from nemotron.steps._models.layouts import WeightRule, hf_tensors, split_rows, weight_rules
+from nemotron.steps._models.layouts import (
+    WeightRule,
+    hf_tensors,
+    part_rows,
+    split_rows,
+    weight_rules,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAIN_STATE = "latest_train_state.pt"
@@ -186,6 +193,12 @@ class MegatronWeights:
         parts = split_rows(fused, layout=tensor.rule.layout, config=self.config)
         self._own.last = key, parts
         return parts[tensor.part]
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        tensor = self._tensors[name]
+        for rows in part_rows(tensor, self.config):
+            part = self._checkpoint.read(tensor.rule.megatron, layer=tensor.layer, rows=rows)
+            yield from row_blocks(part)
 
 
 def open_megatron(path: Path) -> MegatronCheckpoint:

@@ -13,11 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nemotron.artifacts import Artifact, Input, Producer, publish, write_artifact
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._formats.fingerprint import Fingerprint
+from nemotron.steps._formats.as_megatron import AsMegatron
 from nemotron.steps._formats.huggingface import (
     TOKENIZER_FILES,
     copy_files,
@@ -38,6 +37,7 @@ from nemotron.steps._formats.torch_dist_writer import (
 )
 from nemotron.steps._formats.weight_files import (
     Compare,
+    PassingWeights,
     Receipt,
     Written,
     read_back,
@@ -49,7 +49,6 @@ from nemotron.steps._models.layouts import (
     LORA_TARGETS,
     WeightRule,
     hf_tensors,
-    join_rows,
     weight_rules,
 )
 
@@ -103,8 +102,7 @@ def publish_megatron(
             artifact_type="checkpoint_megatron",
             produced_by=produced_by,
             inputs=inputs,
-            properties=model_properties(source, weights.config, written.fingerprint.hexdigest())
-            | compared,
+            properties=model_properties(source, weights.config, written.fingerprint) | compared,
             digests=written.digests,
         )
 
@@ -118,8 +116,8 @@ def write_megatron(
 ) -> Written:
     """Write weights as a Megatron checkpoint.
 
-    Each file's writer holds the parts of one Megatron tensor at a time. The files that mark a
-    checkpoint as complete come last.
+    Each file's writer holds a block of a tensor at a time. The files that mark a checkpoint as
+    complete come last.
 
     Args:
         root: Where to write; exists and holds nothing else.
@@ -146,19 +144,19 @@ def write_megatron(
 
 
 def _write_tensors(root: Path, iteration_dir: Path, weights: Weights) -> Written:
-    fingerprint = Fingerprint()
+    passing = PassingWeights(weights)
     files = _plan_files(weights)
 
     def write(file: str) -> Receipt:
         places = files[file]
         with TorchDistFile(root / file) as stream:
             for rule, layer in places:
-                _write_place(stream, weights, rule, layer, fingerprint)
+                _write_place(stream, passing, rule, layer)
         names = [name for rule, layer in places for name in _hf_names(rule, layer)]
         return {
             "blake3": stream.blake3,
             "items": [asdict(item) for item in stream.items],
-            "tensors": fingerprint.entries(names),
+            **passing.receipt(names),
         }
 
     with without_crc32():
@@ -167,40 +165,31 @@ def _write_tensors(root: Path, iteration_dir: Path, weights: Weights) -> Written
         iteration_dir,
         (StoredItem(**item) for receipt in receipts.values() for item in receipt["items"]),
     )
-    fingerprint.restore(*(receipt["tensors"] for receipt in receipts.values()))
-    return Written(fingerprint, {file: receipt["blake3"] for file, receipt in receipts.items()})
+    return passing.written(receipts)
 
 
 def _write_place(
-    stream: TorchDistFile,
-    weights: Weights,
-    rule: WeightRule,
-    layer: int | None,
-    fingerprint: Fingerprint,
+    stream: TorchDistFile, weights: Weights, rule: WeightRule, layer: int | None
 ) -> None:
     """Write one Megatron tensor, of one layer where it has layers."""
-    tensor = _read_place(weights, rule, layer, fingerprint)
+    blocks = AsMegatron(weights).blocks(rule.megatron, layer=layer)
+    dtype = weights.dtype(_hf_names(rule, layer)[0])
     if layer is None:
-        stream.write(rule.megatron, tensor)
+        stream.write_blocks(rule.megatron, blocks, sizes=rule.shape, dtype=dtype)
         return
     num_layers = weights.config.num_layers
-    offsets, shape = (layer, *[0] * tensor.dim()), (num_layers, *rule.shape)
-    stream.write(rule.megatron, tensor[None], offsets=offsets, global_shape=shape)
+    stream.write_blocks(
+        rule.megatron,
+        blocks,
+        sizes=(1, *rule.shape),
+        dtype=dtype,
+        offsets=(layer, *[0] * len(rule.shape)),
+        global_shape=(num_layers, *rule.shape),
+    )
     module = rule.megatron.removesuffix(".weight")
     if module.rsplit(".", 1)[-1] in LORA_TARGETS:
         # Megatron-Bridge up to 0.4 asks for the (empty) state of every linear layer.
         stream.write_object(f"{module}._extra_state/shard_{layer}_{num_layers}", [None])
-
-
-def _read_place(
-    weights: Weights, rule: WeightRule, layer: int | None, fingerprint: Fingerprint
-) -> Tensor:
-    """Return one Megatron tensor; its parts are let go."""
-    names = _hf_names(rule, layer)
-    parts = [weights.read(name) for name in names]
-    for name, part in zip(names, parts, strict=True):
-        fingerprint.add(name, part)
-    return join_rows(parts, layout=rule.layout, config=weights.config)
 
 
 def _plan_files(weights: Weights) -> dict[str, list[Place]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +15,7 @@ _C_LIBRARY = ctypes.CDLL(None)
 
 
 class OutputFile:
-    """A file, written from its beginning and on the disk when the ``with`` block ends well.
+    """A file that is on the disk when the ``with`` block ends well.
 
     Attributes:
         size_bytes: Bytes written so far.
@@ -24,6 +25,7 @@ class OutputFile:
         self.size_bytes = 0
         self._stream = path.open("w+b", buffering=0)
         self._sent_bytes = 0
+        self._lock = Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -41,23 +43,26 @@ class OutputFile:
             self._stream.close()
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append bytes; they may change or go when this returns."""
-        view = memoryview(data).cast("B")
-        start = 0
-        while start < len(view):  # Linux writes 2 GiB at most in one call
-            start += self._stream.write(view[start:])
-        self.size_bytes += len(view)
-        if self.size_bytes - self._sent_bytes >= _WRITE_OUT_BYTES:
-            self._begin_to_write_out()
-        return len(view)
+        """Append bytes, behind all that was written; they may change or go when this returns."""
+        return self.write_at(self.size_bytes, data)
 
-    def flush(self) -> None:
-        """Do nothing: nothing is held back."""
+    def write_at(self, start: int, data: bytes | memoryview) -> int:
+        """Write bytes at a place of their own, also from several threads at a time."""
+        view = memoryview(data).cast("B")
+        written = 0
+        while written < len(view):  # Linux writes 2 GiB at most in one call
+            written += os.pwrite(self._stream.fileno(), view[written:], start + written)
+        with self._lock:
+            self.size_bytes += written
+            is_due = self.size_bytes - self._sent_bytes >= _WRITE_OUT_BYTES
+            if is_due:
+                self._sent_bytes = self.size_bytes
+        if is_due:
+            self._begin_to_write_out()
+        return written
 
     def _begin_to_write_out(self) -> None:
         """Have the disk begin with what would else all be left to the fsync."""
         if hasattr(_C_LIBRARY, "sync_file_range"):  # Linux
-            count = self.size_bytes - self._sent_bytes
-            places = ctypes.c_int64(self._sent_bytes), ctypes.c_int64(count)
-            _C_LIBRARY.sync_file_range(self._stream.fileno(), *places, _SYNC_FILE_RANGE_WRITE)
-        self._sent_bytes = self.size_bytes
+            whole_file = ctypes.c_int64(0), ctypes.c_int64(0)
+            _C_LIBRARY.sync_file_range(self._stream.fileno(), *whole_file, _SYNC_FILE_RANGE_WRITE)

@@ -1,6 +1,7 @@
 """One safetensors file: read single tensors by offset, write it tensor by tensor.
 
-The safetensors library needs a whole file's tensors in memory to write them; this writer needs one.
+The safetensors library needs a whole file's tensors in memory to write them; this writer needs a
+block of one.
 The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape,
 [start, end) in the data), the data.
 
@@ -12,9 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,7 @@ from nemotron.steps._formats.output_file import OutputFile
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, damaged
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-_NUM_READERS = min(2, os.cpu_count() or 1)
-_BYTES_AHEAD = 1 << 27  # that may be read before they are written; more where a tensor is larger
+_NUM_WRITERS = min(4, os.cpu_count() or 1)  # of one file; each has one tensor
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,10 @@ def write_safetensors(
     names: Sequence[str],
     shape: Callable[[str], tuple[int, ...]],
     dtype: Callable[[str], torch.dtype],
-    read: Callable[[str], Tensor],
+    blocks: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, list[str]]:
-    """Write a safetensors file; tensors are read while others are written.
+    """Write a safetensors file, several tensors at a time.
 
     Tensors of wider types come first, so that every tensor is aligned to its own width.
 
@@ -118,68 +117,69 @@ def write_safetensors(
         names: Tensors, in the order to write those of one type.
         shape: Returns the shape of a tensor.
         dtype: Returns the type of a tensor.
-        read: Returns a tensor; called once per name, by other threads.
+        blocks: Returns a tensor in blocks of its rows, each written before the next one is asked
+            for; called once per name, by other threads.
         metadata: Text entries beside the obligatory ``format``.
 
     Returns:
         What the file consists of: its header with the length in front, and the names of the tensors
         in the order in which their bytes follow.
     """
-
-    def size_bytes(name: str) -> int:
-        return math.prod(shape(name)) * dtype(name).itemsize
-
     ordered = sorted(names, key=lambda name: -dtype(name).itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header, starts = _lay_out(ordered, shape, dtype, metadata or {})
+
+    def write(name: str) -> None:
+        start = at = len(header) + starts[name]
+        for block in blocks(name):
+            if block.dtype != dtype(name) or block.shape[1:] != shape(name)[1:]:
+                raise _not_as_announced(name)
+            at += stream.write_at(at, raw_bytes(block))
+        if at - start != math.prod(shape(name)) * dtype(name).itemsize:
+            raise _not_as_announced(name)
+
+    with OutputFile(path) as stream, ThreadPoolExecutor(_NUM_WRITERS) as threads:
+        stream.write(header)
+        # Settings of torch are the caller's, whichever way torch keeps them.
+        running = [threads.submit(copy_context().run, write, name) for name in ordered]
+        try:
+            for each in running:
+                each.result()
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    return header, ordered
+
+
+def _lay_out(
+    names: Sequence[str],
+    shape: Callable[[str], tuple[int, ...]],
+    dtype: Callable[[str], torch.dtype],
+    metadata: Mapping[str, str],
+) -> tuple[bytes, dict[str, int]]:
+    """Return the header, with its length in front, and where each tensor begins after it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    starts: dict[str, int] = {}
     offset = 0
-    for name in ordered:
-        end = offset + size_bytes(name)
-        kind = DTYPE_NAMES[dtype(name)]
+    for name in names:
+        starts[name] = offset
+        offset += math.prod(shape(name)) * dtype(name).itemsize
         header[name] = {
-            "dtype": kind,
+            "dtype": DTYPE_NAMES[dtype(name)],
             "shape": list(shape(name)),
-            "data_offsets": [offset, end],
+            "data_offsets": [starts[name], offset],
         }
-        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    start = len(text).to_bytes(8, "little") + text
-    with OutputFile(path) as stream:
-        stream.write(start)
-        for name, tensor in _read_ahead(ordered, read, size_bytes):
-            if tuple(tensor.shape) != shape(name) or tensor.dtype != dtype(name):
-                raise ValueError(f"{name} is not of the shape and type announced")
-            stream.write(raw_bytes(tensor))
-            del tensor  # before the next one is there
-    return start, ordered
+    return len(text).to_bytes(8, "little") + text, starts
 
 
-def _read_ahead(
-    names: Iterable[str], read: Callable[[str], Tensor], size_bytes: Callable[[str], int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every name with its tensor, which threads read while those before are used.
-
-    By bytes, not by number: a reader need not wait for another's large tensor after small ones.
-    """
-    with ThreadPoolExecutor(_NUM_READERS) as threads:
-        coming: deque[tuple[str, Future[Tensor]]] = deque()
-        bytes_ahead = 0
-        for name in names:
-            # Settings of torch are the caller's, whichever way torch keeps them.
-            coming.append((name, threads.submit(copy_context().run, read, name)))
-            bytes_ahead += size_bytes(name)
-            while len(coming) > _NUM_READERS and bytes_ahead > _BYTES_AHEAD:
-                ready, tensor = coming.popleft()
-                bytes_ahead -= size_bytes(ready)
-                yield ready, tensor.result()
-                del tensor
-        for ready, tensor in coming:
-            yield ready, tensor.result()
+def _not_as_announced(name: str) -> ValueError:
+    return ValueError(f"{name} is not of the shape and type announced")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor, without a copy where it is contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:

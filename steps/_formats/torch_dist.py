@@ -110,8 +110,9 @@ class TorchDistReader:
         sizes = tuple(max(stop - start, 0) for start, stop in bounds)
         boxes = [(chunk, _intersect(chunk, starts, sizes)) for chunk in self._chunks[name]]
         needed = [(chunk, *box) for chunk, box in boxes if box is not None]
-        if len(needed) == 1 and needed[0][0].sizes == sizes:
-            return self._load(name, needed[0][0]).contiguous()  # spares a copy of large tensors
+        if len(needed) == 1 and needed[0][2] == tuple(slice(0, size) for size in sizes):
+            chunk, source, _ = needed[0]
+            return self._load(name, chunk)[source].contiguous()  # rows need no copy
         result = torch.empty(sizes, dtype=self.dtype(name))
         num_filled = 0
         for chunk, source, target in needed:

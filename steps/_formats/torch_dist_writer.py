@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from nemotron.steps._formats.hashed_file import HashedFile
+from nemotron.steps._formats.output_file import OutputFile
+from nemotron.steps._formats.safetensors_file import raw_bytes
 from nemotron.steps._formats.torch_dist_metadata import METADATA_FILE
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES
 
@@ -51,7 +54,7 @@ class StoredItem:
 
 
 class TorchDistFile:
-    """One data file, written chunk by chunk in a ``with`` block.
+    """One data file, written chunk by chunk in a ``with`` block, within ``without_crc32``.
 
     Args:
         path: The file, such as ``__0_0.distcp``.
@@ -65,7 +68,8 @@ class TorchDistFile:
         self.items: list[StoredItem] = []
         self.blake3 = ""
         self._name = path.name
-        self._stream = HashedFile(path)
+        self._stream = OutputFile(path)
+        self._digest = blake3()
 
     def __enter__(self) -> TorchDistFile:
         return self
@@ -77,7 +81,7 @@ class TorchDistFile:
         trace: TracebackType | None,
     ) -> None:
         self._stream.__exit__(kind, error, trace)
-        self.blake3 = self._stream.blake3
+        self.blake3 = self._digest.hexdigest()
 
     def write(
         self,
@@ -95,39 +99,98 @@ class TorchDistFile:
             offsets: Place of the chunk in the whole tensor; zeros by default.
             global_shape: Shape of the whole tensor; that of ``tensor`` by default.
         """
-        sizes = tuple(tensor.shape)
-        tensor = tensor.contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-            tensor = tensor.clone()  # torch.save would write the whole storage behind a view
-        start, length_bytes = self._append(name, tensor)
+        sizes, dtype = tensor.shape, tensor.dtype
+        chunk = {"offsets": offsets, "global_shape": global_shape}
+        self.write_blocks(name, iter([tensor]), sizes=sizes, dtype=dtype, **chunk)
+
+    def write_blocks(
+        self,
+        name: str,
+        blocks: Iterator[Tensor],
+        *,
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        offsets: Sequence[int] | None = None,
+        global_shape: Sequence[int] | None = None,
+    ) -> None:
+        """Append a tensor, or one chunk of it, whose rows come in blocks; see ``write``.
+
+        Raises:
+            ValueError: They are more or fewer bytes than ``sizes`` and ``dtype`` say.
+        """
+        # torch.save wants a tensor: one that takes no memory, as nobody writes or reads it.
+        placeholder = torch.empty(tuple(sizes), dtype=dtype)
+        archive = _Archive(self._append, placeholder, blocks)
+        start, length_bytes = self._save(placeholder, archive)
+        if placeholder.nbytes == 0:  # torch writes nothing of it, and the blocks are to be taken
+            archive.pass_blocks()
+        if archive.missing_bytes:
+            raise ValueError(f"{name} is not of the shape and type announced")
         self.items.append(
             StoredItem(
                 name,
                 self._name,
                 start,
                 length_bytes,
-                DTYPE_NAMES[tensor.dtype],
+                DTYPE_NAMES[dtype],
                 tuple(global_shape or sizes),
                 tuple(offsets or [0] * len(sizes)),
-                sizes,
+                tuple(sizes),
             )
         )
 
     def write_object(self, name: str, value: Any) -> None:
         """Append an item that is not a tensor, such as Megatron's ``_extra_state``."""
-        self.items.append(StoredItem(name, self._name, *self._append(name, value)))
+        archive = _Archive(self._append, torch.empty(0), iter(()))
+        self.items.append(StoredItem(name, self._name, *self._save(value, archive)))
 
-    def _append(self, name: str, value: Any) -> tuple[int, int]:
-        self._stream.write(bytes(-self._stream.size_bytes % _ALIGNMENT_BYTES))
+    def _save(self, value: Any, archive: _Archive) -> tuple[int, int]:
+        """Append what ``torch.save`` makes of a value; return where it begins, and its length."""
+        self._append(bytes(-self._stream.size_bytes % _ALIGNMENT_BYTES))
         start = self._stream.size_bytes
         try:
-            torch.save(value, self._stream)  # type: ignore[arg-type] (it needs write() only)
+            torch.save(value, archive)  # type: ignore[arg-type] (it needs write() only)
         except RuntimeError as error:
             # torch ends its archive also after a write that failed, and complains of the gap.
-            if isinstance(error.__context__, OSError):
+            if error.__context__ is not None:
                 raise error.__context__ from None
             raise
         return start, self._stream.size_bytes - start
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._stream.write(data)
+
+
+class _Archive:
+    """What ``torch.save`` writes to, which gets blocks instead of a placeholder's memory.
+
+    Attributes:
+        missing_bytes: Of the placeholder, that have not come yet.
+    """
+
+    def __init__(
+        self, append: Callable[[memoryview], None], placeholder: Tensor, blocks: Iterator[Tensor]
+    ) -> None:
+        self.missing_bytes = placeholder.nbytes
+        self._append, self._placeholder, self._blocks = append, placeholder, blocks
+
+    def write(self, data: memoryview) -> int:
+        """Append what torch hands over, which is each storage's memory where it lies."""
+        if np.frombuffer(data, np.uint8).ctypes.data == self._placeholder.data_ptr():
+            self.pass_blocks()
+        else:
+            self._append(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""
+
+    def pass_blocks(self) -> None:
+        """Append the blocks that are left."""
+        for block in self._blocks:
+            self.missing_bytes -= block.nbytes
+            self._append(raw_bytes(block))
 
 
 @contextlib.contextmanager
@@ -137,7 +200,7 @@ def torch_dist_writer(directory: Path) -> Iterator[TorchDistFile]:
     Raises:
         ValueError: As ``write_metadata``; there is no ``.metadata`` then.
     """
-    with TorchDistFile(directory / "__0_0.distcp") as file:
+    with without_crc32(), TorchDistFile(directory / "__0_0.distcp") as file:
         yield file
     write_metadata(directory, file.items)
 
@@ -178,8 +241,9 @@ def write_metadata(directory: Path, items: Iterable[StoredItem]) -> None:
 
 @contextlib.contextmanager
 def without_crc32() -> Iterator[None]:
-    """Spare ``torch.save`` a sum over every byte that ``torch.load`` never looks at.
+    """Keep ``torch.save`` from a sum over every byte that ``torch.load`` never looks at.
 
+    It would be one over a placeholder's memory, not over what is written in its place.
     It is a setting of the process: one block around all threads that write.
     """
     before = get_crc32_options()

@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from time import monotonic
@@ -32,6 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PROGRESS_SECONDS = 5.0
+_ELEMENTS_AT_A_TIME = 1 << 18  # of a block: small enough for a core's cache, even as fp32
 
 
 class Weights(Protocol):
@@ -59,6 +60,25 @@ class Weights(Protocol):
         """Return one tensor, contiguous and on the CPU."""
         ...
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield one tensor as blocks of its rows, in order; see ``row_blocks``.
+
+        A block holds what it holds until the next one is asked for.
+        """
+        ...
+
+
+def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor's rows in order, as views of what a core's cache holds; at least one.
+
+    What is done with one after the other, made, hashed, written, need not go through memory.
+    """
+    if tensor.dim() == 0:
+        yield tensor
+        return
+    row_elements = max(1, math.prod(tensor.shape[1:]))
+    yield from tensor.split(max(1, _ELEMENTS_AT_A_TIME // row_elements))
+
 
 def size_bytes(weights: Weights, name: str) -> int:
     """Return the size of one tensor, without reading it."""
@@ -82,12 +102,19 @@ class ReportedWeights:
         self._last = monotonic()
 
     def read(self, name: str) -> Tensor:
+        self._report()
+        return self._weights.read(name)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        self._report()
+        return self._weights.blocks(name)
+
+    def _report(self) -> None:
         self._num_read += 1
         if monotonic() - self._last > _PROGRESS_SECONDS:
             self._last = monotonic()
             done = f"{self._num_read}/{len(self.names)} tensors"
             print(f"{self._label}: {done}", file=sys.stderr, flush=True)
-        return self._weights.read(name)
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -143,6 +144,27 @@ def split_rows(tensor: Tensor, *, layout: Layout, config: DecoderConfig) -> tupl
     if layout == "qkv":
         return split_qkv(tensor, config=config)
     return tuple(tensor.chunk(2)) if layout == "gate_up" else (tensor,)
+
+
+def row_runs(rule: WeightRule, config: DecoderConfig) -> list[tuple[int, int]]:
+    """Return how the rows of a Megatron tensor follow each other: number of the part, of rows."""
+    if rule.layout == "qkv":
+        d = config.kv_channels
+        heads_per_group = config.num_attention_heads // config.num_query_groups
+        return [(0, heads_per_group * d), (1, d), (2, d)] * config.num_query_groups
+    num_rows = rule.shape[0] // len(rule.hf)
+    return [(part, num_rows) for part in range(len(rule.hf))]
+
+
+def part_rows(tensor: HfTensor, config: DecoderConfig) -> list[slice]:
+    """Return which rows of its Megatron tensor are those of a Hugging Face tensor, in order."""
+    runs = row_runs(tensor.rule, config)
+    stops = accumulate(num_rows for _, num_rows in runs)
+    return [
+        slice(stop - num_rows, stop)
+        for (part, num_rows), stop in zip(runs, stops, strict=True)
+        if part == tensor.part
+    ]
 
 
 def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, *, config: DecoderConfig) -> Tensor:

@@ -72,7 +72,7 @@ def write_trainer_state(
         names=sorted(moments),
         shape=lambda name: tuple(moments[name].shape),
         dtype=lambda name: moments[name].dtype,
-        read=lambda name: moments[name].cpu(),
+        blocks=lambda name: [moments[name].cpu()],
     )
     text = json.dumps(values, indent=2) + "\n"
     (directory / STATE_FILE).write_text(text, encoding="utf-8")

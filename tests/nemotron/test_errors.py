@@ -82,7 +82,7 @@ def test_raise_all_raises_nothing_one_or_all() -> None:
 def test_a_write_without_room_names_what_was_written_and_asks_for_room(number: int) -> None:
     with pytest.raises(OSError, match="out") as caught, writing(Path("out")):
         raise OSError(number, os.strerror(number))
-    refused = system_refusal(caught.value, origin="hashed_file.py:65")
+    refused = system_refusal(caught.value, origin="output_file.py:65")
     assert refused is not None
     assert (refused.where, refused.exit_code) == ("out", ExitCode.IO)
     assert refused.fix.startswith("make room there")

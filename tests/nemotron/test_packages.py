@@ -50,4 +50,4 @@ def test_what_is_missing_is_named_with_a_fix_without_any_package(tmp_path: Path)
     )
     assert done.returncode == 3, done.stderr
     assert "error[package_missing]: Python 3." in done.stderr
-    assert json.loads(file.read_text())["fix"].endswith("tokenizers torch pyyaml")
+    assert json.loads(file.read_text())["fix"].endswith("tokenizers torch xxhash pyyaml")

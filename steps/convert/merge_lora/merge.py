@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,11 @@ from nemotron.artifacts import Producer
 from nemotron.steps._entry import step_error
 from nemotron.steps._formats.huggingface_writer import publish_huggingface
 from nemotron.steps._formats.lora import LoraAdapter
-from nemotron.steps._formats.mapped_bytes import fresh_tensor
 from nemotron.steps._formats.megatron_writer import publish_megatron
 from nemotron.steps._formats.weights import Weights, all_finite
 from nemotron.steps._training.layerwise import compare_merged
 from nemotron.steps.convert.merge_lora.checks import ID
 from nemotron.steps.convert.merge_lora.inputs import MergeInputs
-
-_ELEMENTS_AT_A_TIME = 1 << 17  # bounds the fp32 sum to what a cache holds
 
 
 class MergedWeights:
@@ -34,6 +32,9 @@ class MergedWeights:
 
     Attributes:
         changes: Root mean square of the change by tensor, of the adapted tensors read so far.
+
+    Raises:
+        NemotronError: ``merged_not_finite``, where a tensor is read.
     """
 
     def __init__(self, base: Weights, adapter: LoraAdapter) -> None:
@@ -45,36 +46,44 @@ class MergedWeights:
         self._modules = frozenset(adapter.modules)
 
     def read(self, name: str) -> Tensor:
-        weight = self._base.read(name)
+        return torch.cat([block.clone() for block in self.blocks(name)])
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        blocks = self._base.blocks(name)
         module = name.removesuffix(".weight")
         if module in self._modules:
             lora_a, lora_b = self._adapter.read(module)
             scale = self._adapter.scale(module)
-            weight = add_delta(weight, lora_a, lora_b, scale=scale)
+            blocks = add_delta(blocks, lora_a, lora_b, scale=scale)
             self.changes[name] = rms_change(lora_a, lora_b, scale=scale)
-        if not all_finite(weight):
-            raise step_error(ID, "merged_not_finite", f"{name} holds values that are not finite")
-        return weight
+        for block in blocks:
+            if not all_finite(block):
+                problem = f"{name} holds values that are not finite"
+                raise step_error(ID, "merged_not_finite", problem)
+            yield block
 
 
-def add_delta(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> Tensor:
-    """Return ``weight + scale * lora_b @ lora_a``, [F, H], in its type.
+def add_delta(
+    blocks: Iterable[Tensor], lora_a: Tensor, lora_b: Tensor, *, scale: float
+) -> Iterator[Tensor]:
+    """Yield ``weight + scale * lora_b @ lora_a``, [F, H], in the weight's type, block by block.
 
     Args:
-        weight: [F, H].
+        blocks: The weight, [F, H], in blocks of its rows; see ``row_blocks``.
         lora_a: [R, H].
         lora_b: [F, R].
         scale: Of the adapter in this module, such as alpha / dim.
     """
-    merged = fresh_tensor(tuple(weight.shape), weight.dtype)
     lora_a, lora_b = lora_a.float(), lora_b.float()
-    num_rows = max(1, _ELEMENTS_AT_A_TIME // weight.shape[1])
-    wide = torch.empty(min(num_rows, len(weight)), weight.shape[1])
-    blocks = zip(*(each.split(num_rows) for each in (weight, lora_b, merged)), strict=True)
-    for weight_rows, lora_b_rows, merged_rows in blocks:
-        sum_rows = wide[: len(weight_rows)].copy_(weight_rows)
-        merged_rows.copy_(sum_rows.addmm_(lora_b_rows, lora_a, alpha=scale))
-    return merged
+    wide, merged = torch.empty(0, lora_a.shape[1]), None
+    stop = 0
+    for rows in blocks:
+        start, stop = stop, stop + len(rows)
+        if merged is None or len(merged) < len(rows):
+            wide, merged = torch.empty(rows.shape), torch.empty_like(rows)
+        sum_rows = wide[: len(rows)].copy_(rows)
+        sum_rows.addmm_(lora_b[start:stop], lora_a, alpha=scale)
+        yield merged[: len(rows)].copy_(sum_rows)
 
 
 def rms_change(lora_a: Tensor, lora_b: Tensor, *, scale: float) -> float:

@@ -7,12 +7,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from nemotron.steps._formats.fingerprint import Fingerprint, base_fingerprint
+from nemotron.steps._formats import weights
+from nemotron.steps._formats.fingerprint import DigestedWeights, TensorDigests, base_fingerprint
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 
 SaveLlama = Callable[..., LlamaForCausalLM]
@@ -64,10 +66,10 @@ def test_fingerprint_sees_one_bit_a_name_a_type_and_a_shape_but_not_the_order() 
     x, y = torch.arange(4.0), torch.ones(2, 2)
 
     def digest(**tensors: torch.Tensor) -> str:
-        fingerprint = Fingerprint()
+        digests = TensorDigests()
         for name, tensor in tensors.items():
-            fingerprint.add(name, tensor)
-        return fingerprint.hexdigest()
+            digests.add(name, tensor)
+        return digests.fingerprint()
 
     assert digest(x=x, y=y) == digest(y=y, x=x)
     bit = x.view(torch.int32).clone()
@@ -83,11 +85,11 @@ def test_fingerprint_sees_one_bit_a_name_a_type_and_a_shape_but_not_the_order() 
 
 
 def test_the_first_difference_is_a_tensor_that_is_another_or_in_one_only() -> None:
-    def taken(**tensors: torch.Tensor) -> Fingerprint:
-        fingerprint = Fingerprint()
+    def taken(**tensors: torch.Tensor) -> TensorDigests:
+        digests = TensorDigests()
         for name, tensor in tensors.items():
-            fingerprint.add(name, tensor)
-        return fingerprint
+            digests.add(name, tensor)
+        return digests
 
     zeros, ones = torch.zeros(2), torch.ones(2)
     assert taken(a=zeros, b=ones).first_difference(taken(b=ones, a=zeros)) is None
@@ -95,3 +97,20 @@ def test_the_first_difference_is_a_tensor_that_is_another_or_in_one_only() -> No
     assert taken(a=zeros).first_difference(taken(a=zeros.view(2, 1))) == "a"
     assert taken(a=zeros, b=ones).first_difference(taken(b=ones)) == "a"
     assert taken(b=ones).first_difference(taken(a=zeros, b=ones)) == "a"
+
+
+def test_a_tensor_has_one_digest_however_it_is_read_and_none_before_its_end(
+    tmp_path: Path, save_llama: SaveLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_ELEMENTS_AT_A_TIME", 40)  # two rows of 16, or less than one
+    save_llama(tmp_path)
+    whole, parts = (DigestedWeights(HuggingFaceCheckpoint(tmp_path)) for _ in range(2))
+    for name in whole.names:
+        tensor = whole.read(name)
+        blocks = parts.blocks(name)
+        first = next(blocks).clone()
+        assert name not in parts.digests
+        assert torch.equal(torch.cat([first, *blocks]), tensor)
+        assert parts.digests[name] == whole.digests[name]
+    assert parts.digests.first_difference(whole.digests) is None
+    assert whole.digests.fingerprint() == base_fingerprint(HuggingFaceCheckpoint(tmp_path))

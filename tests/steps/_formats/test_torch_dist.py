@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import pickle
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -127,6 +129,39 @@ def test_write_stores_a_view_without_the_storage_behind_it(tmp_path: Path) -> No
     assert TorchDistReader(tmp_path).read("y").shape == (1000, 2)
 
 
+def test_blocks_are_written_as_the_tensor_that_they_make_up(tmp_path: Path) -> None:
+    whole, buffer = _stacked(), torch.empty(12, 4)
+    for name, rows in (("whole", [6, 12]), ("blocks", [1] * 18)):
+        blocks = whole.reshape(18, 4).split(rows)
+        (tmp_path / name).mkdir()
+        with torch_dist_writer(tmp_path / name) as writer:
+            for key in ("x", "y"):
+                # Each block lies where the one before lay.
+                passing = (buffer[: len(rows)].copy_(rows) for rows in blocks)
+                writer.write_blocks(key, passing, sizes=whole.shape, dtype=whole.dtype)
+        assert torch.equal(TorchDistReader(tmp_path / name).read("y"), whole)
+    one, other = ((tmp_path / name / "__0_0.distcp").read_bytes() for name in ("whole", "blocks"))
+    assert one == other
+    assert writer.blake3 == blake3(other).hexdigest()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_write_blocks_refuses_other_than_was_announced(tmp_path: Path, rows: int) -> None:
+    announced = pytest.raises(ValueError, match="x is not of the shape and type announced")
+    with announced, torch_dist_writer(tmp_path) as writer:
+        sizes, dtype = (2, 4), torch.float32
+        writer.write_blocks("x", iter([torch.zeros(rows, 4)]), sizes=sizes, dtype=dtype)
+
+
+def test_what_fails_while_blocks_are_made_is_the_error_of_the_writer(tmp_path: Path) -> None:
+    def blocks() -> Iterator[Tensor]:
+        yield torch.zeros(1, 4)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"), torch_dist_writer(tmp_path) as writer:
+        writer.write_blocks("x", blocks(), sizes=(2, 4), dtype=torch.float32)
+
+
 def test_write_refuses_chunks_of_another_type_and_leaves_no_metadata(tmp_path: Path) -> None:
     one_type = pytest.raises(ValueError, match="x: the chunks of one tensor must have one type")
     with one_type, torch_dist_writer(tmp_path) as writer:
@@ -166,8 +201,10 @@ def test_read_runs_nothing_of_a_hostile_chunk(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     with torch_dist_writer(tmp_path) as writer:
         writer.write("x", torch.zeros(2))
-        start, length_bytes = writer._append("x", Hostile(canary))
-        writer.items[:] = [replace(writer.items[0], start=start, length_bytes=length_bytes)]
+        writer.write_object("y", Hostile(canary))
+        tensor, hostile = writer.items
+        place = {"start": hostile.start, "length_bytes": hostile.length_bytes}
+        writer.items[:] = [replace(tensor, **place)]
     with pytest.raises(NemotronError, match="does not load"):
         TorchDistReader(tmp_path).read("x")
     assert not canary.exists()

@@ -122,8 +122,9 @@ def poison(root: Path, where: str, payload: Payload) -> None:
                 writer.write(name, tensor)
             writer.write_object("common_state/shard_0_1", [payload])
             if where == "a tensor":
-                start, length_bytes = writer._append(first, payload)
-                place = {"start": start, "length_bytes": length_bytes}
+                writer.write_object(first, payload)
+                hostile = writer.items.pop()
+                place = {"start": hostile.start, "length_bytes": hostile.length_bytes}
                 writer.items[:1] = [replace(writer.items[0], **place)]
     else:
         path = root / where if (root / where).exists() else directory / where

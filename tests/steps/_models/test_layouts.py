@@ -17,6 +17,7 @@ from nemotron.steps._models.layouts import (
     lora_from_hf,
     lora_hf_modules,
     lora_to_hf,
+    part_rows,
     split_qkv,
     split_rows,
     weight_rules,
@@ -83,6 +84,16 @@ def test_split_qkv_undoes_fuse_qkv(num_query_groups: int, trailing: tuple[int, .
     for part, other in zip(parts, again, strict=True):
         assert torch.equal(part, other)
         assert other.is_contiguous()
+
+
+@pytest.mark.parametrize("num_query_groups", [1, 2, 4])
+def test_part_rows_are_the_rows_that_split_rows_returns(num_query_groups: int) -> None:
+    config = _config(num_query_groups=num_query_groups)
+    for tensor in hf_tensors(config).values():
+        fused = torch.arange(tensor.rule.shape[0])
+        wanted = split_rows(fused, layout=tensor.rule.layout, config=config)[tensor.part]
+        rows = [fused[each] for each in part_rows(tensor, config)]
+        assert torch.equal(torch.cat(rows), wanted)
 
 
 def test_join_rows_puts_all_gate_rows_before_all_up_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nemotron.steps._formats.as_megatron import AsMegatron
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.lora import fused_factors
-from nemotron.steps._formats.weights import Weights
+from nemotron.steps._formats.weights import Weights, row_blocks
 from nemotron.steps._models.gpt import LoraTargets
 from nemotron.steps._models.layouts import lora_shapes
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
@@ -66,6 +67,9 @@ class Slow:
         sleep(0.02)
         return self._weights.read(name)
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        return row_blocks(self.read(name))
+
 
 class Changed:
     """Weights of which one tensor is not what it should be."""
@@ -78,6 +82,9 @@ class Changed:
     def read(self, name: str) -> Tensor:
         tensor = self._weights.read(name)
         return tensor.roll(1, 0) if name == self._name else tensor
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        return row_blocks(self.read(name))
 
 
 def save(family: str, directory: Path, *, tied: bool, dtype: torch.dtype) -> HuggingFaceCheckpoint:

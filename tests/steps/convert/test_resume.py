@@ -116,7 +116,7 @@ def test_what_is_wrong_is_not_gone_on_with(
     written += ["counted"] * 5
     with monkeypatch.context() as patch:
         patch.setattr(
-            "nemotron.steps._formats.fingerprint.Fingerprint.first_difference", lambda *_: "x"
+            "nemotron.steps._formats.fingerprint.TensorDigests.first_difference", lambda *_: "x"
         )
         with pytest.raises(NemotronError, match="does not read back"):
             run(config, PRODUCER)

@@ -204,12 +204,15 @@ def test_bf16_weights_are_merged_in_fp32_and_cast_once(
     assert torch.equal(merged, wanted)
 
 
-def test_add_delta_gives_the_same_in_blocks_of_rows() -> None:
+@pytest.mark.parametrize("block_rows", [[2500], [1000, 1000, 500], [1, 2000, 499]])
+def test_add_delta_gives_the_same_in_blocks_of_rows(block_rows: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2500, 6, generator=generator, dtype=torch.float64)
     lora_a = torch.randn(2, 6, generator=generator)
     lora_b = torch.randn(2500, 2, generator=generator)
-    merged = add_delta(weight.float(), lora_a, lora_b, scale=0.3)
+    blocks = weight.float().split(block_rows)
+    added = add_delta(blocks, lora_a, lora_b, scale=0.3)
+    merged = torch.cat([block.clone() for block in added])
     delta = 0.3 * lora_b.double() @ lora_a.double()
     # fp32 against fp64: rounding of sums of values below 16.
     torch.testing.assert_close(merged.double(), weight + delta, rtol=0, atol=2e-6)
@@ -415,8 +418,8 @@ def test_a_harmful_adapter_is_refused_even_with_digests_that_fit(
 def test_a_merge_that_computes_something_else_is_not_published(
     tmp_path: Path, base_hf: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forget_the_scale(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Any:
-        return add_delta(weight, a, b, scale=1.01 * scale)
+    def forget_the_scale(blocks: Any, a: Tensor, b: Tensor, *, scale: float) -> Any:
+        return add_delta(blocks, a, b, scale=1.01 * scale)
 
     monkeypatch.setattr(merge, "add_delta", forget_the_scale)
     error = _error(adapter, base_hf, tmp_path / "out" / "hf")
