@@ -22,8 +22,9 @@ def describe(opened: OpenedAdapter) -> dict[str, Any]:
     """Return what can be said about a verified adapter."""
     adapter, record = opened.adapter, opened.record
     has = {
-        "allow_unverified_base": opened.is_base_verified,
-        "allow_unvalidated": opened.is_validated,
+        "allow_unverified_base=true": opened.is_base_verified,
+        "allow_unvalidated=true": opened.is_validated,
+        "hf_model_path=DIR": opened.model_files is not None,
     }
     return {
         "adapter": str(adapter.directory),
@@ -50,7 +51,7 @@ def _page(found: dict[str, Any]) -> str:
     if not found["files_are_verified"]:
         files = "no artifact.json: a changed value that is finite cannot be found"
     loss = found["valid_loss"]
-    needs = [f"merge     with {option}=true only" for option in found["merge_needs"]]
+    needs = [f"merge     with {option} only" for option in found["merge_needs"]]
     return "\n".join(
         [
             f"adapter   {found['adapter']} ({found['layout']})",

@@ -15,6 +15,7 @@ from nemotron.steps._formats.any_adapter import find_any_adapter
 from nemotron.steps._formats.fingerprint import FingerprintedWeights
 from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, read_chat_template
 from nemotron.steps._formats.lora import LoraAdapter
+from nemotron.steps._formats.megatron import open_megatron
 from nemotron.steps.convert.merge_lora.checks import ID
 
 
@@ -69,12 +70,17 @@ def open_inputs(
         raise step_error(ID, "missing_adapter", problem, where="lora_checkpoint")
     if base is None or not base.is_dir():
         raise step_error(ID, "missing_base_checkpoint", f"{base} does not exist")
+    # Before the base is hashed, which takes minutes where it is large.
+    files = model_files or (open_megatron(base).hf_dir if is_megatron_base else base)
+    if files is None:
+        problem = f"{base} carries no config and tokenizer; set hf_model_path to the source model"
+        raise step_error(ID, "missing_base_checkpoint", problem, where="hf_model_path")
     try:
         opened = open_with_base(
             lora_checkpoint,
             base=base,
             is_megatron_base=is_megatron_base,
-            model_files=model_files,
+            model_files=files,
             allow_unverified_base=allow_unverified_base,
             allow_unvalidated=allow_unvalidated,
         )
@@ -82,9 +88,6 @@ def open_inputs(
         if error.code in ("base_model_mismatch", "adapter_not_validated"):
             raise step_error(ID, error.code, error.problem, where=error.where) from None
         raise
-    if opened.model_files is None:
-        problem = f"{base} carries no config and tokenizer; set hf_model_path to the source model"
-        raise step_error(ID, "missing_base_checkpoint", problem, where="hf_model_path")
     if not opened.is_base_verified:
         print(
             f"warning: {opened.adapter.directory} does not record its base: whether it is {base} "
@@ -95,8 +98,8 @@ def open_inputs(
         adapter=opened.adapter,
         base=opened.base,
         base_path=base,
-        model_files=opened.model_files,
-        chat_template=_other_chat_template(opened, opened.model_files),
+        model_files=files,
+        chat_template=_other_chat_template(opened, files),
         lineage=opened.lineage,
     )
 

@@ -69,7 +69,7 @@ def test_verify_says_what_cannot_be_verified(capsys: Output, adapter: Path, base
     assert "no artifact.json" in page
     assert "never measured" in page
     assert "merge     with allow_unverified_base=true only" in page
-    assert found["merge_needs"] == ["allow_unverified_base"]
+    assert found["merge_needs"] == ["allow_unverified_base=true"]
 
 
 def test_verify_says_that_a_merge_asks_for_a_held_out_loss(
@@ -77,7 +77,16 @@ def test_verify_says_that_a_merge_asks_for_a_held_out_loss(
 ) -> None:
     assert verified(capsys, adapter, base_hf)["merge_needs"] == []
     resign(adapter / "iter_0000020", valid_loss=None)
-    assert verified(capsys, adapter, base_hf)["merge_needs"] == ["allow_unvalidated"]
+    assert verified(capsys, adapter, base_hf)["merge_needs"] == ["allow_unvalidated=true"]
+
+
+def test_verify_says_that_a_merge_asks_for_a_tokenizer(
+    capsys: Output, adapter: Path, base_megatron: Path
+) -> None:
+    assert verified(capsys, adapter, base_megatron)["merge_needs"] == []
+    shutil.rmtree(base_megatron / "hf")
+    (base_megatron / "artifact.json").unlink()
+    assert verified(capsys, adapter, base_megatron)["merge_needs"] == ["hf_model_path=DIR"]
 
 
 def test_verify_refuses_a_base_with_a_changed_byte(adapter: Path, base_megatron: Path) -> None:

@@ -331,12 +331,18 @@ def test_a_config_of_another_model_is_refused(
 
 
 def test_a_megatron_base_of_others_takes_config_and_tokenizer_from_hf_model_path(
-    tmp_path: Path, base_megatron: Path, base_hf: Path, adapter: Path
+    tmp_path: Path,
+    base_megatron: Path,
+    base_hf: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.rmtree(base_megatron / "hf")
     (base_megatron / "artifact.json").unlink()
     output = tmp_path / "out" / "hf"
-    error = _error(adapter, base_megatron, output)
+    with monkeypatch.context() as patch:  # it is refused before minutes are spent on a digest
+        patch.setattr("nemotron.steps._adapter.opening.base_fingerprint", pytest.fail)
+        error = _error(adapter, base_megatron, output)
     assert error.code == "missing_base_checkpoint"
     assert "set hf_model_path" in error.problem
     _merge(adapter, base_megatron, output, hf_model_path=base_hf)
