@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.steps._training.traffic_worker import HIDDEN, LORA_DIM, NUM_LAYERS, NUM_MICRO_BATCHES
+from tests.steps._training.traffic_worker import (
+    HIDDEN,
+    LORA_DIM,
+    NUM_LAYERS,
+    NUM_MICRO_BATCHES,
+    ODD_LORA_DIM,
+)
 
 WORKER = Path(__file__).with_name("traffic_worker.py")
 COUNTED_LAYERS = 3
@@ -21,7 +27,7 @@ def traffic(run_ranks: Callable[..., Any]) -> dict[str, dict[str, dict[str, floa
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_layer_issues_two_all_reduces_each_way(traffic: Any, direction: str) -> None:
-    for kind in ("tensor lora", "tensor base"):
+    for kind in ("tensor lora", "tensor odd lora", "tensor base"):
         counted = traffic[kind][direction]
         assert counted["all_reduce"] == counted["all"] == 2 * COUNTED_LAYERS, kind
 
@@ -30,7 +36,7 @@ def test_a_layer_issues_two_all_reduces_each_way(traffic: Any, direction: str) -
 def test_under_sequence_parallelism_a_layer_issues_two_pairs_and_gathers_nothing_again(
     traffic: Any, direction: str
 ) -> None:
-    for kind in ("sequence lora", "sequence base"):
+    for kind in ("sequence lora", "sequence odd lora", "sequence base"):
         counted = traffic[kind][direction]
         pairs = 2 * COUNTED_LAYERS
         assert counted["all_gather"] == counted["reduce_scatter"] == pairs, kind
@@ -38,15 +44,17 @@ def test_under_sequence_parallelism_a_layer_issues_two_pairs_and_gathers_nothing
 
 
 @pytest.mark.parametrize("mode", ["tensor", "sequence"])
+@pytest.mark.parametrize(("kind", "rank"), [("lora", LORA_DIM), ("odd lora", ODD_LORA_DIM + 4)])
 def test_an_adapter_adds_its_rank_to_the_bytes_of_the_base_and_no_more(
-    traffic: Any, mode: str
+    traffic: Any, mode: str, kind: str, rank: int
 ) -> None:
+    """A rank is sent as the next multiple of 8, so that the rows of what is sent are aligned."""
+    totals = dict.fromkeys((kind, "base"), 0.0)
     for direction in ("forward", "backward"):
-        lora, base = (traffic[f"{mode} {kind}"][direction]["bytes"] for kind in ("lora", "base"))
-        assert base < lora <= (1 + LORA_DIM / HIDDEN) * base or lora == base
-    total = sum(traffic[f"{mode} lora"][way]["bytes"] for way in ("forward", "backward"))
-    bare = sum(traffic[f"{mode} base"][way]["bytes"] for way in ("forward", "backward"))
-    assert bare < total <= (1 + LORA_DIM / HIDDEN) * bare
+        lora, base = (traffic[f"{mode} {each}"][direction]["bytes"] for each in totals)
+        assert base < lora <= (1 + rank / HIDDEN) * base or lora == base
+        totals[kind], totals["base"] = totals[kind] + lora, totals["base"] + base
+    assert totals["base"] < totals[kind] <= (1 + rank / HIDDEN) * totals["base"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from nemotron.steps._training.distributed import Layout, make_layout
 from nemotron.steps._training.flat_adapter import FlatAdapter
 from nemotron.steps._training.pipeline import PipelineStage, WeightedBatch
 
-NUM_LAYERS, HIDDEN, LORA_DIM, TOKENS, NUM_MICRO_BATCHES = 5, 32, 8, 24, 3
+NUM_LAYERS, HIDDEN, TOKENS, NUM_MICRO_BATCHES = 5, 32, 24, 3
+LORA_DIM, ODD_LORA_DIM = 8, 12  # the second is no multiple of 8
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 CONFIG = {
     "model_type": "llama",
@@ -57,9 +58,8 @@ def main() -> None:
     report = {}
     for sequence_parallel in (False, True):
         name = "sequence" if sequence_parallel else "tensor"
-        for lora in (False, True):
-            kind = "lora" if lora else "base"
-            report[f"{name} {kind}"] = layer_traffic(layout, sequence_parallel, lora=lora)
+        for kind, dim in (("base", None), ("lora", LORA_DIM), ("odd lora", ODD_LORA_DIM)):
+            report[f"{name} {kind}"] = layer_traffic(layout, sequence_parallel, dim=dim)
         report[f"{name} step"] = step_traffic(layout, sequence_parallel)
         report[f"{name} step on one host"] = step_traffic(on_host, sequence_parallel)
     if layout.is_first:
@@ -68,12 +68,12 @@ def main() -> None:
 
 
 def model(
-    layout: Layout, sequence_parallel: bool, *, lora: bool, layers: range | None = None
+    layout: Layout, sequence_parallel: bool, *, dim: int | None, layers: range | None = None
 ) -> GPTModel:
     torch.manual_seed(0)
     made = GPTModel(
         DecoderConfig.from_hf(CONFIG),
-        lora=LoraTargets(TARGETS, LoraSpec(LORA_DIM, 8.0)) if lora else None,
+        lora=LoraTargets(TARGETS, LoraSpec(dim, 8.0)) if dim else None,
         group=layout.tensor,
         dtype=torch.float32,
         sequence_parallel=sequence_parallel,
@@ -86,9 +86,9 @@ def model(
     return made
 
 
-def layer_traffic(layout: Layout, sequence_parallel: bool, *, lora: bool) -> Traffic:
+def layer_traffic(layout: Layout, sequence_parallel: bool, *, dim: int | None) -> Traffic:
     """Return the traffic of three layers in the middle of a model, forward and backward."""
-    middle = model(layout, sequence_parallel, lora=lora, layers=range(1, 4))
+    middle = model(layout, sequence_parallel, dim=dim, layers=range(1, 4))
     rows = middle.rows_per_rank(TOKENS)
     received = torch.randn(rows, HIDDEN, requires_grad=True)
     out: list[Tensor] = []
@@ -102,7 +102,7 @@ def layer_traffic(layout: Layout, sequence_parallel: bool, *, lora: bool) -> Tra
 
 def step_traffic(layout: Layout, sequence_parallel: bool) -> Traffic:
     """Return the traffic of a whole model's micro batches, and of what ends the step."""
-    whole = model(layout, sequence_parallel, lora=True)
+    whole = model(layout, sequence_parallel, dim=LORA_DIM)
     stage = PipelineStage([whole], group=layout.pipeline, device=layout.device)
     adapter = FlatAdapter(
         (each for linear in stage.adapted_linears() for each in linear.lora_parameters()),
