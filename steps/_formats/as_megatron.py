@@ -63,15 +63,26 @@ class _Rows:
         self._rest = next(blocks)
 
     def take(self, num_rows: int) -> Iterator[Tensor]:
-        """Yield the next rows, in one block or more."""
+        """Yield the next rows, in one block or more.
+
+        Raises:
+            ValueError: There are fewer.
+        """
         while num_rows > 0:
             if len(self._rest) == 0:
-                self._rest = next(self._blocks)
+                block = next(self._blocks, None)
+                if block is None:
+                    raise ValueError("a tensor has fewer rows than its rule says")
+                self._rest = block
             rows, self._rest = self._rest[:num_rows], self._rest[num_rows:]
             num_rows -= len(rows)
             yield rows
 
     def end(self) -> None:
-        """Let whoever makes the blocks know that all were taken."""
-        if next(self._blocks, None) is not None:
+        """Let whoever makes the blocks know that all were taken.
+
+        Raises:
+            ValueError: They were not.
+        """
+        if len(self._rest) > 0 or next(self._blocks, None) is not None:
             raise ValueError("a tensor has more rows than its rule says")
