@@ -283,3 +283,19 @@ def test_from_run_config_refuses_what_the_model_does_not_honour(
     with pytest.raises(NemotronError, match=message) as caught:
         DecoderConfig.from_run_config({"model": MEGATRON | change})
     assert caught.value.code == "model_unsupported"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"hybrid_layer_pattern": "ME*-", "num_moe_experts": 4}, "hybrid_layer_pattern is 'ME"),
+        ({"num_moe_experts": 4}, "num_moe_experts is 4"),
+        ({"multi_latent_attention": True}, "multi_latent_attention is True"),
+    ],
+)
+def test_from_run_config_names_the_kind_of_a_model_before_its_details(
+    kind: dict[str, Any], message: str
+) -> None:
+    details = {"add_bias_linear": True, "gated_linear_unit": False}
+    with pytest.raises(NemotronError, match=message):
+        DecoderConfig.from_run_config({"model": MEGATRON | kind | details})
