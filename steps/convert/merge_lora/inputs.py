@@ -62,8 +62,8 @@ def open_inputs(
         allow_unvalidated: Accept an adapter without a held-out loss.
 
     Raises:
-        NemotronError: ``missing_adapter``, ``missing_base_checkpoint``, ``base_model_mismatch``,
-            ``adapter_not_validated``, and what ``open_with_base`` raises.
+        NemotronError: ``missing_adapter``, ``missing_base_checkpoint``, ``missing_model_files``,
+            ``base_model_mismatch``, ``adapter_not_validated``, and what ``open_with_base`` raises.
     """
     if find_any_adapter(lora_checkpoint) is None:
         problem = f"neither PEFT's nor Megatron-Bridge's adapter files are at {lora_checkpoint}"
@@ -73,8 +73,8 @@ def open_inputs(
     # Before the base is hashed, which takes minutes where it is large.
     files = model_files or (open_megatron(base).hf_dir if is_megatron_base else base)
     if files is None:
-        problem = f"{base} carries no config and tokenizer; set hf_model_path to the source model"
-        raise step_error(ID, "missing_base_checkpoint", problem, where="hf_model_path")
+        problem = f"{base} has no hf/config.json, and hf_model_path is null"
+        raise step_error(ID, "missing_model_files", problem, where="hf_model_path")
     try:
         opened = open_with_base(
             lora_checkpoint,

@@ -343,8 +343,8 @@ def test_a_megatron_base_of_others_takes_config_and_tokenizer_from_hf_model_path
     with monkeypatch.context() as patch:  # it is refused before minutes are spent on a digest
         patch.setattr("nemotron.steps._adapter.opening.base_fingerprint", pytest.fail)
         error = _error(adapter, base_megatron, output)
-    assert error.code == "missing_base_checkpoint"
-    assert "set hf_model_path" in error.problem
+    assert error.code == "missing_model_files"
+    assert "Set hf_model_path" in error.fix
     _merge(adapter, base_megatron, output, hf_model_path=base_hf)
     assert (output / "tokenizer.json").is_file()
 
