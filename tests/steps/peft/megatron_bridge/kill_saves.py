@@ -2,9 +2,9 @@
 
     python kill_saves.py --config train.yaml --kills 150
 
-Each life is a fork of this process, which has imported everything, so that most of it is spent in
-saves. Exits 0 if after every kill the newest save that the run had reported, or a newer one, was
-whole, and no save that is there was not.
+Each life is a fork of this process, which has imported everything, so that much of it is spent in
+saves; how many kills lay in one is printed. Exits 0 if after every kill the newest save that the
+run had reported, or a newer one, was whole, and no save that is there was not.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from nemotron.steps.peft.megatron_bridge import step
 from nemotron.steps.peft.megatron_bridge.checks import STEP
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
+LONGEST_SECONDS = 1.0  # of a life after its first save: several steps, each with a save
+
 
 def main() -> int:
     parser = argparse.ArgumentParser()
@@ -32,12 +34,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, required=True)
     arguments = parser.parse_args()
     output = Path(yaml.safe_load(arguments.config.read_text())["checkpoint"]["save"])
-    moments, newest = random.Random(0), 0
+    moments, newest, num_within = random.Random(0), 0, 0
     for _ in range(arguments.kills):
-        if not live_until(arguments.config, output, moments.uniform(0.0, 0.3)):
+        if not live_until(arguments.config, output, moments.uniform(0.0, LONGEST_SECONDS)):
             return 1
         newest = check(output)
-    print(f"{arguments.kills} kills, 0 lost, {newest} iterations")
+        num_within += any(output.glob(".iter_*.partial"))
+    print(f"{arguments.kills} kills, {num_within} within saves, 0 lost, {newest} iterations")
     return 0
 
 
