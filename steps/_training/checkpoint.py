@@ -66,21 +66,8 @@ def save_adapter(
     own = (each for linear in model.adapted_linears() for each in linear.lora_parameters())
     whole = gather_whole(model, {each.name: each.parameter.detach() for each in own}, layout)
     if layout.is_first:
-        lora = model.lora
-        assert lora is not None  # a model without an adapter is not trained
-        linears = [name.removesuffix(".lora_a") for name in whole if name.endswith(".lora_a")]
         with publish(target, step=produced_by.step) as partial:
-            write_adapter(
-                partial,
-                {name: (whole[f"{name}.lora_a"], whole[f"{name}.lora_b"]) for name in linears},
-                config=model.config,
-                dim=lora.spec.dim,
-                alpha=lora.spec.alpha,
-                dropout=lora.spec.dropout,
-                use_rslora=lora.spec.use_rslora,
-                alphas={name: own.alpha for name in linears if (own := lora.of(name))},
-                base_model_name_or_path=base_model_name_or_path,
-            )
+            _write_factors(partial, model, whole, base_model_name_or_path)
             if tokenizer_dir is not None:
                 copy_files(tokenizer_dir, partial, TOKENIZER_FILES)
             copy_files(packed_root, partial, [CHAT_TEMPLATE])
@@ -95,6 +82,26 @@ def save_adapter(
             )
         write_text(directory / TRACKER, f"{iteration}\n")
     return target
+
+
+def _write_factors(
+    directory: Path, model: PipelineStage, whole: Mapping[str, Tensor], base: str
+) -> None:
+    """Write the factors of all linears, whole and by name, in PEFT's layout."""
+    lora = model.lora
+    assert lora is not None  # a model without an adapter is not trained
+    linears = [name.removesuffix(".lora_a") for name in whole if name.endswith(".lora_a")]
+    write_adapter(
+        directory,
+        {name: (whole[f"{name}.lora_a"], whole[f"{name}.lora_b"]) for name in linears},
+        config=model.config,
+        dim=lora.spec.dim,
+        alpha=lora.spec.alpha,
+        dropout=lora.spec.dropout,
+        use_rslora=lora.spec.use_rslora,
+        alphas={name: own.alpha for name in linears if (own := lora.of(name))},
+        base_model_name_or_path=base,
+    )
 
 
 def fail_together(layout: Layout, save: Callable[[], Path]) -> Path:

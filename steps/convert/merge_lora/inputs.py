@@ -70,11 +70,7 @@ def open_inputs(
         raise step_error(ID, "missing_adapter", problem, where="lora_checkpoint")
     if base is None or not base.is_dir():
         raise step_error(ID, "missing_base_checkpoint", f"{base} does not exist")
-    # Before the base is hashed, which takes minutes where it is large.
-    files = model_files or (open_megatron(base).hf_dir if is_megatron_base else base)
-    if files is None:
-        problem = f"{base} has no hf/config.json, and hf_model_path is null"
-        raise step_error(ID, "missing_model_files", problem, where="hf_model_path")
+    files = model_files or _own_model_files(base, is_megatron=is_megatron_base)
     try:
         opened = open_with_base(
             lora_checkpoint,
@@ -102,6 +98,18 @@ def open_inputs(
         chat_template=_other_chat_template(opened, files),
         lineage=opened.lineage,
     )
+
+
+def _own_model_files(base: Path, *, is_megatron: bool) -> Path:
+    """Return the directory of a base that has its config and tokenizer.
+
+    That there is none is said here, before the base is hashed, which takes minutes if it is large.
+    """
+    files = open_megatron(base).hf_dir if is_megatron else base
+    if files is None:
+        problem = f"{base} has no hf/config.json, and hf_model_path is null"
+        raise step_error(ID, "missing_model_files", problem, where="hf_model_path")
+    return files
 
 
 def _other_chat_template(opened: OpenedAdapter, model_files: Path) -> str | None:
