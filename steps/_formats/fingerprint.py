@@ -13,20 +13,16 @@ Source: https://github.com/BLAKE3-team/BLAKE3-specs
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-import torch
 from blake3 import blake3
 from torch import Tensor
 
 from nemotron.artifacts import sha256_json
 from nemotron.steps._formats.safetensors_file import raw_bytes
+from nemotron.steps._formats.threads import NUM_AT_A_TIME, in_threads
 from nemotron.steps._formats.weights import DTYPE_NAMES, Weights
-
-_NUM_THREADS = min(4, os.cpu_count() or 1)  # that read; each maps one tensor
 
 TensorEntry = tuple[str, list[int], str]  # name of the type, shape, digest of the bytes
 
@@ -59,18 +55,18 @@ class TensorDigests:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in one tensor."""
-        for _ in self.passing(name, [tensor], shape=tensor.shape, dtype=tensor.dtype):
+        for _ in self.passing(name, [tensor]):
             pass
 
-    def passing(
-        self, name: str, blocks: Iterable[Tensor], *, shape: Sequence[int], dtype: torch.dtype
-    ) -> Iterator[Tensor]:
+    def passing(self, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the blocks of one tensor, which is taken in once all have passed."""
-        digest = self._algorithm()
+        digest, kind, shape = self._algorithm(), "", [0]
         for block in blocks:
             digest.update(raw_bytes(block))
+            kind = DTYPE_NAMES[block.dtype]
+            shape = [shape[0] + len(block), *block.shape[1:]] if block.dim() else []
             yield block
-        self._entries[name] = DTYPE_NAMES[dtype], list(shape), digest.hexdigest()
+        self._entries[name] = kind, shape, digest.hexdigest()
 
     def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
         """Return what is known of those of ``names`` that were taken in."""
@@ -114,15 +110,14 @@ class DigestedWeights:
         blocks = self._weights.blocks(name)
         if name in self.digests:
             return blocks
-        return self.digests.passing(name, blocks, shape=self.shape(name), dtype=self.dtype(name))
+        return self.digests.passing(name, blocks)
 
     def all_digests(self) -> TensorDigests:
         """Return the digests of all tensors, after reading what nobody has."""
         unread = [name for name in self.names if name not in self.digests]
-        size = -(-len(unread) // _NUM_THREADS) or 1  # in one piece: neighbours lie together
+        size = -(-len(unread) // NUM_AT_A_TIME) or 1  # in one piece: neighbours lie together
         parts = [unread[start : start + size] for start in range(0, len(unread), size)]
-        with ThreadPoolExecutor(_NUM_THREADS) as threads:
-            list(threads.map(self._pass_all, parts))
+        in_threads(self._pass_all, parts, num_threads=NUM_AT_A_TIME)
         return self.digests
 
     def _pass_all(self, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Writes Hugging Face directories: safetensors, one tensor at a time, and the files beside them."""
+"""Writes Hugging Face directories: safetensors, block by block, and the files beside them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from nemotron.steps._formats.huggingface import (
     model_properties,
 )
 from nemotron.steps._formats.safetensors_file import write_safetensors
+from nemotron.steps._formats.threads import NUM_AT_A_TIME
 from nemotron.steps._formats.weight_files import (
     Compare,
     PassingWeights,
@@ -111,12 +112,13 @@ def write_weights(
             shape=weights.shape,
             dtype=weights.dtype,
             blocks=passing.blocks,
+            num_at_a_time=max(1, NUM_AT_A_TIME // len(shards)),
         )
         pieces = [(len(header), blake3(header).hexdigest())]
         pieces += [(size_bytes(weights, name), passing.blake3[name]) for name in names]
         return {"blake3": pieces, **passing.receipt(names)}
 
-    receipts = write_files(directory, shards, write)
+    receipts = write_files(directory, shards, write, stop=passing.stop)
     if len(shards) > 1:
         _write_index(directory, shards, weights)
     return passing.written(receipts)

@@ -28,7 +28,6 @@ from nemotron.steps._models.layouts import (
     WeightRule,
     hf_tensors,
     part_rows,
-    split_rows,
     weight_rules,
 )
 
@@ -166,7 +165,6 @@ class MegatronWeights:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         self._tensors = hf_tensors(checkpoint.config)
-        # q, k and v (gate and up) lie in one tensor, and are asked for one after the other.
         self._own = local()  # of each thread that reads
 
     @property
@@ -181,24 +179,27 @@ class MegatronWeights:
         return self._checkpoint.dtype(tensor.rule.megatron, layer=tensor.layer)
 
     def read(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        key = (tensor.rule.megatron, tensor.layer)
-        last: tuple[Any, tuple[Tensor, ...]] | None = getattr(self._own, "last", None)
-        if last is not None and last[0] == key:
-            return last[1][tensor.part]
-        last = self._own.last = None
-        fused = self._checkpoint.read(tensor.rule.megatron, layer=tensor.layer)
-        if tensor.rule.layout == "same":
-            return fused
-        parts = split_rows(fused, layout=tensor.rule.layout, config=self.config)
-        self._own.last = key, parts
-        return parts[tensor.part]
+        fused, runs = self._fused(name)
+        parts = [fused[rows] for rows in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
+        fused, runs = self._fused(name)
+        for rows in runs:
+            yield from row_blocks(fused[rows])
+
+    def _fused(self, name: str) -> tuple[Tensor, list[slice]]:
+        """Return the Megatron tensor that a tensor is a part of, and which of its rows it is.
+
+        q, k and v (gate and up) lie in one tensor, and a thread asks for one after the other.
+        """
         tensor = self._tensors[name]
-        for rows in part_rows(tensor, self.config):
-            part = self._checkpoint.read(tensor.rule.megatron, layer=tensor.layer, rows=rows)
-            yield from row_blocks(part)
+        key = (tensor.rule.megatron, tensor.layer)
+        last: tuple[Any, Tensor] | None = getattr(self._own, "last", None)
+        if last is None or last[0] != key:
+            self._own.last = None  # before the next one is there
+            self._own.last = key, self._checkpoint.read(key[0], layer=tensor.layer)
+        return self._own.last[1], part_rows(tensor, self.config)
 
 
 def open_megatron(path: Path) -> MegatronCheckpoint:

@@ -116,7 +116,7 @@ def write_megatron(
 ) -> Written:
     """Write weights as a Megatron checkpoint.
 
-    Each file's writer holds a block of a tensor at a time. The files that mark a checkpoint as
+    Each file's writer holds a block of each part of a tensor. The files that mark a checkpoint as
     complete come last.
 
     Args:
@@ -160,7 +160,7 @@ def _write_tensors(root: Path, iteration_dir: Path, weights: Weights) -> Written
         }
 
     with without_crc32():
-        receipts = write_files(root, files, write)
+        receipts = write_files(root, files, write, stop=passing.stop)
     write_metadata(
         iteration_dir,
         (StoredItem(**item) for receipt in receipts.values() for item in receipt["items"]),

@@ -14,8 +14,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,10 @@ from torch import Tensor
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._formats.mapped_bytes import map_tensor
 from nemotron.steps._formats.output_file import OutputFile
-from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, damaged
+from nemotron.steps._formats.threads import in_threads
+from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, check_block, check_bytes, damaged
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-_NUM_WRITERS = min(4, os.cpu_count() or 1)  # of one file; each has one tensor
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,9 @@ def write_safetensors(
     dtype: Callable[[str], torch.dtype],
     blocks: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str] | None = None,
+    num_at_a_time: int = 1,
 ) -> tuple[bytes, list[str]]:
-    """Write a safetensors file, several tensors at a time.
+    """Write a safetensors file, a block of a tensor at a time.
 
     Tensors of wider types come first, so that every tensor is aligned to its own width.
 
@@ -120,10 +119,14 @@ def write_safetensors(
         blocks: Returns a tensor in blocks of its rows, each written before the next one is asked
             for; called once per name, by other threads.
         metadata: Text entries beside the obligatory ``format``.
+        num_at_a_time: Tensors that are written at a time.
 
     Returns:
         What the file consists of: its header with the length in front, and the names of the tensors
         in the order in which their bytes follow.
+
+    Raises:
+        ValueError: A tensor is not of its shape and type.
     """
     ordered = sorted(names, key=lambda name: -dtype(name).itemsize)
     header, starts = _lay_out(ordered, shape, dtype, metadata or {})
@@ -131,22 +134,13 @@ def write_safetensors(
     def write(name: str) -> None:
         start = at = len(header) + starts[name]
         for block in blocks(name):
-            if block.dtype != dtype(name) or block.shape[1:] != shape(name)[1:]:
-                raise _not_as_announced(name)
+            check_block(name, block, shape=shape(name), dtype=dtype(name))
             at += stream.write_at(at, raw_bytes(block))
-        if at - start != math.prod(shape(name)) * dtype(name).itemsize:
-            raise _not_as_announced(name)
+        check_bytes(name, at - start, shape=shape(name), dtype=dtype(name))
 
-    with OutputFile(path) as stream, ThreadPoolExecutor(_NUM_WRITERS) as threads:
+    with OutputFile(path) as stream:
         stream.write(header)
-        # Settings of torch are the caller's, whichever way torch keeps them.
-        running = [threads.submit(copy_context().run, write, name) for name in ordered]
-        try:
-            for each in running:
-                each.result()
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+        in_threads(write, ordered, num_threads=num_at_a_time)
     return header, ordered
 
 
@@ -171,10 +165,6 @@ def _lay_out(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, starts
-
-
-def _not_as_announced(name: str) -> ValueError:
-    return ValueError(f"{name} is not of the shape and type announced")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -23,7 +23,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from nemotron.steps._formats.output_file import OutputFile
 from nemotron.steps._formats.safetensors_file import raw_bytes
 from nemotron.steps._formats.torch_dist_metadata import METADATA_FILE
-from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES
+from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, check_block, check_bytes
 
 _ALIGNMENT_BYTES = 64  # torch.save keeps to it within what it writes
 
@@ -81,7 +81,8 @@ class TorchDistFile:
         trace: TracebackType | None,
     ) -> None:
         self._stream.__exit__(kind, error, trace)
-        self.blake3 = self._digest.hexdigest()
+        if kind is None:
+            self.blake3 = self._digest.hexdigest()
 
     def write(
         self,
@@ -119,13 +120,10 @@ class TorchDistFile:
             ValueError: They are more or fewer bytes than ``sizes`` and ``dtype`` say.
         """
         # torch.save wants a tensor: one that takes no memory, as nobody writes or reads it.
-        placeholder = torch.empty(tuple(sizes), dtype=dtype)
-        archive = _Archive(self._append, placeholder, blocks)
+        placeholder = torch.empty(tuple(sizes), dtype=dtype, device="cpu")
+        archive = _Archive(self._append, name, placeholder, blocks)
         start, length_bytes = self._save(placeholder, archive)
-        if placeholder.nbytes == 0:  # torch writes nothing of it, and the blocks are to be taken
-            archive.pass_blocks()
-        if archive.missing_bytes:
-            raise ValueError(f"{name} is not of the shape and type announced")
+        archive.end()
         self.items.append(
             StoredItem(
                 name,
@@ -141,7 +139,7 @@ class TorchDistFile:
 
     def write_object(self, name: str, value: Any) -> None:
         """Append an item that is not a tensor, such as Megatron's ``_extra_state``."""
-        archive = _Archive(self._append, torch.empty(0), iter(()))
+        archive = _Archive(self._append, name, torch.empty(0, device="cpu"), iter(()))
         self.items.append(StoredItem(name, self._name, *self._save(value, archive)))
 
     def _save(self, value: Any, archive: _Archive) -> tuple[int, int]:
@@ -150,10 +148,10 @@ class TorchDistFile:
         start = self._stream.size_bytes
         try:
             torch.save(value, archive)  # type: ignore[arg-type] (it needs write() only)
-        except RuntimeError as error:
+        except RuntimeError:
             # torch ends its archive also after a write that failed, and complains of the gap.
-            if error.__context__ is not None:
-                raise error.__context__ from None
+            if archive.error is not None:
+                raise archive.error from None
             raise
         return start, self._stream.size_bytes - start
 
@@ -163,33 +161,54 @@ class TorchDistFile:
 
 
 class _Archive:
-    """What ``torch.save`` writes to, which gets blocks instead of a placeholder's memory.
+    """What ``torch.save`` writes to; it gets a tensor's blocks instead of a placeholder's memory.
 
     Attributes:
-        missing_bytes: Of the placeholder, that have not come yet.
+        error: What a write raised.
     """
 
     def __init__(
-        self, append: Callable[[memoryview], None], placeholder: Tensor, blocks: Iterator[Tensor]
+        self,
+        append: Callable[[memoryview], None],
+        name: str,
+        placeholder: Tensor,
+        blocks: Iterator[Tensor],
     ) -> None:
-        self.missing_bytes = placeholder.nbytes
-        self._append, self._placeholder, self._blocks = append, placeholder, blocks
+        self.error: BaseException | None = None
+        self._append, self._name = append, name
+        self._placeholder, self._blocks = placeholder, blocks
+        self._num_bytes = 0  # of the blocks
 
     def write(self, data: memoryview) -> int:
         """Append what torch hands over, which is each storage's memory where it lies."""
-        if np.frombuffer(data, np.uint8).ctypes.data == self._placeholder.data_ptr():
-            self.pass_blocks()
-        else:
-            self._append(data)
+        try:
+            if np.frombuffer(data, np.uint8).ctypes.data == self._placeholder.data_ptr():
+                self._pass_blocks()
+            else:
+                self._append(data)
+        except BaseException as error:
+            self.error = error
+            raise
         return len(data)
 
     def flush(self) -> None:
         """Do nothing: nothing is held back."""
 
-    def pass_blocks(self) -> None:
-        """Append the blocks that are left."""
+    def end(self) -> None:
+        """Check that all of the tensor was written.
+
+        Raises:
+            ValueError: It was not, or more.
+        """
+        self._pass_blocks()  # of a tensor without bytes, for which torch never asks
+        shape, dtype = self._placeholder.shape, self._placeholder.dtype
+        check_bytes(self._name, self._num_bytes, shape=shape, dtype=dtype)
+
+    def _pass_blocks(self) -> None:
+        shape, dtype = self._placeholder.shape, self._placeholder.dtype
         for block in self._blocks:
-            self.missing_bytes -= block.nbytes
+            check_block(self._name, block, shape=shape, dtype=dtype)
+            self._num_bytes += block.nbytes
             self._append(raw_bytes(block))
 
 

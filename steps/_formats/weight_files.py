@@ -12,15 +12,15 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
+from torch import Tensor
 from xxhash import xxh3_128
 
 from nemotron.artifacts import (
@@ -34,10 +34,9 @@ from nemotron.artifacts import (
 )
 from nemotron.errors import NemotronError
 from nemotron.steps._formats.fingerprint import DigestedWeights, TensorDigests
+from nemotron.steps._formats.threads import NUM_AT_A_TIME, in_threads
 from nemotron.steps._formats.weights import Weights, damaged
 
-# Each of them maps one tensor, and holds a block of it.
-_NUM_FILES_AT_A_TIME = min(4, os.cpu_count() or 1)
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 Receipt = dict[str, Any]
 Compare = Callable[[Weights], Mapping[str, Any]]
@@ -71,9 +70,20 @@ class PassingWeights:
         self.shape, self.dtype = weights.shape, weights.dtype
         # What is read back is compared by XXH3, at six times the speed: no one means harm yet.
         checked = DigestedWeights(weights, xxh3_128)
-        digested = DigestedWeights(checked)
-        self.read, self.blocks = digested.read, digested.blocks
-        self.blake3, self._checksums = digested.digests, checked.digests
+        self._digested = DigestedWeights(checked)
+        self.read = self._digested.read
+        self.blake3, self._checksums = self._digested.digests, checked.digests
+        self._stopped = Event()
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        for block in self._digested.blocks(name):
+            if self._stopped.is_set():
+                raise CancelledError
+            yield block
+
+    def stop(self) -> None:
+        """Let whoever asks for another block end with ``CancelledError``."""
+        self._stopped.set()
 
     def receipt(self, names: Iterable[str]) -> Receipt:
         """Return what a file's receipt has of its tensors."""
@@ -81,7 +91,7 @@ class PassingWeights:
         return {"tensors": self.blake3.entries(names), "checksums": self._checksums.entries(names)}
 
     def written(self, receipts: Mapping[str, Receipt]) -> Written:
-        """Return what is known of all weights, once all of their files have a receipt."""
+        """Return what is known of all weights, those of files that were there already included."""
         for receipt in receipts.values():
             self.blake3.restore(receipt["tensors"])
             self._checksums.restore(receipt["checksums"])
@@ -90,7 +100,11 @@ class PassingWeights:
 
 
 def write_files(
-    root: Path, files: Iterable[str], write: Callable[[str], Receipt]
+    root: Path,
+    files: Iterable[str],
+    write: Callable[[str], Receipt],
+    *,
+    stop: Callable[[], None],
 ) -> dict[str, Receipt]:
     """Write files several at a time and return each one's receipt, in the order of ``files``.
 
@@ -99,6 +113,7 @@ def write_files(
         files: Paths relative to ``root``.
         write: Writes one of them, down to the disk, and returns plain JSON values, among them its
             ``blake3`` as ``FileEntry`` has it. Not called for a file that has a receipt.
+        stop: Called where one fails, so that the others do not go on to their end.
     """
 
     def write_or_find(file: str) -> Receipt:
@@ -111,14 +126,9 @@ def write_files(
         return json.loads(text)  # as it will be found: pickle tells equal strings from the same
 
     files = list(files)
-    with one_torch_thread(), ThreadPoolExecutor(_NUM_FILES_AT_A_TIME) as threads:
-        # Settings of torch are the caller's, whichever way torch keeps them.
-        running = [threads.submit(copy_context().run, write_or_find, file) for file in files]
-        try:
-            return {file: each.result() for file, each in zip(files, running, strict=True)}
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+    with one_torch_thread():
+        receipts = in_threads(write_or_find, files, num_threads=NUM_AT_A_TIME, stop=stop)
+    return dict(zip(files, receipts, strict=True))
 
 
 @contextlib.contextmanager

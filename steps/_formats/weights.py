@@ -2,7 +2,7 @@
 
 Converting, merging and fingerprinting are written against this protocol, so that they work the same
 on a Hugging Face directory, on a Megatron checkpoint and on a base with an adapter merged into it,
-and never hold more than a few tensors.
+and hold a block of each tensor that they are at.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from time import monotonic
@@ -76,13 +76,42 @@ def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.dim() == 0:
         yield tensor
         return
-    row_elements = max(1, math.prod(tensor.shape[1:]))
-    yield from tensor.split(max(1, _ELEMENTS_AT_A_TIME // row_elements))
+    yield from tensor.split(rows_of_a_block(math.prod(tensor.shape[1:])))
+
+
+def rows_of_a_block(row_elements: int) -> int:
+    """Return how many rows of so many elements a block has."""
+    return max(1, _ELEMENTS_AT_A_TIME // max(1, row_elements))
 
 
 def size_bytes(weights: Weights, name: str) -> int:
     """Return the size of one tensor, without reading it."""
     return math.prod(weights.shape(name)) * weights.dtype(name).itemsize
+
+
+def check_block(name: str, block: Tensor, *, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Check that a block may be rows of a tensor, which may be stacked in leading dimensions.
+
+    Raises:
+        ValueError: It is of another type, or its rows are of another shape.
+    """
+    inner = tuple(block.shape[1:])
+    if block.dtype != dtype or inner != tuple(shape[len(shape) - len(inner) :]):
+        raise _not_as_announced(name)
+
+
+def check_bytes(name: str, num_bytes: int, *, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Check that the blocks of a tensor had as many bytes as it has.
+
+    Raises:
+        ValueError: They had not.
+    """
+    if num_bytes != math.prod(shape) * dtype.itemsize:
+        raise _not_as_announced(name)
+
+
+def _not_as_announced(name: str) -> ValueError:
+    return ValueError(f"{name} is not of the shape and type announced")
 
 
 class ReportedWeights:

@@ -21,7 +21,7 @@ from nemotron.steps._entry import step_error
 from nemotron.steps._formats.huggingface_writer import publish_huggingface
 from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron_writer import publish_megatron
-from nemotron.steps._formats.weights import Weights, all_finite
+from nemotron.steps._formats.weights import Weights, all_finite, rows_of_a_block
 from nemotron.steps._training.layerwise import compare_merged
 from nemotron.steps.convert.merge_lora.checks import ID
 from nemotron.steps.convert.merge_lora.inputs import MergeInputs
@@ -54,7 +54,8 @@ class MergedWeights:
         if module in self._modules:
             lora_a, lora_b = self._adapter.read(module)
             scale = self._adapter.scale(module)
-            blocks = add_delta(blocks, lora_a, lora_b, scale=scale)
+            dtype = self.dtype(name)
+            blocks = add_delta(blocks, lora_a, lora_b, scale=scale, dtype=dtype)
             self.changes[name] = rms_change(lora_a, lora_b, scale=scale)
         for block in blocks:
             if not all_finite(block):
@@ -64,26 +65,50 @@ class MergedWeights:
 
 
 def add_delta(
-    blocks: Iterable[Tensor], lora_a: Tensor, lora_b: Tensor, *, scale: float
+    blocks: Iterable[Tensor],
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scale: float,
+    dtype: torch.dtype,
 ) -> Iterator[Tensor]:
     """Yield ``weight + scale * lora_b @ lora_a``, [F, H], in the weight's type, block by block.
 
+    However its rows come, the weight is merged in the same blocks of rows: a product's last bits
+    may depend on their number, and a merge should not depend on the base's format.
+
     Args:
-        blocks: The weight, [F, H], in blocks of its rows; see ``row_blocks``.
+        blocks: The weight, [F, H], in blocks of its rows.
         lora_a: [R, H].
         lora_b: [F, R].
         scale: Of the adapter in this module, such as alpha / dim.
+        dtype: The weight's type.
     """
     lora_a, lora_b = lora_a.float(), lora_b.float()
-    wide, merged = torch.empty(0, lora_a.shape[1]), None
-    stop = 0
-    for rows in blocks:
-        start, stop = stop, stop + len(rows)
-        if merged is None or len(merged) < len(rows):
-            wide, merged = torch.empty(rows.shape), torch.empty_like(rows)
-        sum_rows = wide[: len(rows)].copy_(rows)
-        sum_rows.addmm_(lora_b[start:stop], lora_a, alpha=scale)
-        yield merged[: len(rows)].copy_(sum_rows)
+    wide = torch.empty(rows_of_a_block(lora_a.shape[1]), lora_a.shape[1])
+    merged = torch.empty_like(wide, dtype=dtype)
+    start = 0
+    for rows in _filled(wide, blocks):
+        stop = start + len(rows)
+        rows.addmm_(lora_b[start:stop], lora_a, alpha=scale)
+        yield merged[: len(rows)].copy_(rows)
+        start = stop
+
+
+def _filled(wide: Tensor, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield ``wide`` each time that it is full of the blocks' rows, at last as far as it is."""
+    num_filled = 0
+    for block in blocks:
+        for rows in block.split(len(wide)):
+            count = min(len(rows), len(wide) - num_filled)
+            wide[num_filled : num_filled + count] = rows[:count]
+            num_filled += count
+            if num_filled == len(wide):
+                yield wide
+                num_filled = len(rows) - count
+                wide[:num_filled] = rows[count:]
+    if num_filled:
+        yield wide[:num_filled]
 
 
 def rms_change(lora_a: Tensor, lora_b: Tensor, *, scale: float) -> float:

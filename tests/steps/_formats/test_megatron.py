@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.steps._formats import weights
 from nemotron.steps._formats.fingerprint import base_fingerprint
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.megatron import (
@@ -80,6 +82,28 @@ def test_read_gives_slices_of_the_layer_that_was_asked_for(
     assert torch.equal(
         checkpoint.read(EMBEDDING, rows=slice(5, 9)), hf.read("model.embed_tokens.weight")[5:9]
     )
+
+
+@pytest.mark.parametrize("elements", [1, 40, 1 << 18])
+def test_blocks_are_the_rows_of_the_tensor_and_what_is_fused_is_read_once(
+    root: Path, hf: HuggingFaceCheckpoint, monkeypatch: pytest.MonkeyPatch, elements: int
+) -> None:
+    monkeypatch.setattr(weights, "_ELEMENTS_AT_A_TIME", elements)
+    checkpoint = open_megatron(root)
+    read, fused = checkpoint.read, Counter[tuple[str, int | None]]()
+
+    def count(name: str, *, layer: int | None = None) -> torch.Tensor:
+        fused[name, layer] += 1
+        return read(name, layer=layer)
+
+    monkeypatch.setattr(checkpoint, "read", count)
+    megatron = MegatronWeights(checkpoint)
+    for name in megatron.names:
+        blocks = list(megatron.blocks(name))
+        assert torch.equal(torch.cat(blocks), hf.read(name))
+        assert torch.equal(megatron.read(name), hf.read(name))
+        assert elements > 1 or all(len(block) == 1 for block in blocks)
+    assert set(fused.values()) == {1}
 
 
 def test_read_wants_a_layer_exactly_where_there_are_layers(root: Path) -> None:

@@ -145,21 +145,49 @@ def test_blocks_are_written_as_the_tensor_that_they_make_up(tmp_path: Path) -> N
     assert writer.blake3 == blake3(other).hexdigest()
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3])
-def test_write_blocks_refuses_other_than_was_announced(tmp_path: Path, rows: int) -> None:
+@pytest.mark.parametrize(
+    "block",
+    [
+        torch.zeros(0, 4).half(),
+        torch.zeros(1, 4).half(),
+        torch.zeros(3, 4).half(),
+        torch.zeros(4, 2).half(),
+        torch.zeros(2, 4).bfloat16(),
+    ],
+)
+def test_write_blocks_refuses_other_than_was_announced(tmp_path: Path, block: Tensor) -> None:
     announced = pytest.raises(ValueError, match="x is not of the shape and type announced")
     with announced, torch_dist_writer(tmp_path) as writer:
-        sizes, dtype = (2, 4), torch.float32
-        writer.write_blocks("x", iter([torch.zeros(rows, 4)]), sizes=sizes, dtype=dtype)
+        writer.write_blocks("x", iter([block]), sizes=(1, 2, 4), dtype=torch.float16)
+    assert writer.blake3 == ""
 
 
 def test_what_fails_while_blocks_are_made_is_the_error_of_the_writer(tmp_path: Path) -> None:
-    def blocks() -> Iterator[Tensor]:
+    def blocks(error: BaseException) -> Iterator[Tensor]:
         yield torch.zeros(1, 4)
-        raise KeyError("mine")
+        raise error from KeyError("not this")
 
-    with pytest.raises(KeyError, match="mine"), torch_dist_writer(tmp_path) as writer:
-        writer.write_blocks("x", blocks(), sizes=(2, 4), dtype=torch.float32)
+    for error in (OSError("mine"), RuntimeError("mine"), KeyboardInterrupt("mine")):
+        with pytest.raises(type(error), match="mine"), torch_dist_writer(tmp_path) as writer:
+            writer.write_blocks("x", blocks(error), sizes=(2, 4), dtype=torch.float32)
+
+
+def test_what_torch_cannot_pickle_is_the_error_of_the_writer(tmp_path: Path) -> None:
+    class Stubborn:
+        def __reduce__(self) -> str:
+            raise RuntimeError("mine")
+
+    try:
+        raise KeyError("not this")
+    except KeyError:
+        with pytest.raises(RuntimeError, match="mine"), torch_dist_writer(tmp_path) as writer:
+            writer.write_object("x", Stubborn())
+
+
+def test_the_callers_default_device_is_of_no_matter(tmp_path: Path) -> None:
+    with torch_dist_writer(tmp_path) as writer, torch.device("meta"):
+        writer.write("x", torch.ones(3, device="cpu"))
+    assert torch.equal(TorchDistReader(tmp_path).read("x"), torch.ones(3))
 
 
 def test_write_refuses_chunks_of_another_type_and_leaves_no_metadata(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from nemotron.steps._formats.huggingface import (
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
 from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapter
 from nemotron.steps._formats.megatron_writer import publish_megatron
+from nemotron.steps._formats.weights import row_blocks
 from nemotron.steps._models.families import in_both_spellings
 from nemotron.steps.convert.merge_lora import merge
 from nemotron.steps.convert.merge_lora.merge import add_delta, rms_change
@@ -211,13 +212,33 @@ def test_add_delta_gives_the_same_in_blocks_of_rows(block_rows: list[int]) -> No
     lora_a = torch.randn(2, 6, generator=generator)
     lora_b = torch.randn(2500, 2, generator=generator)
     blocks = weight.float().split(block_rows)
-    added = add_delta(blocks, lora_a, lora_b, scale=0.3)
+    added = add_delta(blocks, lora_a, lora_b, scale=0.3, dtype=torch.float32)
     merged = torch.cat([block.clone() for block in added])
     delta = 0.3 * lora_b.double() @ lora_a.double()
     # fp32 against fp64: rounding of sums of values below 16.
     torch.testing.assert_close(merged.double(), weight + delta, rtol=0, atol=2e-6)
     rms = delta.square().mean().sqrt().item()
     assert rms_change(lora_a, lora_b, scale=-0.3) == pytest.approx(rms, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(512, 3584), (333, 2064)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_merge_has_the_same_bits_however_the_rows_of_the_base_come(
+    rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    lora_a = torch.randn(16, columns, generator=generator)
+    lora_b = torch.randn(rows, 16, generator=generator)
+
+    def merged(blocks: Iterable[Tensor]) -> Tensor:
+        added = add_delta(blocks, lora_a, lora_b, scale=0.3, dtype=dtype)
+        return torch.cat([block.clone() for block in added])
+
+    whole = merged([weight])
+    assert torch.equal(merged(row_blocks(weight)), whole)
+    heads = (block for head in weight.split(128) for block in row_blocks(head))
+    assert torch.equal(merged(heads), whole)
 
 
 def test_an_adapter_brings_the_chat_template_that_it_was_trained_with(
@@ -424,8 +445,8 @@ def test_a_harmful_adapter_is_refused_even_with_digests_that_fit(
 def test_a_merge_that_computes_something_else_is_not_published(
     tmp_path: Path, base_hf: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forget_the_scale(blocks: Any, a: Tensor, b: Tensor, *, scale: float) -> Any:
-        return add_delta(blocks, a, b, scale=1.01 * scale)
+    def forget_the_scale(*inputs: Any, scale: float, dtype: torch.dtype) -> Any:
+        return add_delta(*inputs, scale=1.01 * scale, dtype=dtype)
 
     monkeypatch.setattr(merge, "add_delta", forget_the_scale)
     error = _error(adapter, base_hf, tmp_path / "out" / "hf")
