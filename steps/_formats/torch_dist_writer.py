@@ -117,7 +117,7 @@ class TorchDistFile:
         """Append a tensor, or one chunk of it, whose rows come in blocks; see ``write``.
 
         Raises:
-            ValueError: They are more or fewer bytes than ``sizes`` and ``dtype`` say.
+            ValueError: They are not of the type and shape that were announced.
         """
         # torch.save wants a tensor: one that takes no memory, as nobody writes or reads it.
         placeholder = torch.empty(tuple(sizes), dtype=dtype, device="cpu")
@@ -181,11 +181,14 @@ class _Archive:
 
     def write(self, data: memoryview) -> int:
         """Append what torch hands over, which is each storage's memory where it lies."""
+        place = np.frombuffer(data, np.uint8).ctypes.data - self._placeholder.data_ptr()
         try:
-            if np.frombuffer(data, np.uint8).ctypes.data == self._placeholder.data_ptr():
+            if not 0 <= place < self._placeholder.nbytes:
+                self._append(data)
+            elif len(data) == self._placeholder.nbytes:
                 self._pass_blocks()
             else:
-                self._append(data)
+                raise ValueError(f"torch.save hands over {self._name} in pieces")
         except BaseException as error:
             self.error = error
             raise
@@ -200,7 +203,8 @@ class _Archive:
         Raises:
             ValueError: It was not, or more.
         """
-        self._pass_blocks()  # of a tensor without bytes, for which torch never asks
+        if self._placeholder.nbytes == 0:  # for its bytes torch never asks
+            self._pass_blocks()
         shape, dtype = self._placeholder.shape, self._placeholder.dtype
         check_bytes(self._name, self._num_bytes, shape=shape, dtype=dtype)
 

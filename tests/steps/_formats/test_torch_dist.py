@@ -184,6 +184,25 @@ def test_what_torch_cannot_pickle_is_the_error_of_the_writer(tmp_path: Path) -> 
             writer.write_object("x", Stubborn())
 
 
+def test_a_tensor_that_torch_hands_over_in_another_way_is_not_written_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def in_pieces(value: Any, stream: Any) -> None:
+        memory = memoryview(value.numpy().reshape(-1).view("uint8"))
+        stream.write(memory[:4])
+        stream.write(memory[4:])
+
+    for handing, problem in (
+        (in_pieces, "torch.save hands over x in pieces"),
+        (lambda value, stream: save(value.clone(), stream), "x is not of the shape and type"),
+    ):
+        monkeypatch.setattr(torch, "save", handing)
+        with pytest.raises(ValueError, match=problem), torch_dist_writer(tmp_path) as writer:
+            writer.write("x", torch.ones(3))
+
+
 def test_the_callers_default_device_is_of_no_matter(tmp_path: Path) -> None:
     with torch_dist_writer(tmp_path) as writer, torch.device("meta"):
         writer.write("x", torch.ones(3, device="cpu"))
