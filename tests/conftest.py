@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,15 @@ def pytest_configure() -> None:
     """Take signals as behind a terminal, also under nohup or in the background of a shell."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Compute on one thread: models here are tiny, and threads wait for each other at full speed.
+
+    On a machine with other work they do so for longer than anything else takes.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @dataclass
