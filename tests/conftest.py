@@ -22,6 +22,7 @@ import pytest
 
 FORKED = Path(__file__).with_name("forked.py")
 Fork = Callable[..., BaseProcess]
+RunForked = Callable[..., tuple[int | None, str]]
 StartRanks = Callable[..., "Ranks"]
 RunRanks = Callable[..., dict[str, Any]]
 SmallDisk = Callable[[int], Path]
@@ -97,6 +98,22 @@ def fork() -> Fork:
         return process
 
     return start
+
+
+@pytest.fixture
+def run_forked(fork: Fork, tmp_path: Path) -> RunForked:
+    """Return a function that runs a program as ``fork`` does; it has two minutes.
+
+    It returns the exit code and what was printed.
+    """
+
+    def run(program: str, *arguments: str, **more: str) -> tuple[int | None, str]:
+        output = tmp_path / "printed"
+        process = fork(program, arguments, output=output, **more)
+        process.join(120)
+        return process.exitcode, output.read_text(encoding="utf-8", errors="replace")
+
+    return run
 
 
 @pytest.fixture(scope="session")

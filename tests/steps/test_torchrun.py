@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from nemotron.steps import _torchrun
-from tests.conftest import Fork
+from tests.conftest import RunForked
 
-Run = Callable[..., "Done"]
+Run = Callable[..., tuple[int | None, str]]
 # No torch in the ranks: they only end.
 WORKER = """
 import json, os, signal, sys, time
@@ -59,26 +58,18 @@ if ends.startswith("killed"):
 """
 
 
-@dataclass(frozen=True)
-class Done:
-    """A torchrun that has ended, and what it and its ranks printed."""
-
-    code: int | None
-    printed: str
-
-
 @pytest.fixture
-def run(tmp_path: Path, fork: Fork) -> Run:
-    """Return a function that runs the worker as so many ranks, which end in these ways."""
-    worker, output = tmp_path / "worker.py", tmp_path / "output"
+def run(tmp_path: Path, run_forked: RunForked) -> Run:
+    """Return a function that runs ranks which end in these ways; as ``run_forked`` does."""
+    worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
 
-    def run_ranks(ends: list[str], **environ: str) -> Done:
-        words = ["--standalone", "--nproc-per-node", str(len(ends)), str(worker), *ends]
-        environ |= {"NEMOTRON_ERROR_FILE": str(tmp_path / "error.json")}
-        process = fork("nemotron.steps._torchrun", words, output=output, **environ)
-        process.join(120)
-        return Done(process.exitcode, output.read_text(encoding="utf-8"))
+    def run_ranks(ends: list[str], **environ: str) -> tuple[int | None, str]:
+        words = ("--standalone", "--nproc-per-node", str(len(ends)), str(worker), *ends)
+        error_file = str(tmp_path / "error.json")
+        return run_forked(
+            "nemotron.steps._torchrun", *words, NEMOTRON_ERROR_FILE=error_file, **environ
+        )
 
     return run_ranks
 
@@ -114,10 +105,10 @@ def run(tmp_path: Path, fork: Fork) -> Run:
 def test_the_exit_code_is_that_of_the_first_rank_that_failed(
     run: Run, tmp_path: Path, ends: list[str], code: int, shown: str, hidden: str
 ) -> None:
-    done = run(ends)
-    assert done.code == code, done.printed
-    assert shown in done.printed
-    assert hidden not in done.printed
+    ended_with, printed = run(ends)
+    assert ended_with == code, printed
+    assert shown in printed
+    assert hidden not in printed
     if code == 8:
         record = json.loads((tmp_path / "error.json").read_text())
         assert (record["code"], record["exit_code"], record["rank"]) == ("rank_died", 8, 1)
@@ -125,8 +116,8 @@ def test_the_exit_code_is_that_of_the_first_rank_that_failed(
 
 @pytest.mark.parametrize("name", ["PET_MODULE", "PET_RUN_PATH", "PET_NO_PYTHON", "PET_NNODES"])
 def test_the_options_of_another_job_are_not_taken_for_ours(run: Run, name: str) -> None:
-    done = run(["well"], **{name: "2"})
-    assert done.code == 0, done.printed
+    code, printed = run(["well"], **{name: "2"})
+    assert code == 0, printed
 
 
 def test_segments_of_a_gpus_memory_grow_unless_the_user_says_otherwise(
