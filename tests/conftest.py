@@ -1,4 +1,4 @@
-"""What the tests share: real ranks, and disks that are soon full."""
+"""What the tests share: forks with torch, real ranks, and disks that are soon full."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from typing import Any
 
 import pytest
 
-RANK = Path(__file__).with_name("rank.py")
+FORKED = Path(__file__).with_name("forked.py")
+Fork = Callable[..., BaseProcess]
+RunForked = Callable[..., tuple[int | None, str]]
 StartRanks = Callable[..., "Ranks"]
 RunRanks = Callable[..., dict[str, Any]]
 SmallDisk = Callable[[int], Path]
@@ -29,6 +32,15 @@ def pytest_configure() -> None:
     """Take signals as behind a terminal, also under nohup or in the background of a shell."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Compute on one thread: models here are tiny, and threads wait for each other at full speed.
+
+    On a machine with other work they do so for longer than anything else takes.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @dataclass
@@ -64,16 +76,49 @@ class Ranks:
 
 
 @pytest.fixture(scope="session")
-def start_ranks() -> StartRanks:
-    """Return a function that starts N gloo ranks of a program, each as torchrun would.
+def fork() -> Fork:
+    """Return a function that starts a program, a file or a module, with arguments.
 
-    They are forked from a process that has imported torch, which takes them seconds otherwise.
+    It is forked from a process that has imported torch, which takes it seconds otherwise. What it
+    prints goes to the file ``output``; what else is named is added to its environment.
     """
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["pytest", "nemotron.steps.peft.megatron_bridge.step"])
+    step = "nemotron.steps.peft.megatron_bridge.step"
+    forks.set_forkserver_preload(["pytest", step, "torch.distributed.run"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # it is read with torch
         forkserver.ensure_running()
+
+    def start(program: str, arguments: Sequence[str], *, output: Path, **more: str) -> BaseProcess:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+        given = {"program": program, "arguments": list(arguments)}
+        given |= {"environment": environment, "output": str(output)}
+        process = forks.Process(target=runpy.run_path, args=(str(FORKED), {"GIVEN": given}))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture
+def run_forked(fork: Fork, tmp_path: Path) -> RunForked:
+    """Return a function that runs a program as ``fork`` does; it has two minutes.
+
+    It returns the exit code and what was printed.
+    """
+
+    def run(program: str, *arguments: str, **more: str) -> tuple[int | None, str]:
+        output = tmp_path / "printed"
+        process = fork(program, arguments, output=output, **more)
+        process.join(120)
+        return process.exitcode, output.read_text(encoding="utf-8", errors="replace")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_ranks(fork: Fork) -> StartRanks:
+    """Return a function that starts N gloo ranks of a program, each as torchrun would."""
 
     def start(
         program: Path, num_ranks: int, arguments: Sequence[str], *, output: Path, **more: str
@@ -81,23 +126,19 @@ def start_ranks() -> StartRanks:
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        given = {"program": str(program), "arguments": list(arguments), "output": str(output)}
-        ranks = []
-        for rank in range(num_ranks):
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RESTART_COUNT": "0",
-                **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
-                **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks)),
-                **more,
-            }
-            globals_of_rank = {"GIVEN": given | {"environment": environment}}
-            ranks.append(forks.Process(target=runpy.run_path, args=(str(RANK), globals_of_rank)))
-            ranks[-1].start()
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks)),
+            **more,
+        }
+        of_ranks = (dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(num_ranks))
+        ranks = [
+            fork(str(program), arguments, output=output, **environment, **of_rank)
+            for of_rank in of_ranks
+        ]
         return Ranks(ranks, store, output)
 
     return start

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nemotron.steps import _torchrun
+from tests.conftest import RunForked
 
+Run = Callable[..., tuple[int | None, str]]
 # No torch in the ranks: they only end.
 WORKER = """
 import json, os, signal, sys, time
@@ -57,19 +58,20 @@ if ends.startswith("killed"):
 """
 
 
-def run(tmp_path: Path, ends: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
-    worker, error_file = tmp_path / "worker.py", tmp_path / "error.json"
+@pytest.fixture
+def run(tmp_path: Path, run_forked: RunForked) -> Run:
+    """Return a function that runs ranks which end in these ways; as ``run_forked`` does."""
+    worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    command = [sys.executable, "-m", "nemotron.steps._torchrun", "--standalone"]
-    ours = {"NEMOTRON_ERROR_FILE": str(error_file), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "--nproc-per-node", str(len(ends)), str(worker), *ends],
-        env={**os.environ, **ours, **environ},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+
+    def run_ranks(ends: list[str], **environ: str) -> tuple[int | None, str]:
+        words = ("--standalone", "--nproc-per-node", str(len(ends)), str(worker), *ends)
+        error_file = str(tmp_path / "error.json")
+        return run_forked(
+            "nemotron.steps._torchrun", *words, NEMOTRON_ERROR_FILE=error_file, **environ
+        )
+
+    return run_ranks
 
 
 @pytest.mark.parametrize(
@@ -101,21 +103,21 @@ def run(tmp_path: Path, ends: list[str], **environ: str) -> subprocess.Completed
     ],
 )
 def test_the_exit_code_is_that_of_the_first_rank_that_failed(
-    tmp_path: Path, ends: list[str], code: int, shown: str, hidden: str
+    run: Run, tmp_path: Path, ends: list[str], code: int, shown: str, hidden: str
 ) -> None:
-    done = run(tmp_path, ends)
-    assert done.returncode == code, done.stderr
-    assert shown in done.stderr
-    assert hidden not in done.stderr
+    ended_with, printed = run(ends)
+    assert ended_with == code, printed
+    assert shown in printed
+    assert hidden not in printed
     if code == 8:
         record = json.loads((tmp_path / "error.json").read_text())
         assert (record["code"], record["exit_code"], record["rank"]) == ("rank_died", 8, 1)
 
 
 @pytest.mark.parametrize("name", ["PET_MODULE", "PET_RUN_PATH", "PET_NO_PYTHON", "PET_NNODES"])
-def test_the_options_of_another_job_are_not_taken_for_ours(tmp_path: Path, name: str) -> None:
-    done = run(tmp_path, ["well"], **{name: "2"})
-    assert done.returncode == 0, done.stderr
+def test_the_options_of_another_job_are_not_taken_for_ours(run: Run, name: str) -> None:
+    code, printed = run(["well"], **{name: "2"})
+    assert code == 0, printed
 
 
 def test_segments_of_a_gpus_memory_grow_unless_the_user_says_otherwise(

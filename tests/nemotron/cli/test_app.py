@@ -202,14 +202,14 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
 def test_streams_that_are_closed_cost_what_they_would_show(here: Path, closed: str) -> None:
-    words = "steps run convert/hf_to_megatron -c tiny output_dir=out"
+    words = "steps run data_prep/sft_packing -c tiny output_dir=out"
     script = f"{sys.executable} -m nemotron {words} {closed}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (path,) = Path(".nemotron", "jobs").glob("*/job.json")
     assert json.loads(path.read_text())["status"] == "succeeded"
-    assert "read back and compared" in (path.parent / "log.txt").read_text()
-    assert ("read back and compared" in done.stdout) == (">&-" not in closed.split())
+    assert "rows read" in (path.parent / "log.txt").read_text()
+    assert ("rows read" in done.stdout) == (">&-" not in closed.split())
     failed = f"{sys.executable} -m nemotron steps show nope {closed}"
     assert subprocess.run(["bash", "-c", failed], capture_output=True, check=False).returncode == 2
 

@@ -18,8 +18,11 @@ from typing import Any
 import pytest
 
 import nemotron as nemotron_package
+from nemotron.catalog import find_step
 from nemotron.cli.app import main
 from nemotron.launch import lepton_jobs, remote, slurm_jobs
+from nemotron.plan import JobPlan, build
+from nemotron.profile import load_profile
 
 RIG = Path(__file__).parent / "rig"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
@@ -254,3 +257,11 @@ def cluster(slurm_rig: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def slurm(cluster: Path, demo: Path) -> Path:
     """Return the same directory, with the demo steps."""
     return cluster
+
+
+def plan_of(executor: str, demo: Path) -> JobPlan:
+    """Return a plan of a demo step on that executor, in an image."""
+    (demo / "env.toml").write_text(
+        f'[p]\nexecutor = "{executor}"\ncontainer_image = "x"\nstartup_commands = ["true"]\n'
+    )
+    return build(find_step("demo/make"), profile=load_profile("p"))

@@ -254,7 +254,8 @@ def test_errors_of_a_detached_run_are_in_its_record_and_log(demo: Path) -> None:
     assert record.status == "failed"
     assert record.error is not None
     assert record.error["code"] == "producer_output_missing"
-    assert "error[producer_output_missing]" in submission.job.log.read_text()
+    # What the user reads comes after the record.
+    wait_for(lambda: "error[producer_output_missing]" in submission.job.log.read_text())
 
 
 def test_no_secret_is_in_any_file_that_a_run_leaves(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Callable
@@ -10,7 +11,13 @@ from typing import Any
 
 import pytest
 
+from nemotron.catalog import find_step
+from nemotron.launch import Console
+from nemotron.launch.host import Host
 from nemotron.launch.lazy import load_nemo
+from nemotron.launch.squash import import_image
+from nemotron.plan import build
+from nemotron.profile import load_profile
 
 Nemotron = Callable[..., Any]
 PROFILE = '[cluster]\nexecutor = "slurm"\ncontainer_image = ""\n'
@@ -85,12 +92,13 @@ def test_an_import_asks_for_what_the_profile_says_and_for_an_hour(
     ],
 )
 def test_an_import_asks_for_no_more_time_than_the_job_in_the_same_partition(
-    stand_in: Path, nemotron: Nemotron, written: str, wanted: str
+    stand_in: Path, written: str, wanted: str
 ) -> None:
     words = ["container_image=registry/image", f"remote_job_dir={stand_in}", *written.split()]
     quoted = [f"run.env.{key}={value!r}" for key, _, value in (w.partition("=") for w in words)]
-    done = nemotron("steps", "run", "demo/make", "-b", "cluster", *quoted)
-    assert done.code == 0, done.err
+    plan = build(find_step("demo/make"), profile=load_profile("cluster"), overrides=quoted)
+    nowhere = Console([], lambda _: None, io.BytesIO(), io.BytesIO())
+    import_image(plan, Host(), nowhere)
     assert f"--time={wanted}\n" in (stand_in / "srun.arguments").read_text()
 
 

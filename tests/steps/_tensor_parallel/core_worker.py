@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,13 +229,12 @@ def output(linear: ColumnParallelLinear | RowParallelLinear, x: Tensor) -> Tenso
 
 def count(run: Callable[[], None]) -> int:
     """Return how many collectives of any kind ``run`` issues."""
-    calls: Counter[str] = Counter()
-    with torch.profiler.profile() as profile:
+    # Not torch.profiler, which imports torch's compiler first.
+    profile = torch.autograd.profiler.profile(use_kineto=True)
+    with profile:
         run()
-    for event in profile.events() or []:
-        if event.name.startswith("c10d::"):
-            calls[event.name] += 1
-    return sum(calls.values())
+    assert profile.kineto_results is not None
+    return sum(event.name().startswith("c10d::") for event in profile.kineto_results.events())
 
 
 def gradient(tensor: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Fork
+
 WORKER = Path(__file__).with_name("exchange_worker.py")
 OWN_PIDS = ["unshare", "--pid", "--fork", "--mount-proc"]
 
@@ -42,24 +44,28 @@ def test_ranks_that_may_not_or_cannot_tell_go_on_without_shared_memory(
     assert run_ranks(WORKER, 2, hindrance) == {"exchange": False, "total": 3.0}
 
 
-@pytest.mark.parametrize(("prefix", "has_exchange"), [([], True), (OWN_PIDS, False)])
+@pytest.mark.parametrize("is_apart", [False, True])
 def test_ranks_that_do_not_see_each_other_go_on_without_shared_memory(
-    prefix: list[str], has_exchange: bool, tmp_path: Path
+    is_apart: bool, fork: Fork, tmp_path: Path
 ) -> None:
-    if prefix:
+    if is_apart:
         _need_own_pids()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(WORKER), "whether", str(tmp_path / "report.json")]
-        ranks.append(subprocess.Popen([*(prefix if rank else []), *command], env=environment))
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    words, output = ["whether", str(tmp_path / "report.json")], tmp_path / "output"
+    first, second = ({**meeting, "WORLD_SIZE": "2", "RANK": rank} for rank in "01")
+    ranks = [fork(str(WORKER), words, output=output, **first)]
+    if is_apart:
+        command = [*OWN_PIDS, sys.executable, str(WORKER), *words]
+        subprocess.run(command, env={**os.environ, **second}, check=True, timeout=60)
+    else:
+        ranks.append(fork(str(WORKER), words, output=output, **second))
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode == 0, output.read_text(encoding="utf-8")
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert report == {"exchange": has_exchange, "total": 3.0}
+    assert report == {"exchange": not is_apart, "total": 3.0}
 
 
 def _need_own_pids() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import RunForked
 
 # The parent of a process that glibc spawns waits in the kernel until the new one has executed its
 # program, as it waits for a disk: here until somebody opens the pipe that is to be its input.
@@ -51,10 +52,10 @@ else:
     ("waits_for", "works"), [("disk", "True"), ("reader", "True"), ("nothing", "False")]
 )
 def test_a_rank_that_waits_for_a_disk_or_its_rows_works_and_one_that_sleeps_does_not(
-    tmp_path: Path, waits_for: str, works: str
+    tmp_path: Path, run_forked: RunForked, waits_for: str, works: str
 ) -> None:
-    pipe = tmp_path / "pipe"
+    program, pipe = tmp_path / "spawns.py", tmp_path / "pipe"
+    program.write_text(SPAWNS, encoding="utf-8")
     os.mkfifo(pipe)
-    command = [sys.executable, "-c", SPAWNS, waits_for, str(pipe)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.split() == [works], done.stderr
+    _, printed = run_forked(str(program), waits_for, str(pipe))
+    assert printed.split() == [works]

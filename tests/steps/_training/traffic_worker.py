@@ -142,13 +142,16 @@ def watched(host: HostExchange | None = None) -> Iterator[Counter[str]]:
     for place, name, original, share in zip(places, names, originals, shares, strict=True):
         setattr(place, name, counting(name, original, share))
     try:
-        with torch.profiler.profile() as profile:
+        # Not torch.profiler, which imports torch's compiler first.
+        profile = torch.autograd.profiler.profile(use_kineto=True)
+        with profile:
             yield seen
     finally:
         for place, name, original in zip(places, names, originals, strict=True):
             setattr(place, name, original)
-    events = [event.name for event in profile.events() or []]
-    seen["all"] = sum(name.startswith("c10d::") for name in events)
+    assert profile.kineto_results is not None
+    events = profile.kineto_results.events()
+    seen["all"] = sum(event.name().startswith("c10d::") for event in events)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from nemotron.steps._formats import megatron_writer
 from nemotron.steps._formats.torch_dist_writer import TorchDistFile
 from nemotron.steps.convert.hf_to_megatron.schema import Config
 from nemotron.steps.convert.hf_to_megatron.step import run
+from tests.conftest import RunForked
 
 SCRIPT = Path(__file__).parent / "kill_conversions.py"
 PRODUCER = Producer(step="convert/hf_to_megatron", config_sha256="0", code_version="0")
@@ -26,7 +24,7 @@ Written = list[str]
 
 
 def test_killed_conversions_go_on_and_give_the_bytes_of_one_left_alone(
-    tmp_path: Path, base_hf: Path, base_megatron: Path
+    tmp_path: Path, base_hf: Path, base_megatron: Path, run_forked: RunForked
 ) -> None:
     configs: dict[str, dict[str, Any]] = {
         "hf_to_megatron": {"hf_model_path": base_hf, "output_dir": tmp_path / "there"},
@@ -35,11 +33,9 @@ def test_killed_conversions_go_on_and_give_the_bytes_of_one_left_alone(
     for step, values in configs.items():
         (tmp_path / f"{step}.json").write_text(json.dumps(values, default=str), encoding="utf-8")
     conversions = [f"{step}={tmp_path / step}.json" for step in configs]
-    command = [sys.executable, str(SCRIPT), *conversions, "--kills", "2", "--seed", "7"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 kills") == 2
+    code, printed = run_forked(str(SCRIPT), *conversions, "--kills", "2", "--seed", "7")
+    assert code == 0, printed
+    assert printed.count("2 kills") == 2
 
 
 @pytest.fixture

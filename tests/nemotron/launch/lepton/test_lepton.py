@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import time
@@ -13,7 +14,13 @@ import pytest
 
 import nemotron as nemotron_package
 from nemotron import catalog
+from nemotron.catalog import find_step
+from nemotron.errors import NemotronError
+from nemotron.executors import LeptonExecution
 from nemotron.launch import lepton, lepton_jobs
+from nemotron.plan import build
+from nemotron.profile import load_profile
+from tests.nemotron.launch.conftest import plan_of
 
 Nemotron = Callable[..., Any]
 RUN = ("steps", "run", "demo/make")
@@ -260,6 +267,37 @@ def test_a_job_that_was_deleted_after_its_end_ended_as_it_did(
     until(lambda: workspace.jobs[name].state == "Completed")
     lepton_jobs.open_client().job.delete(name)
     assert nemotron("jobs", "wait", job_id).code == 0
+
+
+def test_an_extra_that_lepton_has_no_field_for_is_refused_before_a_job_is_made(demo: Path) -> None:
+    plan = plan_of("lepton", demo)
+
+    def previewed(extra: dict[str, object]) -> str:
+        execution = LeptonExecution.model_validate({"code_path": "/code", "extra": extra})
+        run = dataclasses.replace(plan, execution=execution)
+        return lepton.preview(run)["LeptonExecutor"]
+
+    assert "retries: 0" in previewed({"retries": 0})
+    for name in ("foo", "nodes", "packager"):
+        with pytest.raises(NemotronError, match=f"no field {name}") as caught:
+            previewed({name: 1})
+        assert caught.value.code == "unknown_key"
+
+
+def test_a_key_of_lepton_that_does_nothing_is_said_to(demo: Path) -> None:
+    plan_of("lepton", demo)
+    words = ["run.env.nprocs_per_node=8"]
+    plan = build(find_step("demo/make"), overrides=words, profile=load_profile("p"))
+    assert any("nprocs_per_node of the profile has no effect" in note for note in plan.notes)
+    words = ["run.env.queue_priority=high-7000"]
+    plan = build(find_step("demo/make"), overrides=words, profile=load_profile("p"))
+    assert any("queue_priority has no effect without" in note for note in plan.notes)
+    plan = build(
+        find_step("demo/make"),
+        overrides=[*words, "run.env.can_preempt=true"],
+        profile=load_profile("p"),
+    )
+    assert not plan.notes
 
 
 def test_a_name_is_one_that_lepton_takes() -> None:

@@ -1,10 +1,8 @@
-"""Merged checkpoints against PEFT, and every refusal by its name."""
+"""Merged checkpoints against PEFT: what they compute, and what they are made of."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from nemotron.artifacts import Producer, read_artifact, verify_files, write_artifact
-from nemotron.errors import ExitCode, NemotronError
-from nemotron.steps._formats import safetensors_file
+from nemotron.artifacts import read_artifact, verify_files
 from nemotron.steps._formats.adapter import open_adapter
 from nemotron.steps._formats.fingerprint import base_fingerprint
 from nemotron.steps._formats.huggingface import (
@@ -31,34 +27,14 @@ from nemotron.steps._formats.megatron_adapter_writer import write_megatron_adapt
 from nemotron.steps._formats.megatron_writer import publish_megatron
 from nemotron.steps._formats.weights import row_blocks
 from nemotron.steps._models.families import in_both_spellings
-from nemotron.steps.convert.merge_lora import merge
 from nemotron.steps.convert.merge_lora.merge import add_delta, rms_change
-from nemotron.steps.convert.merge_lora.schema import Config
-from nemotron.steps.convert.merge_lora.step import run
-from tests.steps._formats.harm import HARMS, resign
+from tests.steps._formats.harm import resign
 from tests.steps._formats.plain_lora import PLAIN, save_plain_lora
+from tests.steps.convert.merge_lora.conftest import PRODUCER, error_of, merge_into
 
-PRODUCER = Producer(step="convert/merge_lora", config_sha256="0" * 64, code_version="0")
 IDS = torch.arange(60).reshape(3, 20)
 SaveBase = Callable[..., LlamaForCausalLM]
 SaveAdapter = Callable[..., Path]
-
-
-def _merge(adapter: Path, base: Path, output: Path, **changes: Any) -> None:
-    """Merge into ``base``, of whichever format it is."""
-    key = "base_hf_path" if (base / "config.json").is_file() else "base_megatron_path"
-    values = {"lora_checkpoint": adapter, key: base, "output_hf_path": output}
-    run(Config.model_validate(values | changes), PRODUCER)
-
-
-def _error(adapter: Path, base: Path, output: Path, **changes: Any) -> NemotronError:
-    """Return the error of a merge, after checking that it wrote nothing."""
-    before = set(output.parent.rglob("*"))
-    with pytest.raises(NemotronError) as caught:
-        _merge(adapter, base, output, **changes)
-    written = {path for path in set(output.parent.rglob("*")) - before if path.suffix != ".lock"}
-    assert not written
-    return caught.value
 
 
 def _logits(model: torch.nn.Module) -> Tensor:
@@ -76,7 +52,7 @@ def test_ranks_and_alphas_by_module_are_merged_as_peft_scales_them(
     adapter = save_adapter(
         tmp_path / "adapter", base, ranks=(3, 5), alphas=alphas, use_rslora=use_rslora
     )
-    _merge(adapter, base, output)
+    merge_into(adapter, base, output)
     wanted = _logits(PeftModel.from_pretrained(model, adapter))
     # As above.
     got = _logits(LlamaForCausalLM.from_pretrained(output))
@@ -94,7 +70,7 @@ def test_whatever_modules_peft_adapts_the_merge_is_pefts_own(
     base, output = tmp_path / "base", tmp_path / "out"
     save_base(base)
     model = save_plain_lora(base, tmp_path / "adapter", **PLAIN[kind])
-    _merge(tmp_path / "adapter", base, output, allow_unverified_base=True)
+    merge_into(tmp_path / "adapter", base, output, allow_unverified_base=True)
     theirs: Any = model.merge_and_unload()
     ours = LlamaForCausalLM.from_pretrained(output).state_dict()
     before = LlamaForCausalLM.from_pretrained(base).state_dict()
@@ -121,7 +97,7 @@ def test_the_merged_checkpoint_answers_as_peft_with_the_adapter(
             source, weights, source=base, source_name="", produced_by=PRODUCER, inputs=[]
         )
     output = tmp_path / "out"
-    _merge(adapter, source, output)
+    merge_into(adapter, source, output)
     both: Any = LlamaForCausalLM.from_pretrained(output, output_loading_info=True)
     merged, report = both
     assert not report["missing_keys"]
@@ -136,8 +112,8 @@ def test_the_merged_checkpoint_answers_as_peft_with_the_adapter(
 def test_both_backends_write_the_same_weights(
     tmp_path: Path, base_hf: Path, base_megatron: Path, adapter: Path
 ) -> None:
-    _merge(adapter, base_hf, tmp_path / "a")
-    _merge(adapter, base_megatron, tmp_path / "b")
+    merge_into(adapter, base_hf, tmp_path / "a")
+    merge_into(adapter, base_megatron, tmp_path / "b")
     names = ("a", "b")
     first, second = (HuggingFaceCheckpoint(tmp_path / name) for name in names)
     assert base_fingerprint(first) == base_fingerprint(second)
@@ -147,7 +123,7 @@ def test_the_output_is_complete_and_its_artifact_tells_where_it_comes_from(
     tmp_path: Path, base_hf: Path, base_megatron: Path, adapter: Path
 ) -> None:
     output = tmp_path / "out"
-    _merge(adapter, base_megatron, output)
+    merge_into(adapter, base_megatron, output)
     assert read_config(output) == in_both_spellings(read_config(base_hf))
     for name in ("generation_config.json", "tokenizer.json"):
         assert (output / name).read_bytes() == (base_hf / name).read_bytes()
@@ -178,12 +154,12 @@ def test_the_output_is_complete_and_its_artifact_tells_where_it_comes_from(
 def test_a_megatron_output_holds_the_same_weights(
     tmp_path: Path, base_megatron: Path, adapter: Path
 ) -> None:
-    _merge(adapter, base_megatron, tmp_path / "hf", output_megatron_path=tmp_path / "megatron")
+    merge_into(adapter, base_megatron, tmp_path / "hf", output_megatron_path=tmp_path / "megatron")
     converted = open_megatron(tmp_path / "megatron")
     merged = HuggingFaceCheckpoint(tmp_path / "hf")
     assert base_fingerprint(MegatronWeights(converted)) == base_fingerprint(merged)
     only = tmp_path / "only"
-    _merge(adapter, base_megatron, tmp_path / "no", export_hf=False, output_megatron_path=only)
+    merge_into(adapter, base_megatron, tmp_path / "no", export_hf=False, output_megatron_path=only)
     assert open_megatron(only).artifact is not None
     assert not (tmp_path / "no").exists()
 
@@ -194,7 +170,7 @@ def test_bf16_weights_are_merged_in_fp32_and_cast_once(
     base, output = tmp_path / "base", tmp_path / "out"
     save_base(base, dtype=torch.bfloat16)
     adapter = save_adapter(tmp_path / "adapter", base, alpha=0.3)
-    _merge(adapter, base, output)
+    merge_into(adapter, base, output)
     name = "model.layers.1.mlp.up_proj"
     factors = load_file(adapter / "adapter_model.safetensors")
     lora_a, lora_b = (factors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
@@ -247,14 +223,14 @@ def test_an_adapter_brings_the_chat_template_that_it_was_trained_with(
     saved = adapter / "iter_0000020"
     digest = hashlib.sha256(b"other").hexdigest()
     resign(saved, chat_template_sha256=digest)
-    _merge(adapter, base_hf, tmp_path / "warned")
+    merge_into(adapter, base_hf, tmp_path / "warned")
     assert "was trained with another chat template" in capsys.readouterr().err
     assert read_chat_template(tmp_path / "warned") == read_chat_template(base_hf)
     (saved / "chat_template.jinja").write_text("other", encoding="utf-8")
     resign(saved)
-    _merge(adapter, base_hf, tmp_path / "out")
+    merge_into(adapter, base_hf, tmp_path / "out")
     assert read_chat_template(tmp_path / "out") == "other"
-    _merge(adapter, base_hf, tmp_path / "bare", save_tokenizer=False)
+    merge_into(adapter, base_hf, tmp_path / "bare", save_tokenizer=False)
     assert read_chat_template(tmp_path / "bare") is None
 
 
@@ -265,7 +241,7 @@ def test_the_output_has_all_named_chat_templates_of_the_base(
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
     tokenizer.save_pretrained(base_hf)
     adapter = save_adapter(tmp_path / "adapter", base_hf, chat_template_sha256=None)
-    _merge(adapter, base_hf, tmp_path / "out")
+    merge_into(adapter, base_hf, tmp_path / "out")
     got = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert got == {"default": "a", "tool_use": "b"}
 
@@ -273,184 +249,10 @@ def test_the_output_has_all_named_chat_templates_of_the_base(
 def test_debug_prints_the_change_of_every_adapted_tensor(
     tmp_path: Path, base_hf: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _merge(adapter, base_hf, tmp_path / "out", debug=True)
+    merge_into(adapter, base_hf, tmp_path / "out", debug=True)
     out = capsys.readouterr().out
     assert out.count("root mean square change") == 14 + 1
     assert "14 of 21 tensors merged (r 3, alpha 6)" in out
-
-
-def test_another_base_is_refused(tmp_path: Path, save_base: SaveBase, adapter: Path) -> None:
-    save_base(tmp_path / "other", seed=7)
-    for changes in ({}, {"allow_unverified_base": True}):
-        error = _error(adapter, tmp_path / "other", tmp_path / "out" / "hf", **changes)
-        assert (error.code, error.exit_code) == ("base_model_mismatch", ExitCode.DATA)
-        assert "was trained on" in error.problem
-
-
-def test_another_megatron_base_is_refused(
-    tmp_path: Path, base_megatron: Path, save_base: SaveBase, save_adapter: SaveAdapter
-) -> None:
-    save_base(tmp_path / "other", seed=7)
-    adapter = save_adapter(tmp_path / "adapter", tmp_path / "other")
-    error = _error(adapter, base_megatron, tmp_path / "out" / "hf")
-    assert error.code == "base_model_mismatch"
-
-
-def test_an_adapter_that_records_no_base_is_refused_unless_told(
-    tmp_path: Path, base_hf: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saved = adapter / "iter_0000020"
-    (saved / "artifact.json").unlink()
-    error = _error(saved, base_hf, tmp_path / "out" / "hf")
-    assert error.code == "base_model_mismatch"
-    assert "does not record the fingerprint of its base" in error.problem
-    assert "allow_unverified_base=true" in error.fix
-    _merge(saved, base_hf, tmp_path / "out" / "hf", allow_unverified_base=True)
-    seen = capsys.readouterr()
-    assert f"does not record its base: whether it is {base_hf} is not checked" in seen.err
-    assert f"{saved} is merged into {base_hf}\n" in seen.out
-
-
-def test_an_adapter_that_was_never_validated_is_refused_unless_told(
-    tmp_path: Path, base_hf: Path, adapter: Path
-) -> None:
-    resign(adapter / "iter_0000020", valid_loss=None)
-    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
-    assert (error.code, error.exit_code) == ("adapter_not_validated", ExitCode.DATA)
-    _merge(adapter, base_hf, tmp_path / "out" / "hf", allow_unvalidated=True)
-
-
-def test_an_adapter_of_others_that_was_exported_is_as_foreign_as_before(
-    tmp_path: Path, base_hf: Path, adapter: Path
-) -> None:
-    directory, output = adapter / "iter_0000020", tmp_path / "out" / "hf"
-    (directory / "artifact.json").unlink()
-    write_artifact(directory, artifact_type="checkpoint_lora", produced_by=PRODUCER, properties={})
-    assert _error(adapter, base_hf, output).code == "base_model_mismatch"
-    _merge(adapter, base_hf, output, allow_unverified_base=True)
-    assert (output / "model.safetensors").is_file()
-
-
-def test_another_tokenizer_is_refused(tmp_path: Path, base_hf: Path, adapter: Path) -> None:
-    path = base_hf / "tokenizer.json"
-    path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
-    assert error.code == "base_model_mismatch"
-    assert "tokenizer.json is not what" in error.problem
-
-
-def test_a_config_of_another_model_is_refused(
-    tmp_path: Path, base_megatron: Path, base_hf: Path, adapter: Path
-) -> None:
-    path = base_hf / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) | {"rms_norm_eps": 1e-3}
-    path.write_text(json.dumps(values), encoding="utf-8")
-    output = tmp_path / "out" / "hf"
-    error = _error(adapter, base_megatron, output, hf_model_path=base_hf)
-    assert error.code == "base_model_mismatch"
-    assert "describes another model than the base" in error.problem
-
-
-def test_a_megatron_base_of_others_takes_config_and_tokenizer_from_hf_model_path(
-    tmp_path: Path,
-    base_megatron: Path,
-    base_hf: Path,
-    adapter: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shutil.rmtree(base_megatron / "hf")
-    (base_megatron / "artifact.json").unlink()
-    output = tmp_path / "out" / "hf"
-    with monkeypatch.context() as patch:  # it is refused before minutes are spent on a digest
-        patch.setattr("nemotron.steps._adapter.opening.base_fingerprint", pytest.fail)
-        error = _error(adapter, base_megatron, output)
-    assert error.code == "missing_model_files"
-    assert "Set hf_model_path" in error.fix
-    _merge(adapter, base_megatron, output, hf_model_path=base_hf)
-    assert (output / "tokenizer.json").is_file()
-
-
-def test_missing_inputs_are_named(tmp_path: Path, base_hf: Path, adapter: Path) -> None:
-    output = tmp_path / "out" / "hf"
-    error = _error(tmp_path / "no", base_hf, output)
-    assert (error.code, error.exit_code) == ("missing_adapter", ExitCode.PREFLIGHT)
-    error = _error(adapter, tmp_path / "no", output)
-    assert (error.code, error.exit_code) == ("missing_base_checkpoint", ExitCode.PREFLIGHT)
-
-
-@pytest.mark.parametrize("output", ["run/merged", "base_hf", "base_hf/merged"])
-def test_an_output_that_overlaps_an_input_is_refused(
-    tmp_path: Path, base_hf: Path, adapter: Path, output: str
-) -> None:
-    error = _error(adapter, base_hf, tmp_path / output)
-    assert error.code == "output_path_overlaps_inputs"
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_a_changed_byte_of_the_adapter_is_found_by_its_digest(
-    tmp_path: Path, base_hf: Path, adapter: Path, name: str
-) -> None:
-    path = adapter / "iter_0000020" / name
-    content = bytearray(path.read_bytes())
-    content[-4] ^= 1
-    path.write_bytes(content)
-    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
-    assert (error.code, error.exit_code) == ("artifact_damaged", ExitCode.DATA)
-    assert name in error.problem
-
-
-def test_a_changed_alpha_is_found_by_its_digest(
-    tmp_path: Path, base_hf: Path, adapter: Path
-) -> None:
-    path = adapter / "iter_0000020" / "adapter_config.json"
-    text = path.read_text(encoding="utf-8").replace('"lora_alpha": 6', '"lora_alpha": 9')
-    path.write_text(text, encoding="utf-8")
-    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
-    assert error.code == "artifact_damaged"
-
-
-def test_a_changed_byte_of_a_megatron_base_is_found_by_its_digest(
-    tmp_path: Path, base_megatron: Path, adapter: Path
-) -> None:
-    path = base_megatron / "iter_0000000" / "__0_0.distcp"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    error = _error(adapter, base_megatron, tmp_path / "out" / "hf")
-    assert error.code == "artifact_damaged"
-    assert "__0_0.distcp" in error.problem
-
-
-def test_a_changed_weight_of_a_base_without_digests_is_another_base(
-    tmp_path: Path, base_hf: Path, adapter: Path
-) -> None:
-    shard = sorted(base_hf.glob("model-*.safetensors"))[0]
-    content = bytearray(shard.read_bytes())
-    content[-4] ^= 1
-    shard.write_bytes(content)
-    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
-    assert error.code == "base_model_mismatch"
-
-
-@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
-def test_a_harmful_adapter_is_refused_even_with_digests_that_fit(
-    tmp_path: Path, base_hf: Path, adapter: Path, harm: Callable[[Path], None]
-) -> None:
-    harm(adapter / "iter_0000020")
-    resign(adapter / "iter_0000020")
-    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
-    assert (error.code, error.exit_code) == (HARMS[harm], ExitCode.DATA)
-
-
-def test_a_merge_that_computes_something_else_is_not_published(
-    tmp_path: Path, base_hf: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forget_the_scale(*inputs: Any, scale: float, dtype: torch.dtype) -> Any:
-        return add_delta(*inputs, scale=1.01 * scale, dtype=dtype)
-
-    monkeypatch.setattr(merge, "add_delta", forget_the_scale)
-    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
-    assert (error.code, error.exit_code) == ("merged_differs", ExitCode.NUMERIC)
 
 
 def test_the_artifact_says_how_far_the_logits_are_apart(
@@ -458,7 +260,7 @@ def test_the_artifact_says_how_far_the_logits_are_apart(
 ) -> None:
     output = tmp_path / "out"
     paths = {"output_hf_path": output / "hf", "output_megatron_path": output / "megatron"}
-    _merge(adapter, base_hf, **{"output": output / "hf", **paths})
+    merge_into(adapter, base_hf, **{"output": output / "hf", **paths})
     for path, kind in (
         (output / "hf", "checkpoint_hf"),
         (output / "megatron", "checkpoint_megatron"),
@@ -476,37 +278,15 @@ def test_an_adapter_of_megatron_bridge_merges_like_the_same_in_pefts_layout(
     (tmp_path / "theirs").mkdir()
     write_megatron_adapter(tmp_path / "theirs", opened, pretrained_checkpoint="x", iteration=7)
     (tmp_path / "out").mkdir()
-    _merge(adapter, base_megatron, tmp_path / "ours")
-    error = _error(tmp_path / "theirs", base_megatron, tmp_path / "out" / "hf")
+    merge_into(adapter, base_megatron, tmp_path / "ours")
+    error = error_of(tmp_path / "theirs", base_megatron, tmp_path / "out" / "hf")
     assert error.code == "base_model_mismatch"
     assert "does not record the fingerprint of its base" in error.problem
     allowed = {"allow_unverified_base": True}
-    _merge(tmp_path / "theirs", base_megatron, tmp_path / "out" / "a", **allowed)
-    _merge(tmp_path / "theirs" / "iter_0000007", base_hf, tmp_path / "out" / "b", **allowed)
+    merge_into(tmp_path / "theirs", base_megatron, tmp_path / "out" / "a", **allowed)
+    merge_into(tmp_path / "theirs" / "iter_0000007", base_hf, tmp_path / "out" / "b", **allowed)
     wanted = load_file(tmp_path / "ours" / "model.safetensors")
     for output in ("a", "b"):
         got = load_file(tmp_path / "out" / output / "model.safetensors")
         assert got.keys() == wanted.keys()
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
-
-
-def test_a_sum_that_does_not_fit_the_type_of_the_base_is_refused(
-    tmp_path: Path, save_base: SaveBase, save_adapter: SaveAdapter
-) -> None:
-    save_base(tmp_path / "base", dtype=torch.float16)
-    adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", alpha=3e7)
-    error = _error(adapter, tmp_path / "base", tmp_path / "out" / "hf")
-    assert (error.code, error.exit_code) == ("merged_not_finite", ExitCode.NUMERIC)
-    assert "model.layers.0" in error.problem
-
-
-def test_a_merge_that_reads_back_otherwise_is_not_published(
-    tmp_path: Path, base_hf: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lose_a_bit(tensor: Tensor) -> memoryview:
-        return (tensor * 1.0001).reshape(-1).view(torch.uint8).numpy().data
-
-    monkeypatch.setattr(safetensors_file, "raw_bytes", lose_a_bit)
-    error = _error(adapter, base_hf, tmp_path / "out" / "hf")
-    assert error.code == "artifact_damaged"
-    assert "does not read back as it was written" in error.problem

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -15,7 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from nemotron.artifacts import Producer
+from nemotron.artifacts import Producer, read_artifact
 from nemotron.steps.data_prep.sft_packing.schema import Config
 from nemotron.steps.data_prep.sft_packing.step import run
 from nemotron.steps.data_prep.sft_packing.templates import read_template
@@ -116,3 +118,23 @@ def run_packing(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
         return Path(config.output_dir)
 
     return run_it
+
+
+def properties_of(packed: Path) -> dict[str, Any]:
+    """Return what the artifact says of an output."""
+    return read_artifact(packed, "packed_parquet").properties
+
+
+def packed_rows(packed: Path, split: str) -> list[dict[str, list[int]]]:
+    """Return the rows of a split, column by column."""
+    files = sorted((packed / "splits" / split).iterdir())
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def documents_of(row: dict[str, list[int]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return tokens and mask of each document of a row."""
+    bounds = pairwise([*row["seq_start_id"], len(row["input_ids"])])
+    return [
+        (tuple(row["input_ids"][start:end]), tuple(row["loss_mask"][start:end]))
+        for start, end in bounds
+    ]

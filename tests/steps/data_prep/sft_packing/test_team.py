@@ -16,6 +16,7 @@ from nemotron.steps._entry import StopRequestedError
 from nemotron.steps.data_prep.sft_packing import executors, team
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
+from nemotron.steps.data_prep.sft_packing.tokenizing import TokenizeTask
 
 RunPacking = Callable[..., Path]
 RUN = "nemotron.steps.data_prep.sft_packing.run"
@@ -55,6 +56,13 @@ def run_on_nodes(
         with ThreadPoolExecutor(len(nodes)) as pool:
             return [pool.submit(on, node) for node in nodes]
 
+    tokenize, is_free = TokenizeTask.run, threading.Lock()
+
+    def one_at_a_time(task: TokenizeTask) -> tuple[Receipt, bool]:
+        with is_free:  # a process has one encoder, and it is at one conversation at a time
+            return tokenize(task)
+
+    monkeypatch.setattr(TokenizeTask, "run", one_at_a_time)
     monkeypatch.setattr(f"{RUN}.role_of", role)
     monkeypatch.setattr(team, "_POLL_SECONDS", 0.01)
     return run

@@ -7,10 +7,10 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from nemotron.steps._formats.megatron_writer import publish_megatron
 from nemotron.steps.peft.megatron_bridge import step
 from nemotron.steps.peft.megatron_bridge.checks import STEP
 from nemotron.steps.peft.megatron_bridge.schema import Config
+from tests.conftest import Fork
 
 PACK_SIZE, VOCABULARY, NUM_TRAIN, NUM_VALID = 64, 97, 12, 3
 PRODUCER = Producer(step="test", config_sha256="0" * 64, code_version="0")
@@ -78,7 +79,7 @@ class Run:
 class Launched:
     """A job that runs."""
 
-    process: subprocess.Popen[str]
+    process: BaseProcess
     directory: Path
 
     def ranks(self, after_steps: int) -> list[int]:
@@ -86,17 +87,23 @@ class Launched:
         config = yaml.safe_load((self.directory / "train.yaml").read_text(encoding="utf-8"))
         metrics = Path(config["checkpoint"]["save"]) / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_text().count('"step"') >= after_steps):
-            assert self.process.poll() is None, self.process.communicate()
+            assert self.process.is_alive(), self.printed
             time.sleep(0.01)
         return ranks_of(self.process)
 
     def end(self) -> Run:
         """Wait for the end."""
-        _, stderr = self.process.communicate(timeout=120)
-        return finished(self.directory, self.process.returncode, stderr)
+        self.process.join(120)
+        assert self.process.exitcode is not None, self.printed
+        return finished(self.directory, self.process.exitcode, self.printed)
+
+    @property
+    def printed(self) -> str:
+        """What it and its ranks have printed so far."""
+        return (self.directory / "output").read_text(encoding="utf-8", errors="replace")
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+def ranks_of(process: BaseProcess) -> list[int]:
     """Return the children of a torchrun; it starts them in the order of their ranks."""
     listed = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)],
@@ -219,17 +226,22 @@ def train(
 
 
 @pytest.fixture
-def launch(world: World, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+def launch(world: World, fork: Fork, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     """Return a function that starts the step under the launcher's torchrun; killed at the end.
 
     It takes another program to run in the step's place, with arguments, and config values.
     """
-    started: list[subprocess.Popen[str]] = []
+    started: list[BaseProcess] = []
 
     def run(*program: str, **changes: Any) -> Launched:
         directory = tmp_path / f"launched{len(started)}"
         directory.mkdir()
-        started.append(start(world, directory, changes, program))
+        path = write_config(world, directory, changes)
+        arguments = ["--standalone", f"--nproc-per-node={num_ranks_of(path)}"]
+        arguments += [*(program or STEP_MODULE), "--config", str(path)]
+        error = {"NEMOTRON_ERROR_FILE": str(directory / "error.json")}
+        output = directory / "output"
+        started.append(fork("nemotron.steps._torchrun", arguments, output=output, **error))
         return Launched(started[-1], directory)
 
     yield run
@@ -237,7 +249,7 @@ def launch(world: World, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
         for rank in ranks_of(process):
             os.kill(rank, signal.SIGKILL)
         process.kill()
-        process.communicate()
+        process.join()
 
 
 @pytest.fixture(scope="session")
@@ -256,24 +268,6 @@ def train_here(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 STEP_MODULE = ("-m", "nemotron.steps.peft.megatron_bridge.step")
-
-
-def start(
-    world: World, directory: Path, changes: dict[str, Any], program: Sequence[str]
-) -> subprocess.Popen[str]:
-    """Start the step under the launcher's torchrun, with some config values changed."""
-    path = write_config(world, directory, changes)
-    command = [sys.executable, "-m", "nemotron.steps._torchrun", "--standalone"]
-    command += [f"--nproc-per-node={num_ranks_of(path)}", *(program or STEP_MODULE)]
-    command += ["--config", str(path)]
-    error = {"NEMOTRON_ERROR_FILE": str(directory / "error.json")}
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **error},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def num_ranks_of(config: Path) -> int:

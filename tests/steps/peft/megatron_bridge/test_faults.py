@@ -7,8 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from nemotron.errors import ExitCode
 from nemotron.steps._training.resume import list_saves, verify_save
+from tests.conftest import RunForked
 from tests.steps.peft.megatron_bridge.conftest import VOCABULARY, convert, write_config, write_packs
 
 Train = Callable[..., Any]
@@ -29,23 +28,40 @@ TWO_RANKS = {"recipe.data_parallel_size": 2}
 FAULTY_STEP = Path(__file__).with_name("faulty_step.py")
 
 
+@pytest.fixture(scope="module")
+def evaluating(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return a plan of which nearly all of the time is spent in evaluations, of 60 rows."""
+    packs = tmp_path_factory.mktemp("evaluating") / "packs"
+    write_packs(packs, num_valid=60)
+    return {
+        "dataset.nano3_packed_sft_dir": str(packs),
+        "train.eval_interval": 1,
+        "train.eval_iters": 1000,
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluated(train_here: Train, evaluating: dict[str, Any]) -> Any:
+    """Return a run of that plan which nobody stopped."""
+    return train_here(**evaluating)
+
+
 @pytest.mark.parametrize(
     # A scheduler tells torchrun TERM; test_torchrun has that torchrun passes it on.
     ("number", "is_to_rank"),
     [(signal.SIGTERM, True), (signal.SIGUSR1, False)],
 )
 def test_a_job_that_is_told_to_stop_saves_at_once_and_goes_on_as_if_it_had_not(
-    launch: Callable[..., Any], train_here: Train, tmp_path: Path, number: int, is_to_rank: bool
+    launch: Callable[..., Any],
+    train_here: Train,
+    evaluating: dict[str, Any],
+    evaluated: Any,
+    tmp_path: Path,
+    number: int,
+    is_to_rank: bool,
 ) -> None:
-    # Nearly all of the time is spent in evaluations of 60 rows, so that is where it is told.
-    write_packs(tmp_path / "packs", num_valid=60)
-    plan = {
-        "dataset.nano3_packed_sft_dir": str(tmp_path / "packs"),
-        "train.eval_interval": 1,
-        "train.eval_iters": 1000,
-    }
-    output = {"checkpoint.save": str(tmp_path / "out")}
-    job = launch(**plan, **output, **TWO_RANKS)
+    plan = {**evaluating, "checkpoint.save": str(tmp_path / "out")}
+    job = launch(**plan, **TWO_RANKS)
     ranks = job.ranks(after_steps=2)
     os.kill(ranks[1] if is_to_rank else job.process.pid, number)
     stopped = job.end()
@@ -54,10 +70,10 @@ def test_a_job_that_is_told_to_stop_saves_at_once_and_goes_on_as_if_it_had_not(
     reached = len(stopped.losses)
     assert 2 <= reached < 8
     assert stopped.adapter.name == f"iter_{reached:07d}"
-    resumed, whole = train_here(**plan, **output), train_here(**plan)
-    assert (resumed.exit_code, whole.exit_code) == (0, 0)
+    resumed = train_here(**plan)
+    assert (resumed.exit_code, evaluated.exit_code) == (0, 0)
     # The first steps were taken by two ranks: sums in another order, as in test_layouts.
-    assert resumed.losses == pytest.approx(whole.losses, rel=5e-6)
+    assert resumed.losses == pytest.approx(evaluated.losses, rel=5e-6)
     validations = [e["iteration"] for e in resumed.events if e["event"] == "validation"]
     assert validations == list(range(9))
 
@@ -180,21 +196,16 @@ def test_a_full_disk_costs_the_saves_and_not_the_run(
     assert run.losses == whole.losses
 
 
-def test_what_was_saved_survives_kills_at_random_moments(world: Any, tmp_path: Path) -> None:
+def test_what_was_saved_survives_kills_at_random_moments(
+    world: Any, run_forked: RunForked, tmp_path: Path
+) -> None:
     plan = {**LONG, "checkpoint.save_interval": 1, "checkpoint.most_recent_k": 3}
     config = write_config(world, tmp_path, plan)
     script = Path(__file__).with_name("kill_saves.py")
-    done = subprocess.run(
-        [sys.executable, str(script), "--config", str(config), "--kills", "15"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("15 kills, ")
-    assert " 0 lost, " in done.stdout
+    code, printed = run_forked(str(script), "--config", str(config), "--kills", "15")
+    assert code == 0, printed
+    assert printed.startswith("15 kills, ")
+    assert " 0 lost, " in printed
 
 
 @contextmanager
