@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nemotron.steps.data_prep.sft_packing.blend import Dataset, WeightBy
@@ -78,6 +78,7 @@ sizes = st.lists(st.integers(1, 400), min_size=30, max_size=80)
 
 
 @given(first=sizes, second=sizes, weight=st.integers(1, 9), seed=st.integers(0, 99))
+@example(first=[10] * 30, second=[1] * 41, weight=1, seed=0)
 def test_weights_by_tokens_are_realised_within_one_conversation(
     first: list[int], second: list[int], weight: int, seed: int
 ) -> None:
@@ -87,14 +88,17 @@ def test_weights_by_tokens_are_realised_within_one_conversation(
     found = conversations(uids, of_dataset, first + second)
     datasets = [source("a", weight=weight), source("b", weight=10 - weight)]
     copies = chosen(found, datasets, "tokens").copies
+    taken = [copies[found.datasets == number].sum() for number in (0, 1)]
     tokens = [int((found.tokens * copies)[found.datasets == number].sum()) for number in (0, 1)]
     if weight == 5:  # equal weights keep everything
         assert tokens == [sum(first), sum(second)]
         return
     scale = min(sum(first) / weight, sum(second) / (10 - weight))
     wanted = (weight * scale, (10 - weight) * scale)
-    for got, exact, lengths in zip(tokens, wanted, (first, second), strict=True):
-        assert abs(got - exact) <= max(lengths) / 2 + 1e-6
+    for number, got, exact, lengths in zip(taken, tokens, wanted, (first, second), strict=True):
+        # No data set is left out, however little of a conversation its share is.
+        is_the_least = number == 1 and exact < got / 2
+        assert is_the_least or abs(got - exact) <= max(lengths) / 2 + 1e-6
 
 
 def test_a_repeat_acts_on_the_train_split_alone_and_by_hash() -> None:
