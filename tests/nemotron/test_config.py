@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -16,9 +16,6 @@ from nemotron.errors import NemotronError
 from nemotron.interpolation import STEPS_ROOT, resolve
 from nemotron.tree import Node, child_at, from_plain, leaves, parse_yaml, plain
 from nemotron.validation import refuse_secrets
-
-# The same examples in every run; a busy machine is no reason to fail.
-fixed = settings(deadline=None, derandomize=True)
 
 
 class Peft(Schema):
@@ -180,7 +177,6 @@ def test_a_scalar_in_place_of_a_section_is_refused_by_the_schema(tmp_path: Path)
 keys = st.from_regex(r"[a-z_][a-z0-9_-]{0,5}(\.[a-z0-9_]{1,5}){0,2}", fullmatch=True)
 
 
-@fixed
 @given(st.lists(st.text(max_size=20), max_size=4))
 def test_override_raises_only_our_error(arguments: list[str]) -> None:
     try:
@@ -189,7 +185,6 @@ def test_override_raises_only_our_error(arguments: list[str]) -> None:
         return
 
 
-@fixed
 @given(keys, st.text(max_size=20))
 def test_the_text_of_an_argument_is_kept(key: str, text: str) -> None:
     node = child_at(override(Node({}), [f"{key}={text}"]), tuple(key.split(".")))
@@ -219,7 +214,6 @@ values = st.recursive(
 )
 
 
-@fixed
 @given(values)
 def test_what_dump_writes_load_config_reads_back(value: Any) -> None:
     # Without the file in between, which would cost a disk write per example.

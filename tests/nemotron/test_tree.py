@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron.errors import NemotronError
@@ -21,9 +21,6 @@ from nemotron.tree import (
     plain,
     read_yaml,
 )
-
-# The same examples in every run; a busy machine is no reason to fail.
-fixed = settings(deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +134,6 @@ def test_from_plain_gives_every_value_the_same_place() -> None:
     assert plain(tree) == {"a": [1, {"b": True}]}
 
 
-@fixed
 @given(st.text())
 def test_parse_value_never_raises_and_keeps_text_that_is_no_value(text: str) -> None:
     node = parse_value(text, "argument")
