@@ -120,10 +120,6 @@ class _ParallelLinear(nn.Module, ABC):
         """
         self._load_factors(*self.shard_lora(lora_a_RH, lora_b_FR))
 
-    def full_lora(self) -> tuple[Tensor, Tensor]:
-        """Return the whole factors, [R, H] and [F, R], on every rank."""
-        return self.gather_lora(self.lora_a.detach(), self.lora_b.detach())
-
     @abstractmethod
     def shard_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's part of what is shaped as the whole factors; raises as load_lora."""

@@ -70,7 +70,7 @@ def pair(
         linear.load_lora(
             torch.randn_like(linear.lora_a) * 0.1, torch.randn_like(linear.lora_b) * 0.1
         )
-        factors[linear.name] = linear.full_lora()
+        factors[linear.name] = (linear.lora_a.detach(), linear.lora_b.detach())
     assert ours.lora is not None
     spec = ours.lora.spec
     (root / "adapter").mkdir()
