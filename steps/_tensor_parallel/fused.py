@@ -21,7 +21,7 @@ section 4.2.2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,19 @@ from nemotron.steps._tensor_parallel.collectives import (
 )
 from nemotron.steps._tensor_parallel.prologue import Mask, Prologue, dropped
 
-Gradients = tuple[Tensor | None, ...]
+Gradients = tuple[Tensor | None, ...]  # of a forward's arguments, as autograd wants them
+
+
+class _ColumnGradients(NamedTuple):
+    """Gradients of a column-parallel linear behind its prologue; None where they are not wanted.
+
+    ``recomputed`` is what the prologue has computed again and needs for its own backward.
+    """
+
+    dx: Tensor | None  # [S, H], or [S / T, H]
+    da: Tensor | None  # [R, H]
+    db: Tensor | None  # [F / T, R]
+    recomputed: Tensor | None
 
 
 class ColumnParallel(torch.autograd.Function):
@@ -122,15 +134,15 @@ class ColumnParallel(torch.autograd.Function):
         dx_dh = empty_to_send(dy_SF, columns.shape[1], ctx.group)
         torch.mm(dy_SF, columns, out=dx_dh)
         finish = _finish_backward_sequence if ctx.sequence_parallel else _finish_backward_replicated
-        dx_SH, recomputed, da_RH, db_FR = finish(ctx, saved, dy_SF, dx_dh)
-        dx_SH = _through_prologue(ctx, dx_SH, saved, recomputed, dresidual_SH)
-        return dx_SH, da_RH, db_FR, *[None] * 6
+        found = finish(ctx, saved, dy_SF, dx_dh)
+        dx_SH = _through_prologue(ctx, found.dx, saved, found.recomputed, dresidual_SH)
+        return dx_SH, found.da, found.db, *[None] * 6
 
 
 def _finish_backward_replicated(
     ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor
-) -> Gradients:
-    """Return dx, what the prologue recomputed, dA and dB where activations are replicated."""
+) -> _ColumnGradients:
+    """Complete the gradients where activations are replicated."""
     x_SH, statistic, h_SR, lora_a_RH = saved
     dx_SH = wait = None
     dh_SR = dx_dh[:, dx_dh.shape[1] - len(lora_a_RH) :]
@@ -145,13 +157,13 @@ def _finish_backward_replicated(
     da_RH, recomputed = _lora_a_gradient(ctx, dh_SR, x_SH, statistic)
     if wait is not None:
         wait()
-    return dx_SH, recomputed, da_RH, db_FR
+    return _ColumnGradients(dx_SH, da_RH, db_FR, recomputed)
 
 
 def _finish_backward_sequence(
     ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor
-) -> Gradients:
-    """Return the same where activations are split over the sequence."""
+) -> _ColumnGradients:
+    """Complete the gradients where activations are split over the sequence."""
     x_SH, statistic, h_SR, lora_a_RH = saved
     dx_dh, wait = scatter_sum_rows_async(dx_dh, ctx.group)
     db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
@@ -161,7 +173,7 @@ def _finish_backward_sequence(
     da_RH, recomputed = _lora_a_gradient(ctx, dh_SR, x_SH, statistic)
     if ctx.needs_input_grad[0]:
         dx_SH = _add_lora(dx_dh[:, : lora_a_RH.shape[1]], dh_SR, lora_a_RH, ctx.mask)
-    return dx_SH, recomputed, da_RH, db_FR
+    return _ColumnGradients(dx_SH, da_RH, db_FR, recomputed)
 
 
 class RowParallel(torch.autograd.Function):
