@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import selectors
 import signal
@@ -17,13 +16,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nemotron import jobs, preflight
 from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.jobs import Job
 from nemotron.launch.base import Console, Submission, create_job
-from nemotron.launch.ending import Ending, ending, stopped
+from nemotron.launch.ending import Ending, ending, reported_error, stopped
 from nemotron.launch.secrets import refuse_secrets_in_plan
 from nemotron.launch.signals import SignalForwarder, kill, kill_orphans, signal_group
 from nemotron.plan import JobPlan
@@ -111,7 +109,7 @@ def _execute(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder
     end = ending(
         code,
         told_by=signals.received,
-        reported=_reported(job.path / jobs.ERROR),
+        reported=reported_error(job.path / jobs.ERROR),
         log=_relative(job.log),
     )
     news = "interrupted" if end.exit_code == ExitCode.INTERRUPTED else end.news
@@ -139,14 +137,6 @@ def _run_command(plan: JobPlan, job: Job, console: Console, signals: SignalForwa
             except BaseException:
                 kill(process)
                 raise
-
-
-def _reported(error_file: Path) -> dict[str, Any] | None:
-    """Return the error that the step left; None if it left none, or died while writing it."""
-    try:
-        return json.loads(error_file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _note(change: Callable[[], None], console: Console) -> None:
