@@ -151,6 +151,18 @@ def submit(
             interrupts.keep_from_now_on()
             with interrupts.blamed_for_failures():
                 number = nemo.submit(executor, job_id=job_id, task=task_name(plan), base=base)
+    return _placement(plan, host, job_id, number)
+
+
+def host_of(execution: SlurmExecution) -> Host:
+    """Return the machine on which Slurm's commands run."""
+    if execution.tunnel == "local":
+        return Host()
+    return Host(execution.host, execution.user, execution.port, execution.identity)
+
+
+def _placement(plan: JobPlan, host: Host, job_id: str, number: str) -> Placement:
+    """Return where a job is that ``sbatch`` has answered with ``number``."""
     if not number.isdigit():
         raise NemotronError(
             "submission_failed",
@@ -160,20 +172,13 @@ def submit(
     return Placement(
         executor="slurm",
         id=number,
-        name=f"{execution.job_name_prefix}{task_name(plan)}",
+        name=f"{_execution(plan).job_name_prefix}{task_name(plan)}",
         directory=str(job_directory(plan, job_id)),
         host=host.name,
         user=host.user,
         port=host.port,
         identity=host.identity,
     )
-
-
-def host_of(execution: SlurmExecution) -> Host:
-    """Return the machine on which Slurm's commands run."""
-    if execution.tunnel == "local":
-        return Host()
-    return Host(execution.host, execution.user, execution.port, execution.identity)
 
 
 def _execution(plan: JobPlan) -> SlurmExecution:
