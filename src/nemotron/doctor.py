@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from nemotron.packages import JOB_PACKAGES
+from nemotron.processes import available_cores
 
 _RUNTIMES = ("enroot", "docker", "podman", "apptainer", "singularity")
 _TIMEOUT_SECONDS = 20
@@ -122,9 +123,8 @@ def _containers() -> Finding:
 
 
 def _resources(output: Path) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("ok", f"{cores} core(s), {memory / _GIB:.0f} GiB of memory")
+    yield Finding("ok", f"{available_cores()} core(s), {memory / _GIB:.0f} GiB of memory")
     place = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     if not os.access(place, os.W_OK):
         yield Finding("failed", f"{place} cannot be written", "work in a directory of your own")

@@ -21,6 +21,7 @@ from nemotron.catalog import DEFAULT_CONFIG, Step, find_config
 from nemotron.compose import InputMaker, compose
 from nemotron.config import dump
 from nemotron.executors import Execution, LeptonExecution, SlurmExecution
+from nemotron.processes import available_cores
 from nemotron.profile import Profile
 from nemotron.tree import Node, dotted, for_json, leaves
 
@@ -211,8 +212,7 @@ def _environment(execution: Execution, executor: str, num_ranks: int) -> dict[st
     variables = {name: value for name, value in execution.env_vars.items() if value is not None}
     if executor == "local" and "OMP_NUM_THREADS" not in {**os.environ, **variables}:
         # Otherwise torch would start a thread per core in every rank.
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        variables["OMP_NUM_THREADS"] = str(max(1, num_cores // num_ranks))
+        variables["OMP_NUM_THREADS"] = str(max(1, available_cores() // num_ranks))
     return variables
 
 

@@ -14,6 +14,7 @@ from nemotron.processes import (
     _parents,
     _parents_from_ps,
     _start_from_ps,
+    available_cores,
     descendants,
     runs,
     start_of,
@@ -25,6 +26,13 @@ def wait_until_zombie(pid: int) -> None:
     while start_of(pid) is not None:
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_cores_are_counted_where_the_system_does_not_bind_processes_to_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # as on macOS
+    assert available_cores() == os.cpu_count()
 
 
 def test_a_process_is_told_from_another_with_its_pid() -> None:

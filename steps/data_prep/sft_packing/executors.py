@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.processes import available_cores
 from nemotron.steps._entry import StopRequestedError, step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
@@ -67,11 +68,6 @@ class Outcome(NamedTuple):
     receipt: Receipt
     was_done: bool
     peak_bytes: int
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def run_tasks(

@@ -15,16 +15,12 @@ from typing import Any
 
 from nemotron.artifacts import MANIFEST, Producer, publish, read_artifact, verify_files
 from nemotron.errors import NemotronError
+from nemotron.processes import available_cores
 from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.checks import datasets_of
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
-from nemotron.steps.data_prep.sft_packing.executors import (
-    Outcome,
-    Task,
-    available_cores,
-    run_tasks,
-)
+from nemotron.steps.data_prep.sft_packing.executors import Outcome, Task, run_tasks
 from nemotron.steps.data_prep.sft_packing.job import Job, Workspace, plan_job, workspace_of
 from nemotron.steps.data_prep.sft_packing.output import assemble
 from nemotron.steps.data_prep.sft_packing.progress import Progress
