@@ -1,4 +1,4 @@
-"""The inputs of a merge: opened and checked, and the chat template that its output gets."""
+"""The inputs of a merge, opened and checked, and the chat template that its output gets."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from nemotron.steps.convert.merge_lora.checks import ID
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """What a merge needs, after all checks.
+    """The inputs of a merge, after all checks.
 
     Args:
         adapter: The adapter.
         base: The weights it was trained on.
-        base_path: Where they lie.
+        base_path: Directory of the base.
         model_files: Directory that config, generation config and tokenizer come from.
-        chat_template: Template that the adapter was trained with where it is not the one in
+        chat_template: Template that the adapter was trained with, if it is not the one in
             ``model_files``; None otherwise.
-        lineage: Goes into the output's ``artifact.json``.
+        lineage: Inputs that the output's ``artifact.json`` names.
     """
 
     adapter: LoraAdapter
@@ -101,9 +101,9 @@ def open_inputs(
 
 
 def _own_model_files(base: Path, *, is_megatron: bool) -> Path:
-    """Return the directory of a base that has its config and tokenizer.
+    """Return the directory that has a base's config and tokenizer.
 
-    That there is none is said here, before the base is hashed, which takes minutes if it is large.
+    It is looked for before the base is hashed, which takes minutes if the base is large.
     """
     files = open_megatron(base).hf_dir if is_megatron else base
     if files is None:
@@ -113,9 +113,9 @@ def _own_model_files(base: Path, *, is_megatron: bool) -> Path:
 
 
 def _other_chat_template(opened: OpenedAdapter, model_files: Path) -> str | None:
-    """Return the adapter's chat template where it is not the base's own.
+    """Return the adapter's chat template if it is not the base's own.
 
-    A model answers as trained only under the template that it was trained with.
+    A model answers as it was trained to only under the template that it was trained with.
     """
     adapter_dir, wanted = opened.adapter.directory, opened.recorded.get("chat_template_sha256")
     if wanted is None or _sha256_text(read_chat_template(model_files)) == wanted:
