@@ -232,25 +232,11 @@ def build_encoder(
     if add_bos and tokenizer.bos_token_id is None:
         problem = "tokenizer.add_bos is true, but the tokenizer has no bos_token"
         raise step_error(STEP, "tokenizer_mismatch", problem, where=str(tokenizer.directory))
-    try:
-        compiled = ChatTemplate(
-            text,
-            variables=tokenizer.variables,
-            special_tokens=tokenizer.special_tokens,
-            today=today,
-        )
-        _require_mask(compiled)
-    except jinja2.TemplateSyntaxError as error:
-        raise step_error(
-            STEP, "bad_chat_template", str(error.message), where=f"line {error.lineno}"
-        ) from None
-    except BadRowError as error:
-        problem = f"{error.reason} on a question and its answer: {error}"
-        raise step_error(STEP, "bad_chat_template", problem) from None
-    stop = compiled.stop
+    template = _compiled(text, tokenizer, today)
+    stop = template.stop
     return Encoder(
         tokenizer=tokenizer,
-        template=compiled,
+        template=template,
         add_bos=add_bos,
         add_eos=add_eos,
         engine=Engine(tokenizer, engine),
@@ -259,6 +245,26 @@ def build_encoder(
         stop_token_id=None if stop is None else tokenizer.backend.token_to_id(stop),
         encodes_pieces=_can_encode_pieces(tokenizer.backend),
     )
+
+
+def _compiled(text: str, tokenizer: ChatTokenizer, today: str | None) -> ChatTemplate:
+    """Return a template that parses, renders and marks the answer of one question and answer."""
+    try:
+        template = ChatTemplate(
+            text,
+            variables=tokenizer.variables,
+            special_tokens=tokenizer.special_tokens,
+            today=today,
+        )
+        _require_mask(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise step_error(
+            STEP, "bad_chat_template", str(error.message), where=f"line {error.lineno}"
+        ) from None
+    except BadRowError as error:
+        problem = f"{error.reason} on a question and its answer: {error}"
+        raise step_error(STEP, "bad_chat_template", problem) from None
+    return template
 
 
 def _require_mask(template: ChatTemplate) -> None:
