@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +73,7 @@ def open_inputs(
     if base is None or not base.is_dir():
         raise step_error(ID, "missing_base_checkpoint", f"{base} does not exist")
     files = model_files or _own_model_files(base, is_megatron=is_megatron_base)
-    try:
+    with _named_as_in_the_manifest():
         opened = open_with_base(
             lora_checkpoint,
             base=base,
@@ -80,10 +82,6 @@ def open_inputs(
             allow_unverified_base=allow_unverified_base,
             allow_unvalidated=allow_unvalidated,
         )
-    except NemotronError as error:
-        if error.code in ("base_model_mismatch", "adapter_not_validated"):
-            raise step_error(ID, error.code, error.problem, where=error.where) from None
-        raise
     if not opened.is_base_verified:
         print(
             f"warning: {opened.adapter.directory} does not record its base: whether it is {base} "
@@ -98,6 +96,17 @@ def open_inputs(
         chat_template=_other_chat_template(opened, files),
         lineage=opened.lineage,
     )
+
+
+@contextlib.contextmanager
+def _named_as_in_the_manifest() -> Iterator[None]:
+    """Give errors that the manifest of this step knows its cause and recovery."""
+    try:
+        yield
+    except NemotronError as error:
+        if error.code in ("base_model_mismatch", "adapter_not_validated"):
+            raise step_error(ID, error.code, error.problem, where=error.where) from None
+        raise
 
 
 def _own_model_files(base: Path, *, is_megatron: bool) -> Path:
