@@ -7,7 +7,7 @@ from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps.convert.megatron_to_hf.schema import Config
 
-ID = "convert/megatron_to_hf"
+STEP = "convert/megatron_to_hf"
 
 
 def check(config: Config) -> list[NemotronError]:
@@ -18,5 +18,5 @@ def check(config: Config) -> list[NemotronError]:
     try:
         refuse_overlap(config.output_dir, inputs)
     except NemotronError as error:
-        return [step_error(ID, error.code, error.problem, where="output_dir")]
+        return [step_error(STEP, error.code, error.problem, where="output_dir")]
     return []

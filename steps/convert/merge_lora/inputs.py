@@ -18,7 +18,7 @@ from nemotron.steps._formats.fingerprint import FingerprintedWeights
 from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, read_chat_template
 from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron import open_megatron
-from nemotron.steps.convert.merge_lora.checks import ID
+from nemotron.steps.convert.merge_lora.checks import STEP
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def open_inputs(
     """
     if find_any_adapter(lora_checkpoint) is None:
         problem = f"neither PEFT's nor Megatron-Bridge's adapter files are at {lora_checkpoint}"
-        raise step_error(ID, "missing_adapter", problem, where="lora_checkpoint")
+        raise step_error(STEP, "missing_adapter", problem, where="lora_checkpoint")
     if base is None or not base.is_dir():
-        raise step_error(ID, "missing_base_checkpoint", f"{base} does not exist")
+        raise step_error(STEP, "missing_base_checkpoint", f"{base} does not exist")
     files = model_files or _own_model_files(base, is_megatron=is_megatron_base)
     with _named_as_in_the_manifest():
         opened = open_with_base(
@@ -105,7 +105,7 @@ def _named_as_in_the_manifest() -> Iterator[None]:
         yield
     except NemotronError as error:
         if error.code in ("base_model_mismatch", "adapter_not_validated"):
-            raise step_error(ID, error.code, error.problem, where=error.where) from None
+            raise step_error(STEP, error.code, error.problem, where=error.where) from None
         raise
 
 
@@ -117,7 +117,7 @@ def _own_model_files(base: Path, *, is_megatron: bool) -> Path:
     files = open_megatron(base).hf_dir if is_megatron else base
     if files is None:
         problem = f"{base} has no hf/config.json, and hf_model_path is null"
-        raise step_error(ID, "missing_model_files", problem, where="hf_model_path")
+        raise step_error(STEP, "missing_model_files", problem, where="hf_model_path")
     return files
 
 

@@ -23,7 +23,7 @@ from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron_writer import publish_megatron
 from nemotron.steps._formats.weights import Weights, all_finite, rows_of_a_block
 from nemotron.steps._training.layerwise import compare_merged
-from nemotron.steps.convert.merge_lora.checks import ID
+from nemotron.steps.convert.merge_lora.checks import STEP
 from nemotron.steps.convert.merge_lora.inputs import MergeInputs
 
 
@@ -60,7 +60,7 @@ class MergedWeights:
         for block in blocks:
             if not all_finite(block):
                 problem = f"{name} holds values that are not finite"
-                raise step_error(ID, "merged_not_finite", problem)
+                raise step_error(STEP, "merged_not_finite", problem)
             yield block
 
 
@@ -188,7 +188,7 @@ def _verify(inputs: MergeInputs, written: Weights) -> dict[str, Any]:
             f"adapter, and by {found.rounded_difference:.3e} where their sum is rounded alike; "
             f"allowed are {found.tolerance:.3e}"
         )
-        raise step_error(ID, "merged_differs", problem)
+        raise step_error(STEP, "merged_differs", problem)
     print(
         f"logits of base + adapter and of merged differ by {difference:.3e} at most "
         f"({found.num_tokens} tokens; the adapter changes them by up to {change:.3e})"
