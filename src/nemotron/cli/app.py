@@ -94,25 +94,25 @@ def _fail(error: Exception, invocation: Invocation) -> int:
     """Print an error and return its exit code."""
     if invocation.is_debug:
         traceback.print_exception(error)
-    if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: its text is the help
+    if type(error).__name__ == "NoArgsIsHelpError":  # its text is the help
         print(error, file=sys.stderr)
         return int(ExitCode.USAGE)
     if not isinstance(error, NemotronError):
-        # typer's own errors, whatever module its version keeps them in.
+        # By duck typing: typer keeps its error classes in different modules in different versions.
         is_usage = hasattr(error, "format_message")
         error = _usage_error(error, invocation) if is_usage else _unexpected(error)
     if invocation.is_json:
         try:
             print(json.dumps({"error": error.to_dict()}, indent=2), flush=True)
             return int(error.exit_code)
-        except OSError:  # where it should go may be what failed
+        except OSError:  # stdout may be what has failed
             forget_reader(sys.stdout)
     say(str(error))
     return int(error.exit_code)
 
 
 def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
-    """Return typer's complaint about the command line in our words."""
+    """Return typer's error about the command line as one of ours."""
     names = itertools.takewhile(lambda word: word in COMMANDS, invocation.words)
     command = " ".join(["nemotron", *names])
     if type(error).__name__ != "NoSuchOption":
@@ -142,7 +142,7 @@ def _unexpected(error: Exception) -> NemotronError:
 
 
 def _origin(error: OSError) -> str:
-    """Return what an error of the system is about that names no path."""
+    """Return what a system error is about that names no path, as far as that can be told."""
     try:
         os.getcwd()  # noqa: PTH109 - the question is whether there is one
     except OSError:
