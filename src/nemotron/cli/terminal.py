@@ -17,9 +17,9 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, TextIO, cast
+from typing import Protocol, TextIO
 
-from nemotron.launch import Console
+from nemotron.launch import Console, Output
 
 _ERASE = b"\r\x1b[K"
 # As the trainer prints it: "iteration 10/60 | lm loss 2.3412 | ... | ETA 0:01:20".
@@ -39,9 +39,17 @@ def job_console(argv: Sequence[str], *, stdout: TextIO) -> Iterator[Console]:
         yield Console(argv, say, out, err)
 
 
-def lasting(stream: TextIO) -> BinaryIO:
+class TerminalOutput(Output, Protocol):
+    """A stream that knows whether it is a terminal."""
+
+    def isatty(self) -> bool:
+        """Return whether it is."""
+        ...
+
+
+def lasting(stream: TextIO) -> TerminalOutput:
     """Return a stream that passes a job's output to ``stream`` until that fails, then drops it."""
-    return cast(BinaryIO, _Lasting(stream))
+    return _Lasting(stream)
 
 
 def say(text: str) -> None:
@@ -67,27 +75,26 @@ def forget_reader(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def last_lines(stream: BinaryIO, count: int) -> BinaryIO:
+def last_lines(stream: Output, count: int) -> Output:
     """Return a stream that passes on the last lines of the first block, and all later blocks."""
-    return cast(BinaryIO, _LastLines(stream, count))
+    return _LastLines(stream, count)
 
 
 @contextlib.contextmanager
-def rewriting(stdout: BinaryIO, stderr: BinaryIO) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def rewriting(stdout: TerminalOutput, stderr: Output) -> Iterator[tuple[Output, Output]]:
     """Yield streams for a job's stdout and stderr; the given ones if stdout is no terminal."""
     if not stdout.isatty():
         yield stdout, stderr
         return
     progress = _Progress(stdout)
     try:
-        # These can only write and flush, which is all that is done with a job's output.
-        yield cast(BinaryIO, progress), cast(BinaryIO, _Beside(progress, stderr))
+        yield progress, _Beside(progress, stderr)
     finally:
         progress.close()
 
 
 class _Lasting:
-    """Writes bytes, which is all that is done with a job's output; never raises."""
+    """An output that never raises."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -114,7 +121,7 @@ class _Lasting:
 class _LastLines:
     """Stdout of ``jobs logs``: what is in the log so far comes as the first block."""
 
-    def __init__(self, stream: BinaryIO, count: int) -> None:
+    def __init__(self, stream: Output, count: int) -> None:
         self._stream = stream
         self._count: int | None = count
 
@@ -132,7 +139,7 @@ class _LastLines:
 class _Progress:
     """Stdout on a terminal: lines of progress replace each other."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: Output) -> None:
         self._stream = stream
         self._is_shown = False
         self._rest = b""
@@ -178,7 +185,7 @@ class _Progress:
 class _Beside:
     """Stderr on the same terminal: erases the progress before it writes."""
 
-    def __init__(self, progress: _Progress, stream: BinaryIO) -> None:
+    def __init__(self, progress: _Progress, stream: Output) -> None:
         self._progress, self._stream = progress, stream
 
     def write(self, block: bytes) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from nemotron import jobs
 from nemotron.jobs import Job, Placement
@@ -16,14 +16,26 @@ from nemotron.plan import JobPlan
 from nemotron.redaction import secret_values
 
 
+class Output(Protocol):
+    """A stream that takes what a job prints."""
+
+    def write(self, block: bytes, /) -> object:
+        """Write a block."""
+        ...
+
+    def flush(self) -> object:
+        """Pass on what was written."""
+        ...
+
+
 @dataclass(frozen=True)
 class Console:
     """Where a backend shows what happens, and the command line that it records."""
 
     argv: Sequence[str]
     say: Callable[[str], None]
-    stdout: BinaryIO
-    stderr: BinaryIO
+    stdout: Output
+    stderr: Output
 
 
 def create_job(
