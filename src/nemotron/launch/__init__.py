@@ -1,4 +1,4 @@
-"""Starting jobs and following them: one backend per executor, chosen by the plan or the record."""
+"""Starts jobs and follows them, by one backend per executor, which plan or record chooses."""
 
 from __future__ import annotations
 

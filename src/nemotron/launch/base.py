@@ -1,4 +1,4 @@
-"""What the backends have in common: what they get, what they return, what a remote one does."""
+"""The types that the backends share: what they get, what they return, what a remote one does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Submitting to another machine: checks, the record, the scheduler, and following if attached."""
+"""Submits a job to another machine: checks, records, hands over, and follows it if attached."""
 
 from __future__ import annotations
 
