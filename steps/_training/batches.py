@@ -65,7 +65,7 @@ class MicroBatch:
     row_tokens: tuple[int, ...]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return the micro batch with its tensors on a device."""
+        """Return the same with its tensors on a device."""
         tokens, labels = self.tokens.to(device), self.labels.to(device)
         return replace(self, tokens=tokens, labels=labels, supervised=self.supervised.to(device))
 
