@@ -1,4 +1,4 @@
-"""Runs a list of tasks: here, in a pool of processes, or on Ray. What comes out is the same.
+"""Runs a list of tasks in this process, in a pool of processes, or on Ray, with the same results.
 
 Tasks are independent, idempotent and leave receipts, so an executor only decides where they run.
 """
@@ -25,9 +25,9 @@ from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 
 ExecutionMode = Literal["auto", "ray"]
-# About two seconds of work.
+# Work that is worth starting a worker for: about two seconds.
 _WORKER_BYTES = 4 << 20
-# How long tasks that are under way have to finish when the run is told to stop.
+# How long running tasks may take to finish when the run is told to stop.
 _STOP_SECONDS = 10.0
 
 
@@ -46,11 +46,11 @@ class Task(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """How much work it is, about."""
+        """About how much work it is."""
         ...
 
     def run(self) -> tuple[Receipt, bool]:
-        """Return the receipt, and whether it was there already."""
+        """Do the task unless it is done; return the receipt, and whether it was there already."""
         ...
 
 
@@ -58,10 +58,10 @@ class Outcome(NamedTuple):
     """A finished task.
 
     Attributes:
-        number: Its place in the list.
-        receipt: What it left.
+        number: Its index in the list.
+        receipt: Its receipt.
         was_done: Whether an earlier run had done it.
-        peak_bytes: Most memory that its process has held.
+        peak_bytes: Peak memory of the process that ran it.
     """
 
     number: int
@@ -80,15 +80,16 @@ def run_tasks(
     """Return the receipts of all tasks, in their order; the largest tasks start first.
 
     Args:
-        tasks: What to do.
-        num_workers: How many at once; one is done in this process. None: as many as have work.
+        tasks: The tasks.
+        num_workers: Tasks at a time; with 1 they run in this process. None: as many as the work is
+            worth.
         mode: ``auto`` for processes of this host, ``ray`` for Ray.
-        on_done: Told of every task when it is done.
+        on_done: Called for every finished task.
 
     Raises:
         NemotronError: What a task raised; ``worker_died``.
         EngineMismatchError: See ``TokenizeTask``.
-        StopRequestedError: A signal came. What is done has its receipt.
+        StopRequestedError: A signal came. Finished tasks have their receipts.
     """
     order = largest_first(tasks)
     num_workers = num_workers or _worth_starting(tasks)
@@ -107,18 +108,18 @@ def run_tasks(
 
 
 def largest_first(tasks: Sequence[Task]) -> list[int]:
-    """Return the numbers of tasks in the order in which they start, the same everywhere."""
+    """Return the indices of tasks in the order in which they start, the same on all nodes."""
     return sorted(range(len(tasks)), key=lambda number: -tasks[number].size_bytes)
 
 
 def _worth_starting(tasks: Sequence[Task]) -> int:
-    """Return as many workers as have work for longer than it takes to start them."""
+    """Return how many workers have work for longer than it takes to start them."""
     work = sum(task.size_bytes for task in tasks)
     return min(available_cores(), 1 + work // _WORKER_BYTES)
 
 
 def error_from(told: dict[str, Any]) -> NemotronError:
-    """Return the error that another process has told as data."""
+    """Return the error that another process has sent as data."""
     fields = {name: value for name, value in told.items() if name != "errors"}
     code, problem = fields.pop("code"), fields.pop("problem")
     exit_code = ExitCode(fields.pop("exit_code"))
@@ -135,7 +136,7 @@ def _peak_bytes() -> int:
 
 
 def _remote(number: int, task: Task) -> dict[str, Any]:
-    """What a worker does; errors travel as data, because ours do not survive pickling."""
+    """Run a task in a worker; errors are returned as data, because ours cannot be pickled."""
     try:
         return {"outcome": tuple(_here(number, task))}
     except NemotronError as error:
@@ -160,7 +161,7 @@ def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> G
     try:
         queue = iter(order)
         while True:
-            # A few in hand for every worker; the rest is not pickled before its turn.
+            # Two tasks per worker are queued; the others are not pickled before their turn.
             while len(running) < 2 * num_workers and (number := next(queue, None)) is not None:
                 running.add(pool.submit(_remote, number, tasks[number]))
             if not running:
@@ -182,7 +183,7 @@ def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> G
 
 
 def _start_worker() -> None:
-    """One core per worker; signals are the parent's business; no worker outlives it."""
+    """Set up a worker: it uses one core, leaves signals to its parent, and ends with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -216,7 +217,7 @@ def _on_ray(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> Ge
 
 @contextlib.contextmanager
 def connected_ray(**options: Any) -> Iterator[Any]:
-    """Give the module ``ray``, connected; what it does on SIGTERM stays ours.
+    """Yield the module ``ray``, connected; our handler of SIGTERM is restored.
 
     Raises:
         NemotronError: ``ray_missing``.
