@@ -1,4 +1,4 @@
-"""What can be said about a config of ``convert/hf_to_megatron`` before it runs."""
+"""Checks of a config of ``convert/hf_to_megatron`` before it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be said about a config of ``convert/megatron_to_hf`` before it runs."""
+"""Checks of a config of ``convert/megatron_to_hf`` before it runs."""
 
 from __future__ import annotations
 

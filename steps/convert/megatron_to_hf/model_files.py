@@ -1,4 +1,4 @@
-"""Where a Megatron checkpoint's config, tokenizer and chat template come from."""
+"""Finds the config, tokenizer and chat template for a Megatron checkpoint, or makes them."""
 
 from __future__ import annotations
 

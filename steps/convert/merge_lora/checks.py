@@ -1,4 +1,4 @@
-"""What can be said about a config of ``convert/merge_lora`` before it runs, without torch."""
+"""Checks of a config of ``convert/merge_lora`` before it runs, without torch."""
 
 from __future__ import annotations
 

@@ -68,9 +68,9 @@ class Job:
         encoder: Settings of the encoder.
         template: Text of the chat template.
         settings: How to pack.
-        properties: Properties of the output, without counts.
-        shards: Number of files of each split.
-        ratios: Share of each split; without effect if the blend lists splits.
+        properties: What the output says about itself, without counts.
+        shards: Files of each split.
+        ratios: Share of each split; without effect where the blend lists splits.
         pack_key: Digest of everything that the output depends on.
         workspace: Where the results of tasks are.
     """

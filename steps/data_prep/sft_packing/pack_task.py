@@ -80,9 +80,9 @@ class PackTask:
         spools: Names of all spools.
         split: The split that the files belong to.
         files: Names of the files.
-        groups: The groups that go into them.
-        size_bytes: About how much work it is.
-        seed: Distinguishes this task from others with the same ``settings.seed``.
+        groups: What goes into them.
+        size_bytes: How much work it is, about.
+        seed: What sets this task apart from others of the same ``settings.seed``.
         settings: How to pack.
     """
 
