@@ -97,9 +97,8 @@ def step_page(step: Step) -> str:
         *_section(
             "Parameters",
             [
-                (_parameter_head(parameter.name, parameter.default, parameter.choices), text)
-                for parameter in manifest.parameters
-                for text in [parameter.description]
+                (_parameter_head(each.name, each.default, each.choices), each.description)
+                for each in manifest.parameters
             ],
         ),
         *_section(
