@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
@@ -17,12 +16,6 @@ from nemotron.cli import adapter, data, doctor, jobs, profiles, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.cli.terminal import forget_reader, say
 from nemotron.errors import NO_ROOM, ExitCode, NemotronError, system_refusal
-
-COMMANDS = (
-    *("steps", "jobs", "data", "profiles", "adapter", "doctor"),
-    *("list", "show", "run", "status", "logs", "cancel", "wait", "report"),
-    *("init", "check", "stats", "inspect", "verify", "diff", "export"),
-)
 
 app = typer.Typer(
     help=nemotron.__doc__,
@@ -113,12 +106,10 @@ def _fail(error: Exception, invocation: Invocation) -> int:
 
 def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
     """Return typer's error about the command line as one of ours."""
-    names = itertools.takewhile(lambda word: word in COMMANDS, invocation.words)
-    command = " ".join(["nemotron", *names])
+    command, is_group = _named_command(invocation.words)
     if type(error).__name__ != "NoSuchOption":
         return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
-    groups = ("steps", "jobs", "data", "profiles", "adapter")
-    if command in ("nemotron", *(f"nemotron {group}" for group in groups)):
+    if is_group:
         fix = "options stand after the command: nemotron steps run STEP -c NAME"
     else:
         fix = f"{command} --help"
@@ -127,6 +118,19 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
         if command.endswith("run"):
             fix += " (values are key=value; what is for the run module stands after --)"
     return NemotronError("unknown_option", f"{command} has no option {error.option_name}", fix=fix)
+
+
+def _named_command(words: Sequence[str]) -> tuple[str, bool]:
+    """Return the command that the first words name, and whether it is a group of commands."""
+    command: Any = typer.main.get_command(app)
+    names = ["nemotron"]
+    for word in words:
+        inner = getattr(command, "commands", {}).get(word)
+        if inner is None:
+            break
+        command = inner
+        names.append(word)
+    return " ".join(names), hasattr(command, "commands")
 
 
 def _unexpected(error: Exception) -> NemotronError:
