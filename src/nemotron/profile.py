@@ -24,7 +24,8 @@ from nemotron.tree import Node, child_at, display, dotted, from_plain, leaves, m
 from nemotron.validation import did_you_mean, refuse_home, refuse_secrets, validate
 
 RESERVED = ("wandb", "cli", "cache", "artifacts")
-# What ~ may begin: shell code, what is read here or by the job's own programs, and what by nobody.
+# Keys that may begin with ~: shell code, paths read on this machine, variables that the programs of
+# the job read, and keys that have no effect.
 _HOME_KNOWN = (
     *("startup_commands", "setup_lines", "pre_launch_commands", "run_command"),
     *("identity", "env_vars"),

@@ -151,7 +151,7 @@ def copy_model_files(source: Path, target: Path, *, has_tokenizer: bool = True) 
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy the files of ``source`` that have one of these names or patterns; ``target`` is made."""
+    """Copy the files that have one of these names or patterns to ``target``, which is created."""
     target.mkdir(parents=True, exist_ok=True)
     for path in (path for name in names for path in source.glob(name) if path.is_file()):
         copy = target / path.relative_to(source)

@@ -184,14 +184,15 @@ def _join_world(world_size: int, device: torch.device, timeout: timedelta) -> No
 
 
 def _join(groups: Iterable[range], *, timeout: timedelta | None) -> ProcessGroup:
-    """Return this rank's group of some that are disjoint and equal in size.
+    """Return the one of these groups, disjoint and equal in size, that this rank belongs to.
 
     Every rank makes every group, in the same order: new_group is a collective of the world.
     """
     mine = ProcessGroup()
     for ranks in groups:
         if len(ranks) > 1:
-            group = dist.new_group(list(ranks), timeout=timeout)  # else not the world's
+            # Without the argument, a new group has torch's default timeout, not the world's.
+            group = dist.new_group(list(ranks), timeout=timeout)
             if isinstance(group, dist.ProcessGroup):
                 mine = ProcessGroup(group, ranks.index(dist.get_rank()), len(ranks))
     return mine

@@ -91,7 +91,7 @@ def is_a(artifact_type: str, wanted: str) -> bool:
 
 
 def describe_input(artifact_type: str, path: Path) -> Input:
-    """Return the lineage entry of an input; its digest is None where it carries no manifest."""
+    """Return the lineage entry of an input; its digest is None if it has no manifest."""
     manifest = path / MANIFEST
     digest = blake3_file(manifest) if manifest.is_file() else None
     return Input(type=artifact_type, path=str(path), blake3=digest)

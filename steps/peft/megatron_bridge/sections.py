@@ -308,9 +308,9 @@ class CheckpointConfig(Schema):
 
     @property
     def other_run(self) -> Path | None:
-        """Directory of another run to go on from.
+        """Directory of another run to continue; None without one.
 
-        Upstream's ``load`` equal to ``save`` asks for what happens by itself.
+        Upstream has to set ``load`` to ``save`` to continue its own run; that happens here anyway.
         """
         if self.load is None or Path(self.load).resolve() == self.save.resolve():
             return None
