@@ -116,14 +116,9 @@ def plan_sources(
     wanted = [item for item in datasets if item.weight > 0]
     files = [list_files(item) for item in wanted]
     size_bytes = part_bytes([file for group in files for file in group])
-    how = {
-        "code": code_digest(),
-        # Not the path of the tokenizer: its digest says which one it is.
-        "encoder": {**vars(encoder), "tokenizer": ""},
-    }
-    sources: list[Source] = []
     with ThreadPoolExecutor() as pool:
-        described = [list(pool.map(_describe, group)) for group in files]
+        described = [tuple(pool.map(_describe, group)) for group in files]
+    sources: list[Source] = []
     for dataset, group in zip(wanted, described, strict=True):
         rows = RowSettings(
             messages_field=dataset.messages_field,
@@ -132,20 +127,37 @@ def plan_sources(
             used_in_filter=used_in_filter,
             max_rows=dataset.max_rows,
         )
-        tasks = (
-            TokenizeTask(
-                key=_task_key(part, file, rows, how),
-                directory=directory,
-                part=part,
-                size_bytes=_work_bytes(part, size_bytes),
-                rows=rows,
-                encoder=encoder,
-            )
-            for file in group
-            for part in cut_into_parts(file.path, size_bytes=size_bytes)
-        )
-        sources.append(Source(dataset, tuple(group), tuple(tasks)))
+        tasks = _tasks(group, rows, encoder, directory=directory, size_bytes=size_bytes)
+        sources.append(Source(dataset, group, tasks))
     return sources
+
+
+def _tasks(
+    files: Sequence[InputFile],
+    rows: RowSettings,
+    encoder: EncoderSettings,
+    *,
+    directory: Path,
+    size_bytes: int,
+) -> tuple[TokenizeTask, ...]:
+    """Return the tasks that tokenize these files, in parts of about ``size_bytes``."""
+    how = {
+        "code": code_digest(),
+        # Not the path of the tokenizer: its digest says which one it is.
+        "encoder": {**vars(encoder), "tokenizer": ""},
+    }
+    return tuple(
+        TokenizeTask(
+            key=_task_key(part, file, rows, how),
+            directory=directory,
+            part=part,
+            size_bytes=_work_bytes(part, size_bytes),
+            rows=rows,
+            encoder=encoder,
+        )
+        for file in files
+        for part in cut_into_parts(file.path, size_bytes=size_bytes)
+    )
 
 
 def _describe(file: Path) -> InputFile:
