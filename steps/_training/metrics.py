@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import secrets
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any, Self
 import torch
 
 from nemotron.artifacts import write_text
+from nemotron.processes import peak_host_memory_bytes
 from nemotron.steps._entry import PreemptedError
 from nemotron.steps._training.mirror_process import MirrorProcesses, MirrorSettings
 from nemotron.steps._training.printer import Clock, Printer
@@ -168,8 +168,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process so far, on its GPU or otherwise on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak_host_memory_bytes()
 
 
 def _write(stream: FileIO, text: bytes) -> int:

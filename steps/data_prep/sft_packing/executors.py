@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.processes import available_cores
+from nemotron.processes import available_cores, peak_host_memory_bytes
 from nemotron.steps._entry import StopRequestedError, step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
@@ -128,11 +127,7 @@ def error_from(told: dict[str, Any]) -> NemotronError:
 
 def _here(number: int, task: Task) -> Outcome:
     receipt, was_done = task.run()
-    return Outcome(number, receipt, was_done, _peak_bytes())
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Outcome(number, receipt, was_done, peak_host_memory_bytes())
 
 
 def _remote(number: int, task: Task) -> dict[str, Any]:
