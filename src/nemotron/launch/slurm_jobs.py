@@ -116,7 +116,7 @@ class SlurmHandle:
         return block
 
     def _batch_output(self, is_last: bool) -> bytes:
-        """Return what the batch shell printed below ``BATCH_MARK``; above is nemo-run's trace."""
+        """Return what the batch shell printed below its mark; above is nemo-run's own trace."""
         place = self.placement
         path = f"{place.directory}/sbatch_{place.name}_{place.id}.out"
         start = self._offsets.get(path, 0)

@@ -124,7 +124,7 @@ def _own_model_files(base: Path, *, is_megatron: bool) -> Path:
 def _other_chat_template(opened: OpenedAdapter, model_files: Path) -> str | None:
     """Return the adapter's chat template if it is not the base's own.
 
-    A model answers as it was trained to only under the template that it was trained with.
+    A model answers as trained only under the template that it was trained with.
     """
     adapter_dir, wanted = opened.adapter.directory, opened.recorded.get("chat_template_sha256")
     if wanted is None or _sha256_text(read_chat_template(model_files)) == wanted:
