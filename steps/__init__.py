@@ -1,7 +1,7 @@
 """The step catalogue: what runs inside a job. A leaf directory with a step.toml is a step.
 
-A job imports for seconds before it runs. A Ctrl-C in this time is told by the launcher, and a
-traceback through the imports of others would say nothing more.
+A job spends its first seconds importing. The launcher reports a Ctrl-C during that time, and a
+traceback through the imports of other packages would add nothing.
 """
 
 import os

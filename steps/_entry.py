@@ -28,7 +28,7 @@ from nemotron.artifacts import Producer, sha256_json
 from nemotron.config import Schema, load_config
 from nemotron.errors import ExitCode, NemotronError, system_refusal
 
-# What collectives raise when another rank has gone. What ended that one is told by whoever knows.
+# Errors of collectives when another rank has gone; the cause is reported by whoever knows it.
 _LOST_CONNECTION = re.compile(r"^Dist(Backend|Network|Store)Error|gloo/transport|by peer")
 _SECONDS_FOR_THE_CAUSE = 2.0
 STEPS_ROOT = Path(__file__).parent
@@ -36,15 +36,15 @@ S = TypeVar("S", bound=Schema)
 
 
 class PreemptedError(Exception):
-    """The step was asked to stop before its end; started again, it goes on where it stopped."""
+    """The step was asked to stop before its end; when started again, it continues there."""
 
 
 class StopRequestedError(BaseException):
-    """SIGTERM or SIGUSR1 came; raised where a step without ranks is, past every ``except``."""
+    """SIGTERM or SIGUSR1 came to a step without ranks; no ``except Exception`` catches it."""
 
 
 class _ReportedError(Exception):
-    """Carries the exit code of an error that has been reported to where the process ends."""
+    """Carries the exit code of an error that has been reported to the end of the process."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -62,7 +62,7 @@ def run_step(
     Args:
         step: Step id, such as ``peft/megatron_bridge``.
         schema: Schema of the step's config.
-        run: The step itself; gets the config and what to write as producer into artifacts.
+        run: The step itself; gets the config, and the producer that its artifacts name.
         argv: Command line without the program; ``sys.argv`` by default.
     """
     parser = argparse.ArgumentParser(prog=step, allow_abbrev=False)
@@ -88,10 +88,10 @@ def run_step(
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-    """Report what the block raises before anything around the block ends.
+    """Report what the block raises, before anything around the block is closed.
 
-    Ranks that wait for this one fail as soon as its connections close: reported any later, the
-    cause would come after its consequences, and only the first that is reported is told.
+    Ranks that wait for this one fail as soon as its connections close. If the cause were reported
+    any later, a consequence would be first, and only the first report is printed.
     """
     try:
         yield
@@ -129,7 +129,7 @@ def step_error(step: str, name: str, problem: str, *, where: str = "") -> Nemotr
 
 
 def report(error: NemotronError, details: str = "") -> int:
-    """Print an error once per job: the first rank to fail names it, the others stay silent."""
+    """Print an error, once per job: only the first rank that fails prints."""
     rank = os.environ.get("RANK")
     record = error.to_dict() | {"rank": int(rank or 0)}
     if _claim_error_file(json.dumps(record)):
@@ -139,16 +139,17 @@ def report(error: NemotronError, details: str = "") -> int:
 
 
 def origin(error: BaseException) -> str:
-    """Return file and line of where an error was raised."""
+    """Return the file and line where an error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 @contextlib.contextmanager
 def _stopping_when_told() -> Iterator[None]:
-    """Raise ``StopRequestedError`` when a signal asks to stop; ranks agree on a place themselves.
+    """Raise ``StopRequestedError`` on a signal to stop, unless the step has ranks.
 
-    What a step has done by then is complete on disk, as after a kill; it cleans up behind itself.
+    Ranks agree on where to stop. Other steps can stop anywhere: as after a kill, what they have
+    finished is complete on disk, and they clean up the rest.
     """
     if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
         yield
@@ -156,7 +157,7 @@ def _stopping_when_told() -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGUSR1)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in numbers:  # once: schedulers may say it again while the step cleans up
+        for each in numbers:  # once: schedulers may repeat the signal while the step cleans up
             signal.signal(each, signal.SIG_IGN)
         raise StopRequestedError(f"stopped by {signal.Signals(number).name}")
 
@@ -172,7 +173,7 @@ def _refuse_others(step: str, others: Sequence[str]) -> None:
     if others:
         raise NemotronError(
             "argument_unknown",
-            # Not which: an argument may be a secret, and errors are written down.
+            # Not their text: an argument may be a secret, and errors are recorded.
             f"{step} takes no arguments, got {len(others)}",
             where="after --",
             fix="pass values as key=value before the --",
@@ -199,6 +200,6 @@ def _claim_error_file(text: str) -> bool:
             stream.write(text)
     except FileExistsError:
         return False
-    except OSError:  # a full disk: told where it still can be
+    except OSError:  # a full disk: the error is printed at least
         return True
     return True

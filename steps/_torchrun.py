@@ -1,17 +1,17 @@
-"""``torchrun`` that ends with the exit code of the first rank that failed, and says it once.
+"""``torchrun``, but it ends with the exit code of the first rank that failed, and reports it once.
 
-torchrun turns every failure into exit code 1 and prints an account of its own below the one error
-that the rank has reported. Here its arguments, its supervision and its ranks are unchanged; when a
-rank has left its error in ``NEMOTRON_ERROR_FILE``, torchrun's account of the same is left out. A
-rank that was killed cannot report: that is done here, and it outranks what the other ranks made of
-their lost connections.
+torchrun turns every failure into exit code 1 and prints its own report below the error that the
+rank has already printed. Its arguments, its supervision and its ranks are unchanged here, but when
+a rank has left its error in ``NEMOTRON_ERROR_FILE``, torchrun's report is suppressed. A rank that
+was killed cannot report; that is done for it here, and it takes precedence over the errors that
+the other ranks raised when they lost the connection.
 
-SIGTERM and SIGUSR1 ask the job to save and stop. torchrun would give the ranks 30 seconds and then
-kill them; here they are passed on, and the ranks take the time that the step and the save take.
-What asked has its own limit.
+SIGTERM and SIGUSR1 ask the job to save and stop. torchrun would kill the ranks 30 seconds later;
+here the signals are passed on, and the ranks take as long as the step and the save take. Whoever
+sent the signal has a time limit of its own.
 
-On several nodes the first one keeps the store in which the nodes meet, also at the end. It waits a
-moment before it leaves, so that the others do not take its leaving for a failure.
+In a job of several nodes, the first node keeps the store in which the nodes meet. At the end it
+waits a moment before it leaves, so that the others do not take its leaving for a failure.
 """
 
 from __future__ import annotations
@@ -40,22 +40,30 @@ from nemotron.errors import ExitCode, NemotronError
 from nemotron.steps._training.heartbeat import LastWords, last_words
 
 ERROR_FILE = "NEMOTRON_ERROR_FILE"
-# How launch.sh says a node's place in a job of several nodes.
+# Variables by which launch.sh tells a node its place in a job of several nodes.
 _OF_THIS_JOB = ("PET_RDZV_BACKEND", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 # Not SIGABRT: a collective library aborts when another rank has gone.
 _DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
-# Where torch looks for its allocator's settings; the first counts.
+# Where torch looks for its allocator's settings; the first one that is set counts.
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
-# How long ranks have once another one has failed. All that is left to do is to notice.
+# How long the ranks have to end once another one has failed; they only need to notice it.
 _GRACE_SECONDS = 5
-# How long the node with the store outlives the barrier at the end. The others have passed it once
-# they have read one key.
+# How long the node with the store stays after the barrier at the end; to pass that, the others
+# only have to read one key.
 _LEAVE_LAST_SECONDS = 1
 
 
+class _LostRank(NamedTuple):
+    """A rank that ended without reporting an error."""
+
+    rank: int
+    problem: str
+    fix: str
+
+
 class _Ranks(SubprocessContext):
-    """The ranks of this host: told to stop when this process is, and not waited for when lost."""
+    """The ranks of this host: they are told to stop when this process is; lost ones end the job."""
 
     told_by: signal.Signals | None = None
     was_interrupted = False
@@ -68,7 +76,7 @@ class _Ranks(SubprocessContext):
             signal.signal(number, self._tell)
         super()._start()
         signal.signal(signal.SIGINT, self._interrupt)
-        if _Ranks.told_by is not None:  # meanwhile: nobody was there to be told
+        if _Ranks.told_by is not None:  # a signal that came before there was a rank to tell
             self._tell(_Ranks.told_by, None)
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
@@ -78,10 +86,10 @@ class _Ranks(SubprocessContext):
         _Ranks.left_early = _Ranks.left_early or left
         if any(ended.values()):  # as long as the store is there
             self._hear_last_words([rank for rank, code in codes.items() if code is not None])
-            lost = next(filter(None, itertools.starmap(_what_became, ended.items())), None)
-            # At once: what the others make of it must not be the first that is reported.
+            lost = next(filter(None, itertools.starmap(_lost, ended.items())), None)
+            # At once: the other ranks' errors are consequences, and must not be reported first.
             if lost is not None and os.environ.get(ERROR_FILE) and _reported() is None:
-                _report_lost(*lost)
+                _report_lost(lost)
         super().close(death_sig, min(timeout, _GRACE_SECONDS))
 
     def _hear_last_words(self, local_ranks: Sequence[int]) -> None:
@@ -121,10 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_options_of_others(*, is_alone: bool) -> None:
-    """Remove options in the environment: those of a job around this one would change what is run.
+    """Remove torchrun's options from the environment: a job around this one may have set some.
 
-    torchrun takes whatever is not on its command line from PET_*. With PET_NNODES=2 one node would
-    wait for another for ever.
+    torchrun takes whatever is not on its command line from PET_*. With PET_NNODES=2, a job of one
+    node would wait for another node forever.
     """
     kept = () if is_alone else _OF_THIS_JOB
     for name in [name for name in os.environ if name.startswith("PET_") and name not in kept]:
@@ -132,22 +140,22 @@ def _drop_options_of_others(*, is_alone: bool) -> None:
 
 
 def _let_segments_grow() -> None:
-    """Have torch's allocator of a GPU map memory where it is needed, unless told otherwise.
+    """Let torch's GPU allocator grow its segments, unless the environment says otherwise.
 
-    No two micro batches of packed rows are of one size; what is kept for one hardly fits the next.
-    Here, because torch reads the variable as it is loaded.
+    Micro batches of packed rows all differ in size, so that a block that was freed by one hardly
+    fits the next. It is set here because torch reads the variable while it is imported.
     """
     if _ALLOCATOR.isdisjoint(os.environ):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _is_known() -> bool:
-    """Return whether the job was stopped or a rank has said what went wrong: no news for a log."""
+    """Return whether torchrun's log would repeat what is known: a stop, or a reported error."""
     return _Ranks.told_by is not None or _Ranks.was_interrupted or _reported() is not None
 
 
 def _leave_last(self: SimpleElasticAgent) -> None:
-    """Pass the barrier at the end; on the node with the store, let the others pass it first."""
+    """Pass the barrier at the end; on the node with the store, let the others leave first."""
     _pass_exit_barrier(self)
     group = self.get_worker_group()
     if group.group_rank == 0 and (group.group_world_size or 1) > 1:
@@ -164,7 +172,7 @@ def _report(failed: ChildFailedError) -> int:
     lost = _first_lost(failed)
     reported = _reported()
     if lost is not None and (reported is None or reported.code == "unexpected"):
-        return _report_lost(*lost)
+        return _report_lost(lost)
     if reported is not None and reported.exit_code:
         return reported.exit_code
     print(failed, file=sys.stderr)
@@ -172,34 +180,34 @@ def _report(failed: ChildFailedError) -> int:
     return failure.exitcode if failure.exitcode > 0 else int(ExitCode.RANK_DIED)
 
 
-def _report_lost(rank: int, problem: str, fix: str) -> int:
-    words = _Ranks.last_words.get(str(rank))
+def _report_lost(lost: _LostRank) -> int:
+    words = _Ranks.last_words.get(str(lost.rank))
     error = NemotronError(
         "rank_died",
-        problem if words is None else f"{problem}; last heard of after step {words.step}",
+        lost.problem if words is None else f"{lost.problem}; last heard of after step {words.step}",
         where="" if words is None else words.place,
-        fix=fix,
+        fix=lost.fix,
         exit_code=ExitCode.RANK_DIED,
     )
     print(error, file=sys.stderr)
     path = os.environ.get(ERROR_FILE)
     if path:
         with contextlib.suppress(OSError):  # a full disk; the exit code still tells
-            write_text(Path(path), json.dumps(error.to_dict() | {"rank": rank}))
+            write_text(Path(path), json.dumps(error.to_dict() | {"rank": lost.rank}))
     return int(error.exit_code)
 
 
 def _was_stopped(failed: ChildFailedError) -> bool:
-    """Return whether a rank ended as told, or before it could listen: then nothing was lost."""
+    """Return whether the first rank to end did so because it was told to: nothing was lost then."""
     _, first = failed.get_first_failure()
     return first.exitcode == ExitCode.PREEMPTED or -first.exitcode in _STOP
 
 
-def _first_lost(failed: ChildFailedError) -> tuple[int, str, str] | None:
-    """Return a rank that went without a word, what became of it, and what to do.
+def _first_lost(failed: ChildFailedError) -> _LostRank | None:
+    """Return the first rank that was lost, if any was.
 
-    torchrun itself ends the other ranks of a failed job, by SIGTERM and seconds later by SIGKILL;
-    times of failures are whole seconds.
+    Later failures do not count: torchrun itself ends the other ranks of a failed job, by SIGTERM
+    and seconds later by SIGKILL. It records the time of a failure in whole seconds.
     """
     first = min(failure.timestamp for failure in failed.failures.values())
     codes = {
@@ -208,22 +216,22 @@ def _first_lost(failed: ChildFailedError) -> tuple[int, str, str] | None:
         if failure.timestamp <= first + 1
     }
     codes |= dict.fromkeys(_Ranks.left_early, 0)
-    return next(filter(None, itertools.starmap(_what_became, codes.items())), None)
+    return next(filter(None, itertools.starmap(_lost, codes.items())), None)
 
 
-def _what_became(rank: int, code: int | None) -> tuple[int, str, str] | None:
-    """Return a rank that went without a word, what became of it, and what to do."""
+def _lost(rank: int, code: int | None) -> _LostRank | None:
+    """Return a rank with this exit code as lost; None if it runs or could report its error."""
     if code is not None and -code in _DEADLY:
         fix = "look at the log above; SIGKILL mostly means that memory ran out"
-        return rank, f"rank {rank} was killed by {signal.Signals(-code).name}", fix
+        return _LostRank(rank, f"rank {rank} was killed by {signal.Signals(-code).name}", fix)
     if code == 0:
         fix = "look at the log above for what called exit in that rank"
-        return rank, f"rank {rank} ended, with exit code 0, before the others", fix
+        return _LostRank(rank, f"rank {rank} ended, with exit code 0, before the others", fix)
     return None
 
 
 def _with_children(name: str) -> list[logging.Logger]:
-    """Return a logger and those below it: a filter does not see what children hand up."""
+    """Return a logger and all below it: a logger's filter does not see its children's records."""
     names = [name, *(child for child in logging.root.manager.loggerDict if child.startswith(name))]
     return [logging.getLogger(child) for child in names]
 

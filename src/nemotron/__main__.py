@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Let streams that were closed (``2>&-``) lead nowhere, before a file gets their numbers."""
+    """Open closed standard streams (``2>&-``) on /dev/null, before a file gets their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             nowhere = os.open(os.devnull, os.O_RDWR)

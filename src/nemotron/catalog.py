@@ -1,4 +1,4 @@
-"""The steps there are: find them, resolve what a user typed, say who produces what."""
+"""The catalogue of steps: finds them, resolves what a user typed, says which produces what."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Step:
     def load_checks(self) -> ModuleType | None:
         """Return the module with the step's ``check``, if it has one.
 
-        Where ``check`` reads files, ``check_config`` makes those of its checks that read none, for
-        a job that has other files.
+        If ``check`` reads files, the module also has a ``check_config`` with those of the checks
+        that read none: a remote job has other files than this machine.
         """
         if importlib.util.find_spec(f"{self.module}.checks") is None:
             return None
@@ -129,8 +129,8 @@ def select(
     Args:
         steps: What to choose from.
         category: The step's category.
-        consumes: An artifact type that the step takes, also as a special case of what it declares.
-        produces: An artifact type that stands for what the step makes.
+        consumes: An artifact type that the step accepts: one that it declares, or a special case.
+        produces: An artifact type that the step makes, or a general case of one.
         tag: One of its tags.
 
     Raises:
@@ -167,7 +167,7 @@ def config_names(step: Step) -> list[str]:
 
 
 def find_config(step: Step, name: str) -> Path:
-    """Return the file that ``-c name`` means: a config of the step, or a path.
+    """Return the file that ``-c name`` stands for: a config of the step, or a path.
 
     Raises:
         NemotronError: ``config_unknown``, ``config_missing``, ``config_ambiguous``.

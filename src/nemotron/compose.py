@@ -1,8 +1,9 @@
-"""How a config, a profile and ``key=value`` arguments become the values of one job.
+"""Composes a config, a profile and ``key=value`` arguments into the values of one job.
 
-Lowest first: the ``defaults:`` chain, the YAML, the profile (into ``run.env``, where the YAML keeps
-``YAML_KEEPS``), the arguments. What comes of it is there twice: as this machine checks it, and as
-the job reads it, which resolves the paths of files that ship with the steps for itself.
+From the lowest layer to the highest: the ``defaults:`` chain, the YAML, the profile (in
+``run.env``, except for keys of ``YAML_KEEPS`` that the YAML sets), the arguments. The result exists
+twice: as this machine checks it, and as the job reads it. The two differ in the paths of files that
+ship with the steps, which a remote job resolves for itself.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class InputMaker(Schema):
-    """Who makes an input that is missing: a step and the config that it runs with."""
+    """The producer of an input that is missing: a step and the config that it runs with."""
 
     step: str
     config: str = DEFAULT_CONFIG
@@ -52,15 +53,15 @@ class RunSection(Schema):
 
 @dataclass(frozen=True)
 class Composed:
-    """What a config, a profile and arguments come to.
+    """The result of composing a config, a profile and arguments.
 
     Attributes:
         tree: Every value with its place, references resolved for this machine.
         execution: ``run.env``.
-        producers: Who makes an input that is missing, by type of artifact.
+        producers: Producers of inputs that are missing, by type of artifact.
         config: The step's own part, as this machine checks it.
-        values: The same as the job reads it: of a remote job, text that is yet to be resolved.
-        notes: What was asked for and changes nothing, a line each.
+        values: The same as the job reads it; for a remote job, text that is yet to be resolved.
+        notes: A line for everything that was asked for and has no effect.
     """
 
     tree: Node
@@ -116,7 +117,7 @@ def _lay_profile(tree: Node, profile: Profile | None) -> Node:
     }
     # The profile's own references are resolved; a ${ that is left in it is text.
     composed = merge(merge(env, escape(profile.values)), Node(kept))
-    # Without what it was made of: laid on that, each value would seem to have replaced itself.
+    # On a tree without run.env: merged with its own parts, each value would seem to be overridden.
     bare = merge(tree, Node({"run": Node({"env": Node(None)})}))
     return merge(bare, Node({"run": Node({"env": composed})}))
 
@@ -183,6 +184,6 @@ def _validate(
 
 
 def _own_part(tree: Node) -> Node:
-    """Return what the step's own schema is for: all but ``run``."""
+    """Return what the step's own schema describes: everything except ``run``."""
     assert isinstance(tree.value, dict)  # noqa: S101 - a config is a mapping
     return Node({key: node for key, node in tree.value.items() if key != "run"}, tree.place)

@@ -1,4 +1,4 @@
-"""What this machine has for runs: found without importing torch, so that it also works without."""
+"""Examines what this machine has for runs, without importing torch, which may be missing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from nemotron.packages import JOB_PACKAGES
+from nemotron.processes import available_cores
 
 _RUNTIMES = ("enroot", "docker", "podman", "apptainer", "singularity")
 _TIMEOUT_SECONDS = 20
@@ -25,7 +26,7 @@ _LITTLE_DISK = 20 * _GIB  # base, packs and the merge of a model of a few billio
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: ``failed`` where no run works without it, ``warn`` where some do not."""
+    """One finding: ``failed`` if no run works because of it, ``warn`` if some runs do not."""
 
     status: Literal["ok", "warn", "failed"]
     text: str
@@ -74,7 +75,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _cuda_of_torch() -> str | None:
-    """Return the CUDA version of torch as its own file says it; None: it has none."""
+    """Return the CUDA version that torch was built for, from its ``version.py``; None for none."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -100,7 +101,7 @@ def _launchers() -> Iterator[Finding]:
 
 
 def _has_lepton_v1() -> bool:
-    """Return whether the package has the modules that nemo-run imports; it is not imported."""
+    """Return whether leptonai has the modules that nemo-run imports, without importing it."""
     spec = importlib.util.find_spec("leptonai")
     places = (spec.submodule_search_locations or []) if spec else []
     return any((Path(place) / "api" / "v1").is_dir() for place in places)
@@ -122,9 +123,8 @@ def _containers() -> Finding:
 
 
 def _resources(output: Path) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("ok", f"{cores} core(s), {memory / _GIB:.0f} GiB of memory")
+    yield Finding("ok", f"{available_cores()} core(s), {memory / _GIB:.0f} GiB of memory")
     place = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     if not os.access(place, os.W_OK):
         yield Finding("failed", f"{place} cannot be written", "work in a directory of your own")
@@ -145,7 +145,7 @@ def _version(package: str) -> str | None:
 
 
 def _said(*command: str) -> str:
-    """Return what a program prints; nothing where it is not there, fails or hangs."""
+    """Return what a program prints; nothing if it does not exist, fails or hangs."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False

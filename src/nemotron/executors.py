@@ -1,8 +1,8 @@
-"""What a profile may say, one schema per executor: unknown keys are errors.
+"""The schemas of profiles, one per executor; unknown keys are errors.
 
-Keys are those of nemo-run's executors and of the profiles that people have. Values that end up in
-a scheduler's directive or in a command that nemo-run puts together without quotes are checked here,
-so that what cannot be handed on intact is refused before anything starts. ``setup_lines``,
+The keys are those of nemo-run's executors and of profiles that people already have. Values that end
+up in a scheduler's directive, or in a command that nemo-run builds without quoting, are checked
+here, so that what could not be passed on intact is refused before anything starts. ``setup_lines``,
 ``startup_commands``, ``pre_launch_commands`` and ``run_command`` are shell code by design.
 """
 
@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 
 def _form(pattern: str, words: LiteralString) -> AfterValidator:
-    """Return a check that a whole text fits ``pattern``; ``words`` say to users what is wanted."""
+    """Return a check that a whole text matches ``pattern``; ``words`` tell users what is wanted."""
     form = re.compile(pattern, re.ASCII)
 
     def check(text: str) -> str:
@@ -30,24 +30,24 @@ def _form(pattern: str, words: LiteralString) -> AfterValidator:
 Name = Annotated[
     str,
     _form(
-        # bash lets nobody set its own; those of launch.sh begin like nemotron_.
+        # bash's read-only variables cannot be set; those of launch.sh begin with nemotron_.
         r"(?!(BASHOPTS|BASH_VERSINFO|EUID|PPID|SHELLOPTS|UID|nemotron_.*)$)[A-Za-z_][A-Za-z0-9_]*",
         "the name of a variable: letters, digits and _, not one of bash's own and no nemotron_*",
     ),
 ]
-# One line, and nothing that ends a quoted word early.
+# One line without anything that would end a quoted word early.
 Line = Annotated[str, _form(r"[^\x00-\x1f\x7f'\"\\]+", "one line without quotes and backslashes")]
-# pyxis takes several mounts with commas between them.
+# pyxis separates mounts by commas.
 Mount = Annotated[
     str,
     _form(r"[^\x00-\x1f\x7f'\"\\,]+", "one mount, without quotes, backslashes and commas"),
 ]
 Text = Annotated[str, _form(r"[^\x00]*", "text without NUL")]
-# Linux starts no program with a variable of 128 KiB or more.
+# Linux starts no program that has a variable of 128 KiB or more.
 Value = Annotated[
     str, _form(r"[^\x00]{0,100000}", "text without NUL, of at most 100,000 characters")
 ]
-# Tools that nemo-run calls get these without quotes; Slurm expands % in the names of log files.
+# nemo-run does not quote these when it calls tools; Slurm expands % in the names of log files.
 PlainPath = Annotated[
     str,
     _form(r"/[A-Za-z0-9_./@+=-]*", "an absolute path of letters, digits and _ . / @ + = - alone"),
@@ -78,7 +78,7 @@ Time = Annotated[
 
 
 class Execution(BaseModel):
-    """What every executor knows; also the section ``run.env`` of a config, composed."""
+    """Keys that every executor has; a composed ``run.env`` section is one of its subclasses."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -99,10 +99,10 @@ class LocalExecution(Execution):
 
 
 class RemoteExecution(Execution):
-    """What the executors of other machines share."""
+    """Keys that the executors of other machines share."""
 
-    workspace: Directory | None = None  # where the job runs; relative paths of a config start there
-    code_path: Directory | None = None  # there is the package nemotron already; ship none
+    workspace: Directory | None = None  # where the job runs; base of relative paths in the config
+    code_path: Directory | None = None  # where the cluster has the package; then none is shipped
 
 
 class SlurmExecution(RemoteExecution):
@@ -129,7 +129,7 @@ class SlurmExecution(RemoteExecution):
     network: Line | None = None
     segment: int | None = Field(default=None, ge=1)
     comment: Line | None = None
-    # With B: only the batch shell is told, which has nothing to save.
+    # With B: the signal would go to the batch shell alone, which has nothing to save.
     signal: (
         Annotated[
             str, _form(r"(R:)?[A-Z0-9]+(@\d+)?", "such as TERM@120, without B: the ranks get it")
@@ -215,7 +215,7 @@ EXECUTORS: dict[str, type[Execution]] = {
     "lepton": LeptonExecution,
 }
 
-# Keys of other people's profiles that are accepted here and change nothing; the reason is printed.
+# Keys of existing profiles that are accepted without effect; the reason is printed.
 WITHOUT_EFFECT = {
     "build_image": "images are imported, not built",
     "build_cache_dir": "images are imported, not built",

@@ -1,4 +1,4 @@
-"""Writing a file so that whoever reads it sees all of it or what was there before."""
+"""Writes a file so that a reader sees either all of it or what was there before."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from nemotron.errors import writing
 
 
 def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Write a file aside, and put it in its place when it is on disk; writers may overlap.
+    """Write a file aside and rename it once it is on the disk; several may write it at once.
 
     Args:
         path: The file.
-        text: Its content; what was decoded with ``surrogateescape`` gets its own bytes again.
+        text: Its content; bytes that were decoded with ``surrogateescape`` are restored.
         mode: Permissions, less the umask.
     """
-    # A name that another writer of the same file does not have.
+    # A name that no other writer of the same file uses.
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:

@@ -1,14 +1,14 @@
-"""The three references that a config or profile may make, in OmegaConf's grammar, and no others.
+"""Resolves the references of a config or profile: three kinds, in OmegaConf's grammar.
 
-``${KEY}`` is another value of the same config (``${.KEY}`` one beside this one), and
-``${oc.env:NAME,default}`` an environment variable; ``${steps:PATH}`` is the absolute path of a file
-that ships with the steps; ``\\${`` stands for a literal ``${``. An empty variable counts as not
-set. Secret variables are refused: configs are written to disk, and a job reads secrets from its
-environment.
+``${KEY}`` is another value of the same config (``${.KEY}`` one beside this one),
+``${oc.env:NAME,default}`` an environment variable, and ``${steps:PATH}`` the absolute path of a
+file that ships with the steps; ``\\${`` stands for a literal ``${``. An empty variable counts as
+not set. Secret variables are refused: configs are written to disk, and a job reads its secrets from
+the environment.
 
-OmegaConf parses and evaluates the text. What a reference stands for is looked up here, because a
-value keeps its place and its spelling (OmegaConf makes 25.1 of a tag 25.10), and because resolvers
-registered with OmegaConf are those of the whole process.
+OmegaConf parses and evaluates the text. The values are looked up here, so that each keeps its place
+and its spelling (OmegaConf would turn a tag 25.10 into 25.1), and because a resolver that is
+registered with OmegaConf is one for the whole process.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from nemotron.validation import did_you_mean
 
 STEPS_ROOT = Path(__file__).parent / "steps"
 
-# What "${steps:" of a kept reference is until all is resolved; the same letters in text are not.
+# Stands for the "${steps:" of a kept reference until all is resolved, to distinguish it from text.
 _KEPT = "\0{steps:"
 _OPENING = re.compile(r"(\\*)(\$\{|\0\{steps:)")
 _KEY_PART = re.compile(r"[^.\[\]]+")
-# Characters in a value that is referred to. References to references could blow a small file up
-# without bound.
+# Characters of a value that is referred to: references to references could grow without bound.
 _MOST_CHARACTERS = 20_000
 _FIX = (
     "write ${KEY}, ${oc.env:NAME,default} or ${steps:PATH}, a default with unusual characters "
@@ -41,10 +40,10 @@ _FIX = (
 
 
 def resolve(tree: Node, *, keep_steps: bool = False) -> Node:
-    r"""Return ``tree`` with every reference replaced by what it stands for.
+    r"""Return ``tree`` with every reference replaced by its value.
 
-    With ``keep_steps``, ``${steps:PATH}`` stays, checked: the job resolves it on its machine. What
-    is returned is then text that is yet to be resolved, in which a literal ``${`` is ``\${``.
+    With ``keep_steps``, ``${steps:PATH}`` is checked but kept: the job resolves it on its machine.
+    The result is then text that is yet to be resolved, in which a literal ``${`` is ``\${``.
 
     Raises:
         NemotronError: ``interpolation_invalid``, ``variable_missing``, ``secret_in_config``; every
@@ -57,7 +56,7 @@ def resolve(tree: Node, *, keep_steps: bool = False) -> Node:
 
 
 def escape(tree: Node) -> Node:
-    """Return ``tree`` so that ``resolve`` gives it back unchanged."""
+    """Return ``tree`` escaped, so that ``resolve`` gives back the original."""
 
     def escaped(node: Node, _path: KeyPath) -> Node:
         if not isinstance(node.value, str):
@@ -74,7 +73,7 @@ def _escaped(opening: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a reference stands for. That there is nothing matters only where it is used."""
+    """The value of a reference, or the error that it has none: raised only if it is used."""
 
     outcome: Node | NemotronError
 
@@ -84,7 +83,7 @@ class _Found:
         return self.outcome
 
     def __str__(self) -> str:
-        """Return the value as it was written, for OmegaConf to put it into text."""
+        """Return the value as it was written, for OmegaConf to insert into text."""
         node = self.node()
         if isinstance(node.value, str):
             return node.value
@@ -96,14 +95,14 @@ class _Found:
 
 
 class _Resolution:
-    """One pass over a config; every value is evaluated once."""
+    """One pass over a config, in which every value is evaluated once."""
 
     def __init__(self, root: Node, keep_steps: bool) -> None:
         self.failures: list[NemotronError] = []
         self._root = root
         self._keep_steps = keep_steps
         self._done: dict[KeyPath, Node] = {}
-        self._open: list[KeyPath] = []  # values under evaluation, each refers to the next
+        self._open: list[KeyPath] = []  # values under evaluation; each one refers to the next
 
     def resolve(self, node: Node, path: KeyPath) -> Node:
         if not isinstance(node.value, str) or "${" not in node.value:
@@ -194,7 +193,7 @@ def _variable(
         return _Found(Node(default))
     if not isinstance(default, str) and "${" in text:
         raise ValueError("a list or section as a default holds no references")
-    # A number as it was written: 25.10 is no 25.1.
+    # A number as it was written: 25.10 must not become 25.1.
     return _Found(parse_value(default if isinstance(default, str) else text, place))
 
 

@@ -1,8 +1,8 @@
-"""The record that every run leaves: what ran, from what code, how it ended.
+"""The record that every run leaves: what ran, from what code, and how it ended.
 
-A job is a directory ``.nemotron/jobs/<time>-<step>-<random>/`` that only its owner can read, with
-``job.json`` (this record, secrets hidden), ``train.yaml`` (the config that the step read) and
-``log.txt`` (all that it printed).
+A job is a directory ``.nemotron/jobs/<time>-<step>-<random>/`` that only its owner can read. It
+holds ``job.json`` (this record, secrets hidden), ``train.yaml`` (the config that the step read) and
+``log.txt`` (everything that it printed).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nemotron.redaction import redact_argv, redact_data, redact_text, secret_val
 JOBS_ROOT = Path(".nemotron") / "jobs"
 RECORD, CONFIG, LOG, ERROR = "job.json", "train.yaml", "log.txt", "error.json"
 DIFF = "code.diff"
-_NUM_NAMED = 5  # of jobs that a name fits; there may be thousands
+_NUM_NAMED = 5  # an ambiguous name may fit thousands of jobs
 
 Status = Literal[
     "queued",
@@ -49,15 +49,15 @@ ENDED = ("succeeded", "failed", "preempted", "interrupted", "cancelled", "lost")
 
 
 class Placement(BaseModel):
-    """Where a job of another machine is: all that is needed to ask about it again."""
+    """Where a job on another machine is: everything needed to ask about it again."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     executor: Literal["slurm", "lepton"]
     id: str  # the scheduler's own
     name: str
-    directory: str  # of the job, there
-    host: str | None = None  # a login node; None: this machine
+    directory: str  # the job's, on the cluster
+    host: str | None = None  # a login node; None for this machine
     user: str | None = None
     port: int | None = None
     identity: str | None = None
@@ -66,9 +66,9 @@ class Placement(BaseModel):
 class JobRecord(BaseModel):
     """The content of a ``job.json``; times are ISO 8601 with the offset of the host.
 
-    ``pid`` is the launcher that waits for the job and records its end, ``pid_start`` tells it from
-    others that get its number; a job with a ``placement`` needs none. ``code`` is the digest of the
-    code archive that a remote job runs.
+    ``pid`` is the launcher that waits for the job and records its end; ``pid_start`` distinguishes
+    it from later processes with the same pid. A job with a ``placement`` needs no launcher.
+    ``code`` is the digest of the code archive that a remote job runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,12 +96,12 @@ class JobRecord(BaseModel):
     code: str | None = None
     restarts: int = 0
     reason: str = ""
-    is_cancelled: bool = False  # somebody asked for its end
+    is_cancelled: bool = False  # somebody has asked for its end
     error: dict[str, Any] | None = None
 
 
 class Job:
-    """One job's directory and its record, which changes as the job goes on."""
+    """One job's directory and its record, which changes while the job runs."""
 
     def __init__(
         self, path: Path, record: JobRecord, known_secrets: frozenset[str] = frozenset()
@@ -116,17 +116,17 @@ class Job:
         return self.path / LOG
 
     def change(self, make: Callable[[JobRecord], dict[str, Any] | None]) -> None:
-        """Change the record as it is on disk by now, durably; others may have changed it too.
+        """Change the record that is on disk now, which others may have changed since; durable.
 
         Args:
-            make: Returns the fields to change in what the record is, or None to leave it.
+            make: Gets the record and returns the fields to change, or None to leave it.
         """
-        # First here: what is known must hold even if the disk takes nothing.
+        # In memory first: what is known here must hold even if the disk is full.
         self.record = self.record.model_copy(update=make(self.record))
         with _locked(self.path):
             try:
                 record = _read_record(self.path)
-            except NemotronError:  # damaged; the one here is whole
+            except NemotronError:  # damaged on disk, but whole here
                 self._write()
                 return
             changes = make(record)
@@ -152,15 +152,15 @@ class Job:
         status: Status | None = None,
         **changes: Any,
     ) -> None:
-        """Record how the job ended; an end that is recorded stays.
+        """Record how the job ended; an end that is recorded already is kept.
 
         Args:
             exit_code: Its exit code.
             error: The error that it ended with.
-            status: What it is called, where the exit code does not say it.
+            status: Its status, if that does not follow from the exit code.
             changes: Further fields of the record.
         """
-        # Who asks about a job from elsewhere was not told its secrets.
+        # A job that was read from its record does not know its secrets: the environment may.
         known = self._known_secrets | secret_values(os.environ)
         changes |= {"reason": "", "exit_code": exit_code, "ended": now()}
         changes["error"] = redact_data(error, known)
@@ -176,10 +176,10 @@ class Job:
 
     @contextlib.contextmanager
     def ends_on_error(self, otherwise: ExitCode) -> Iterator[None]:
-        """Record the job's end if the block raises, and if the disk takes it.
+        """Record the job's end if the block raises; a full disk is ignored.
 
         Args:
-            otherwise: Exit code where it raises what is no error of ours.
+            otherwise: Exit code for an exception that is not a ``NemotronError``.
         """
         try:
             yield
@@ -199,7 +199,7 @@ class Job:
 
 
 def status_of(exit_code: int) -> Status:
-    """Return what a job is called that ended with this exit code."""
+    """Return the status of a job that ended with this exit code."""
     statuses: dict[int, Status] = {
         ExitCode.OK: "succeeded",
         ExitCode.PREEMPTED: "preempted",
@@ -209,7 +209,7 @@ def status_of(exit_code: int) -> Status:
 
 
 def new_directory(step: str, root: Path | None = None) -> Path:
-    """Make and return the directory of a new job of ``step``; its name is the job's id."""
+    """Make the directory of a new job of ``step`` and return it; its name is the job's id."""
     root = (root or JOBS_ROOT).absolute()
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     slug = step.replace("/", "-").replace("_", "-")
@@ -288,12 +288,12 @@ def list_jobs(root: Path | None = None) -> list[Job]:
 
 
 def job_directories(root: Path | None = None) -> list[Path]:
-    """Return the directories of all jobs, the newest last; one without a record is none."""
+    """Return the directories of all jobs, the newest last; without a record it is no job."""
     return [path for path in sorted((root or JOBS_ROOT).glob("*")) if (path / RECORD).is_file()]
 
 
 def read_job(path: Path) -> Job:
-    """Return the job in a directory; one whose launcher is gone without an ending is ``lost``.
+    """Return the job in a directory; it is ``lost`` if its launcher ended without recording an end.
 
     Raises:
         NemotronError: ``job_damaged``.
@@ -328,7 +328,7 @@ def _read_record(path: Path) -> JobRecord:
 
 
 def _unknown_keys(error: ValidationError) -> list[str]:
-    """Return the keys that alone keep a record from being one; none if it has other faults."""
+    """Return the unknown keys of a record, if they are its only fault; otherwise nothing."""
     faults = error.errors()
     if any(fault["type"] != "extra_forbidden" for fault in faults):
         return []
@@ -336,7 +336,7 @@ def _unknown_keys(error: ValidationError) -> list[str]:
 
 
 def find(name: str, root: Path | None = None) -> Job:
-    """Return the job with the id ``name``, here or to its scheduler, or the only one with it in it.
+    """Return the job with this id, ours or the scheduler's, or the only one whose id contains it.
 
     Raises:
         NemotronError: ``job_unknown`` or ``job_ambiguous``.
@@ -346,7 +346,7 @@ def find(name: str, root: Path | None = None) -> Job:
     matches = (
         [name] if name in ids else [job.path.name for job in list_jobs(root) if _is(job, name)]
     )
-    # An empty text is in every id, and was hardly meant as part of one.
+    # Every id contains the empty text, which was hardly meant.
     matches = matches or [job_id for job_id in ids if name and name in job_id]
     if len(matches) == 1:
         return read_job(root / matches[0])
@@ -365,16 +365,16 @@ def _is(job: Job, name: str) -> bool:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, complete or not at all."""
+    """Write a file that only its owner can read, either completely or not at all."""
     write_atomically(path, text, mode=0o600)
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold a job's record, so that nobody else changes it."""
+    """Lock a job's record, so that nobody else changes it."""
     descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        with contextlib.suppress(OSError):  # a file system that has no locks
+        with contextlib.suppress(OSError):  # the file system may have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

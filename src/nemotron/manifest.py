@@ -1,4 +1,4 @@
-"""What a step says about itself: ``step.toml`` as frozen models, every field checked once, here."""
+"""A step's description of itself: ``step.toml`` as frozen models, all fields checked here, once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StepInfo(_Frozen):
     image: str | None = None
     nodes: int = Field(default=1, ge=1)
     gpus_per_node: int = Field(default=0, ge=0)
-    shares_work: bool = False  # launch = "python": its nodes, if there are several, find each other
+    shares_work: bool = False  # with launch = "python": it can run on several nodes at once
 
     @model_validator(mode="after")
     def _id_in_category(self) -> Self:
@@ -53,7 +53,7 @@ class DeclaredArtifact(_Frozen):
 
 
 class Consumed(DeclaredArtifact):
-    """An input; ``missing`` names the entry of ``[[errors]]`` for when it is not there."""
+    """An input; ``missing`` names the entry of ``[[errors]]`` for an input that does not exist."""
 
     missing: str | None = None
 

@@ -1,6 +1,6 @@
-"""Names the packages that a job lacks; ``launch.sh`` runs it where a job failed without a word.
+"""Names the packages that a job lacks; ``launch.sh`` runs it if a job failed without an error.
 
-Imports only what is certainly there: whatever else it needed could be what is missing.
+It imports nothing that could itself be missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nemotron.errors import ExitCode, NemotronError
 
-# What the steps import on their way in, and what provides it.
+# Modules that the steps import at their start, and the packages that provide them.
 JOB_PACKAGES = {
     "blake3": "blake3",
     "jinja2": "jinja2",
@@ -31,7 +31,7 @@ JOB_PACKAGES = {
 
 
 def main() -> int:
-    """Print and leave an error if packages are missing; return its exit code, 0 if none is."""
+    """Report an error if packages are missing; return its exit code, or 0."""
     missing = [
         package
         for module, package in JOB_PACKAGES.items()

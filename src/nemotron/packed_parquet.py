@@ -1,7 +1,7 @@
-"""Reading packed Parquet, and refusing what no packing writes and no training takes.
+"""Reads packed Parquet; refuses files that no packing writes and no training accepts.
 
-The trainer has the same rules, in ``steps/_training/batches.py``; here they are asked of a row
-group at a time. pyarrow and numpy are imported where they are used.
+The trainer has the same rules, in ``steps/_training/batches.py``; here they are applied to a whole
+row group at a time. pyarrow and numpy are imported where they are used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 def open_file(path: Path) -> pq.ParquetFile:
-    """Return a file that has the columns of packs.
+    """Open a Parquet file and check that it has the columns of packed data.
 
     Raises:
         NemotronError: ``packs_damaged``.
@@ -78,7 +78,7 @@ def row_groups(files: Sequence[Path]) -> Iterator[tuple[Any, Any, Any, Any]]:
 def read_group(
     path: Path, file: pq.ParquetFile, number: int, names: Sequence[str], first: int
 ) -> list[Any]:
-    """Return some columns of a row group whose first row is number ``first`` of the split.
+    """Return columns of a row group, whose first row has the number ``first`` in the split.
 
     Raises:
         NemotronError: ``packs_damaged``: a page cannot be read, or there is a null.
@@ -114,7 +114,7 @@ def check_row(path: Path, number: int, row: dict[str, list[int]]) -> None:
 
 
 def file_properties(path: Path) -> dict[str, Any]:
-    """Return what a file says about itself in its key-value metadata.
+    """Return what we wrote into a file's key-value metadata.
 
     Raises:
         NemotronError: ``packs_damaged``.
@@ -134,7 +134,7 @@ def file_properties(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, problem: str) -> NemotronError:
-    """Return the error of a file that is there and is not what a packing writes."""
+    """Return the error of a file that is not what a packing writes."""
     return NemotronError(
         "packs_damaged",
         f"{path} is not packed Parquet: {problem}",

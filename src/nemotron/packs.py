@@ -1,6 +1,6 @@
-"""Looking into packed Parquet: what is in it as numbers, and single rows as text.
+"""Looks into packed Parquet: statistics of a whole split, and single rows as text.
 
-Reads the output of ``data_prep/sft_packing`` and files of the same columns that others wrote.
+Reads the output of ``data_prep/sft_packing``, and files with the same columns from elsewhere.
 pyarrow, numpy, tokenizers and matplotlib are imported where they are used: the rest of the command
 line must not wait for them.
 """
@@ -35,9 +35,9 @@ class Packs:
     """Packed Parquet files.
 
     Attributes:
-        path: What was asked for.
-        splits: Files of each split; one split without a name where there are none.
-        properties: What ``artifact.json`` says, empty where there is none.
+        path: The path that was asked for.
+        splits: Files of each split; a single split without a name if there are none.
+        properties: Those in ``artifact.json``, or else in the first file's metadata.
     """
 
     path: Path
@@ -46,21 +46,21 @@ class Packs:
 
     @property
     def pack_size(self) -> int | None:
-        """Tokens of a row at training time, if the files say it."""
+        """Tokens of a row at training time, if that is recorded."""
         return self.properties.get("pack_size")
 
 
 @dataclass
 class SplitStats:
-    """Numbers of one split.
+    """Statistics of one split.
 
     Attributes:
         rows: Packed rows.
         documents: Documents in them.
-        tokens: Tokens at training time: the last of a document is only a label.
+        tokens: Tokens at training time; the last token of a document is only a label.
         supervised_tokens: Tokens with a loss.
-        longest_row: Most tokens of a row at training time.
-        document_lengths: Documents of each length, tokens at training time.
+        longest_row: Tokens of the longest row at training time.
+        document_lengths: Number of documents by length, tokens at training time.
     """
 
     rows: int = 0
@@ -71,7 +71,7 @@ class SplitStats:
     document_lengths: dict[int, int] = field(default_factory=dict)
 
     def quantiles(self) -> dict[str, int]:
-        """Return lengths of documents: the median, 90 %, 99 % and the longest."""
+        """Return quantiles of the documents' lengths: median, 90 %, 99 % and the longest."""
         found: dict[str, int] = {}
         left = iter(sorted(self.document_lengths.items()))
         length = reached = 0
@@ -85,7 +85,7 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens of a document that are all trained or all not, as text."""
+    """The text of adjacent tokens of a document that are either all trained or all not."""
 
     text: str
     is_trained: bool
@@ -120,7 +120,7 @@ def open_packs(path: Path) -> Packs:
 
 
 def measure(packs: Packs) -> dict[str, SplitStats]:
-    """Return the numbers of every split, from the rows themselves, one row group at a time.
+    """Return the statistics of every split, computed from its rows, one row group at a time.
 
     Raises:
         NemotronError: ``packs_damaged``.
@@ -129,7 +129,7 @@ def measure(packs: Packs) -> dict[str, SplitStats]:
 
 
 def as_data(packs: Packs, stats: dict[str, SplitStats]) -> dict[str, Any]:
-    """Return what ``nemotron data stats --json`` prints."""
+    """Return the statistics as ``nemotron data stats --json`` prints them."""
     size = packs.pack_size or max((item.longest_row for item in stats.values()), default=0)
     report = packs.properties.get("report", {})
     return {
@@ -161,7 +161,7 @@ def as_data(packs: Packs, stats: dict[str, SplitStats]) -> dict[str, Any]:
 
 
 def draw_histogram(stats: dict[str, SplitStats], file: Path) -> None:
-    """Write a PNG: how many documents have which length, split by split.
+    """Write a PNG with a histogram of the documents' lengths, split by split.
 
     Raises:
         NemotronError: ``not_png``: the name is that of another format.
@@ -224,7 +224,7 @@ def read_row(packs: Packs, split: str, number: int) -> dict[str, list[int]]:
 
 
 def load_tokenizer(packs: Packs, tokenizer: str | None) -> Tokenizer:
-    """Return the tokenizer of the packs, or of a directory or repository that is named.
+    """Return the packs' tokenizer, from where they name it or from ``tokenizer``, if given.
 
     Raises:
         NemotronError: ``tokenizer_missing``, ``tokenizer_mismatch``: it did not make these packs.
@@ -261,7 +261,7 @@ def load_tokenizer(packs: Packs, tokenizer: str | None) -> Tokenizer:
 def documents_of(row: dict[str, list[int]], tokenizer: Tokenizer) -> list[list[Run]]:
     """Return the documents of a row as text, cut where training begins and ends.
 
-    The stored mask says of a token whether the next one is trained; here it is moved back.
+    The stored mask tells for each token whether the next one is trained; here it is shifted back.
     """
     documents: list[list[Run]] = []
     for start, stop in pairwise([*row["seq_start_id"], len(row["input_ids"])]):

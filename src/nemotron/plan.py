@@ -1,6 +1,7 @@
-"""From a step, a config, a profile and arguments to one frozen ``JobPlan``; nothing is written.
+"""The plan of a run: a step, a config, a profile and arguments become one frozen ``JobPlan``.
 
-``--dry-run`` prints exactly this plan, and a real run executes exactly this plan.
+Nothing is written. ``--dry-run`` prints exactly this plan, and a real run executes exactly this
+plan.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from nemotron.catalog import DEFAULT_CONFIG, Step, find_config
 from nemotron.compose import InputMaker, compose
 from nemotron.config import dump
 from nemotron.executors import Execution, LeptonExecution, SlurmExecution
+from nemotron.processes import available_cores
 from nemotron.profile import Profile
-from nemotron.tree import dotted, for_json, leaves
+from nemotron.tree import Node, dotted, for_json, leaves
 
-# Stands for the job's directory, which has a name only once the job is there.
+# Placeholder for the job's directory, which has a name only once the job has been created.
 JOB_DIRECTORY = ".nemotron/jobs/<job>"
 
 
@@ -50,7 +52,7 @@ class PlannedOutput:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written, and the place of the value that it replaced."""
+    """Where a value was written, and where the value that it replaced was written, if any."""
 
     place: str
     overrides: str
@@ -58,7 +60,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """All that a run needs to know, decided."""
+    """Everything that a run needs to know; nothing is decided after this."""
 
     step: Step
     config_path: Path
@@ -89,13 +91,13 @@ class JobPlan:
 
     @property
     def gpus_per_node(self) -> int:
-        """GPUs to ask for on each node: the profile's word, else the step's."""
+        """GPUs to ask for on each node: what the profile says, otherwise what the step says."""
         asked = self.execution.gpus_per_node
         return self.step.manifest.step.gpus_per_node if asked is None else asked
 
     @property
     def layout(self) -> str:
-        """How many processes, where, in words."""
+        """The number of processes and nodes, in words."""
         if self.step.manifest.step.launch == "python" and self.nodes > 1:
             return f"one run shared by {self.nodes} nodes"
         return f"{self.num_ranks} rank(s) on {self.nodes} node(s)"
@@ -103,17 +105,17 @@ class JobPlan:
     def command(self, directory: str = JOB_DIRECTORY) -> list[str]:
         """Return the exact command of the job whose directory is ``directory``."""
         command = list(self.arguments)
-        # The first --config is ours; what stood after -- is verbatim.
+        # The first --config is ours; one in what the user passed after -- stays as it is.
         command[command.index("--config") + 1] = f"{directory}/train.yaml"
         if self.executor != "local" or not self.execution.startup_commands:
             return command
-        # One shell for all of them, so that what they export reaches the job.
+        # The commands and the job share one shell, so that what they export reaches the job.
         script = "\n".join(["set -euo pipefail", *self.execution.startup_commands, 'exec "$@"'])
         return ["bash", "-c", script, "bash", *command]
 
     @property
     def config_data(self) -> dict[str, Any]:
-        """The config as JSON can say it: infinity is the text that a config takes for it."""
+        """The config as JSON, where infinity is the text that a config accepts for it."""
         return for_json(self.values)
 
     @property
@@ -150,8 +152,7 @@ def build(
     executor = profile.executor if profile else "local"
     composed = compose(step, path, overrides, profile)
     execution, values = composed.execution, composed.values
-    is_torchrun = step.manifest.step.launch == "torchrun"
-    num_ranks = int(getattr(composed.config, "num_ranks", 1)) if is_torchrun else 1
+    num_ranks = _num_ranks(step, composed.config)
     nodes = 1 if executor == "local" else execution.nodes or step.manifest.step.nodes
     image = _image(step, execution, executor)
     squash, squash_note = _squash(execution, image, force_squash)
@@ -161,9 +162,7 @@ def build(
         config_path=path,
         config=composed.config,
         values=values,
-        origins={
-            dotted(p): Origin(node.place, node.overrides) for p, node in leaves(composed.tree)
-        },
+        origins=_origins(composed.tree),
         executor=executor,
         profile=profile,
         is_detached=is_detached,
@@ -183,6 +182,17 @@ def build(
     )
 
 
+def _num_ranks(step: Step, config: BaseModel) -> int:
+    """Return the processes of a job: the parallel sizes of its config say how many there are."""
+    if step.manifest.step.launch != "torchrun":
+        return 1
+    return int(getattr(config, "num_ranks", 1))
+
+
+def _origins(tree: Node) -> dict[str, Origin]:
+    return {dotted(path): Origin(node.place, node.overrides) for path, node in leaves(tree)}
+
+
 def _start(step: Step, executor: str, nodes: int, num_ranks: int) -> list[str]:
     """Return the command that starts the run module on its config."""
     module = f"{step.module}.step"
@@ -190,7 +200,7 @@ def _start(step: Step, executor: str, nodes: int, num_ranks: int) -> list[str]:
     python = sys.executable if executor == "local" else "python"
     if step.manifest.step.launch == "python":
         return [python, "-m", module, *config]
-    # One node needs no name that resolves; torchrun would look its own host name up for minutes.
+    # On one node, the address is given: torchrun may spend minutes on resolving its own host name.
     alone = ["--standalone", "--local-addr=127.0.0.1"]
     layout = alone if nodes == 1 else [f"--nnodes={nodes}"]
     layout += ["--nproc-per-node", str(-(-num_ranks // nodes))]
@@ -201,9 +211,8 @@ def _environment(execution: Execution, executor: str, num_ranks: int) -> dict[st
     """Return the variables that the job gets on top of the environment it starts in."""
     variables = {name: value for name, value in execution.env_vars.items() if value is not None}
     if executor == "local" and "OMP_NUM_THREADS" not in {**os.environ, **variables}:
-        # Torch would start a thread per core in every rank.
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        variables["OMP_NUM_THREADS"] = str(max(1, num_cores // num_ranks))
+        # Otherwise torch would start a thread per core in every rank.
+        variables["OMP_NUM_THREADS"] = str(max(1, available_cores() // num_ranks))
     return variables
 
 
@@ -282,14 +291,14 @@ def _mounts(execution: Execution, workspace: Path | None) -> tuple[str, ...]:
 def _squash(
     execution: Execution, image: str | None, force: bool
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Return the file that the image is imported to, if it is, and what to say about --force."""
+    """Return the file that the image is imported to, or None, and notes on ``--force-squash``."""
     directory = execution.remote_job_dir if isinstance(execution, SlurmExecution) else None
     is_file = image is not None and (image.endswith(".sqsh") or image.startswith("/"))
     if directory is None or image is None or is_file:
         reason = "no container image is imported for this run"
         return None, (f"--force-squash has no effect: {reason}",) if force else ()
     name = re.sub(r"[^A-Za-z0-9]+", "_", image).strip("_")
-    # Two images may have the same letters: the digest keeps their files apart.
+    # Two images may come to the same name: the digest keeps their files apart.
     digest = hashlib.sha256(image.encode()).hexdigest()[:8]
     path = f"{directory}/{name}_{digest}.sqsh"
     return path, (f"--force-squash: {path} is imported again",) if force else ()

@@ -1,8 +1,7 @@
-"""Checks over a plan before anything starts: all failures at once, without torch.
+"""Checks a plan before anything starts, without torch, and reports all failures at once.
 
-A check that cannot be decided from here is *pending*: in a dry run an input that is not there yet,
-on a remote profile whatever depends on files that lie where the job will run. A contradiction fails
-in both.
+A check that cannot be decided here is *pending*: in a dry run an input that does not exist yet, on
+a remote profile whatever depends on files where the job will run. A contradiction always fails.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from nemotron.plan import JobPlan, PlannedInput, build
 
 @dataclass(frozen=True)
 class Check:
-    """One result; ``producer`` is the plan that makes a missing input first."""
+    """The result of one check; ``producer`` is the plan that will make a missing input first."""
 
     status: Literal["ok", "pending", "failed"]
     text: str
@@ -35,12 +34,12 @@ class Check:
 
 
 def check(plan: JobPlan, *, dry_run: bool, ancestors: tuple[str, ...] = ()) -> list[Check]:
-    """Return what can be said about a plan before it runs.
+    """Return the results of all checks of a plan.
 
     Args:
         plan: The plan.
         dry_run: Whether a missing input, or an unset secret, is only pending.
-        ancestors: The plans that wait for this one, as ``step -c config``.
+        ancestors: The plans that wait for this one's output, as ``step -c config``.
     """
     results = [
         *_check_layout(plan),
@@ -50,7 +49,7 @@ def check(plan: JobPlan, *, dry_run: bool, ancestors: tuple[str, ...] = ()) -> l
         *_check_inputs(plan, dry_run, ancestors),
         *_check_step(plan),
     ]
-    # A step's own checks may find what these found, elsewhere: one error is said once.
+    # A step's own checks may find the same again, with another place: it is reported once.
     once: dict[tuple[str, str], Check] = {}
     for result in results:
         once.setdefault((result.status, result.text), result)
@@ -124,7 +123,7 @@ def _check_nodes(plan: JobPlan) -> list[Check]:
 
 
 def _check_storage_and_shape(plan: JobPlan) -> list[Check]:
-    """Check what a Lepton job cannot work without: storage, and GPUs that are asked for."""
+    """Check what a Lepton job needs: storage, and a shape that has the GPUs it asks for."""
     execution = plan.execution
     if not isinstance(execution, LeptonExecution):
         return []
@@ -227,11 +226,11 @@ def missing_elsewhere(plan: JobPlan, item: PlannedInput) -> NemotronError:
 
 
 def place_elsewhere(plan: JobPlan, item: PlannedInput) -> Path | None:
-    """Return where the login node of a Slurm job has an input that must be there on submission.
+    """Return where the login node of a Slurm job has an input that must exist at submission.
 
-    None where nobody can say that: on Lepton, inside of an image, outside of the job's workspace,
-    which compute nodes alone may see, where this host is no login node, and where another job may
-    make it before this one starts.
+    None if that cannot be told: on Lepton, inside an image, outside the job's workspace (which may
+    be visible to compute nodes only), if this host is no login node, and if another job may make
+    the input before this one starts.
     """
     execution = plan.execution
     if not isinstance(execution, SlurmExecution) or execution.dependency:
@@ -254,12 +253,12 @@ def place_elsewhere(plan: JobPlan, item: PlannedInput) -> Path | None:
 
 
 def _is_login_node(execution: SlurmExecution) -> bool:
-    """Return whether this host is one that the jobs of a profile are submitted from."""
+    """Return whether this host is a login node, from which the profile's jobs are submitted."""
     return execution.tunnel == "local" and shutil.which("sbatch") is not None
 
 
 def _check_elsewhere(plan: JobPlan, item: PlannedInput, dry_run: bool) -> Check:
-    """Check an input of a remote job, as far as this machine can see it."""
+    """Check an input of a remote job, as far as it can be seen from this machine."""
     if item.path is None:
         error = _missing(plan, item)
         return Check("pending", error.problem) if dry_run else _refused(error)
@@ -281,7 +280,7 @@ def _check_elsewhere(plan: JobPlan, item: PlannedInput, dry_run: bool) -> Check:
 def _check_producer(
     plan: JobPlan, item: PlannedInput, dry_run: bool, ancestors: tuple[str, ...]
 ) -> list[Check]:
-    """Plan the run that makes a missing input, and check that it would make this one."""
+    """Plan the run that makes a missing input, and check that it writes where it is wanted."""
     assert item.producer is not None and item.path is not None  # noqa: S101, PT018 - caller
     waiting = (*ancestors, label(plan))
     maker = build(find_step(item.producer.step), config=item.producer.config, profile=plan.profile)
@@ -320,7 +319,7 @@ def _check_step(plan: JobPlan) -> list[Check]:
 
 
 def _has_files_of_job(plan: JobPlan) -> bool:
-    """Return whether a path of the config is here, now, what it will be for the job."""
+    """Return whether the config's paths mean the same files here and now as later to the job."""
     execution = plan.execution
     if not isinstance(execution, SlurmExecution):
         return plan.executor == "local"
@@ -358,7 +357,7 @@ def _other_output(item: PlannedInput, maker: JobPlan, made: list[str]) -> Nemotr
 
 
 def _exists(path: str) -> bool:
-    """Return whether something is at ``path``, or fits it; an empty directory is nothing."""
+    """Return whether something is at ``path`` or matches it; an empty directory does not count."""
     if _is_pattern(path):
         return next(glob.iglob(path), None) is not None  # noqa: PTH207 - Path.glob wants a root
     place = Path(path)
@@ -366,7 +365,7 @@ def _exists(path: str) -> bool:
 
 
 def _is_pattern(path: str) -> bool:
-    """Return whether a path has wildcards; one of something that is there has letters alone."""
+    """Return whether a path has wildcards; if it exists as it stands, it has none."""
     return glob.has_magic(path) and not Path(path).exists()
 
 
@@ -378,9 +377,9 @@ def _fixed_part(path: str) -> Path:
 
 
 def _passes_by(pattern: str, output: Path) -> bool:
-    """Return whether an output lies below a pattern's fixed part where the pattern finds nothing.
+    """Return whether a pattern cannot match an output although it lies below the fixed part.
 
-    ``chats-*.jsonl`` does not look into ``output``, although both are in this directory.
+    ``chats-*.jsonl`` does not match ``output``, although both are in the working directory.
     """
     start = _fixed_part(pattern)
     if not output.resolve().is_relative_to(start.resolve()):

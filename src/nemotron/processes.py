@@ -1,23 +1,39 @@
-"""Which process a number means: pids are given out again, in containers within minutes.
+"""What the system knows of processes: which one a pid means, which it has started, what it may use.
 
-A record that names a process by its pid has its start beside it, and whoever would signal it asks
-here first. ``/proc`` answers on Linux, ``ps`` elsewhere.
+Pids are reused, in containers within minutes. A record that names a process by its pid therefore
+has the process's start beside it, and whoever would signal the process asks here first. ``/proc``
+answers on Linux, ``ps`` elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import subprocess
+import sys
 from pathlib import Path
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def start_of(pid: int) -> str | None:
-    """Return what tells a process from every other one with its pid; None once it is gone.
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    A zombie is gone: it has ended, and only its parent has not asked how.
+
+def peak_host_memory_bytes() -> int:
+    """Return the most memory of the host that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def start_of(pid: int) -> str | None:
+    """Return what distinguishes a process from all others with its pid; None once it has ended.
+
+    A zombie has ended: only its parent has not asked for its exit code yet.
     """
     if not _BOOT_ID.exists():
         return _start_from_ps(pid)
@@ -31,18 +47,18 @@ def start_of(pid: int) -> str | None:
 
 
 def runs(pid: int, start: str | None) -> bool:
-    """Return whether the process with this pid runs, and is the one that started then.
+    """Return whether a process runs with this pid and this start.
 
     Args:
-        pid: Its number.
-        start: What ``start_of`` said of it; None in records that do not know.
+        pid: Its pid.
+        start: What ``start_of`` returned for it; None if that was not recorded.
     """
     found = start_of(pid)
     return found is not None and start in (None, found)
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the processes that one has started, and those that they have, in any session."""
+    """Return the pids of a process's children, their children and so on, in any session."""
     parents = _parents() if _BOOT_ID.exists() else _parents_from_ps()
     found = [pid]
     for parent in found:  # which grows on the way

@@ -1,10 +1,10 @@
 """Profiles: where a job runs, read from ``profiles/*.toml`` and ``env.toml``.
 
-Both are looked for upward from the working directory, up to the first directory with a
-``pyproject.toml``. Every table is a profile, apart from the reserved ones; a profile in
-``env.toml`` (or in the file that ``NEMOTRON_ENV_FILE`` names) stands before one of the same name in
-``profiles/``; ``local`` is there without any file. Each executor has its schema: unknown keys are
-errors; what the executor knows and the schema does not goes into ``extra``.
+Both are looked for in the working directory and upward, up to the first directory with a
+``pyproject.toml``. Every table is a profile, except for the reserved ones. A profile in
+``env.toml`` (or in the file that ``NEMOTRON_ENV_FILE`` names) replaces one of the same name in
+``profiles/``; ``local`` exists without any file. Each executor has its schema, in which unknown
+keys are errors; options that the executor has and the schema lacks go into ``extra``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from nemotron.tree import Node, child_at, display, dotted, from_plain, leaves, m
 from nemotron.validation import did_you_mean, refuse_home, refuse_secrets, validate
 
 RESERVED = ("wandb", "cli", "cache", "artifacts")
-# What ~ may begin: shell code, what is read here or by the job's own programs, and what by nobody.
+# Keys that may begin with ~: shell code, paths read on this machine, variables that the programs of
+# the job read, and keys that have no effect.
 _HOME_KNOWN = (
     *("startup_commands", "setup_lines", "pre_launch_commands", "run_command"),
     *("identity", "env_vars"),
@@ -36,9 +37,9 @@ BUILT_IN = {"local": from_plain({"executor": "local"}, "built in")}
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile: its executor, its keys with their places, resolved, and what they say.
+    """A profile: its executor, its resolved keys with their places, and the same as a schema.
 
-    ``notes`` say what stands beside it and changes nothing.
+    ``notes`` are about tables beside it that have no effect.
     """
 
     name: str
@@ -174,7 +175,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, Node]]:
 
 
 def _refuse_times(table: Mapping[str, object], place: str) -> None:
-    """Refuse what TOML takes for a time or a date: Slurm's are text."""
+    """Refuse values that TOML reads as a time or date: Slurm's times are text."""
     for key, value in table.items():
         if isinstance(value, Mapping):
             _refuse_times(value, f"{place} {key}")
@@ -197,7 +198,7 @@ def _unused(start: Path) -> Iterator[str]:
 
 
 def _extended(name: str, tables: dict[str, Node], below: tuple[str, ...]) -> Node:
-    """Return a table laid on the one that it extends: tables merge, lists are replaced."""
+    """Return a table merged over the one that it extends: tables merge, lists are replaced."""
     if name in below:
         circle = " -> ".join((*below, name))
         raise NemotronError(
@@ -249,7 +250,7 @@ def _executor_of(node: Node | None, name: str) -> str:
 
 
 def _refuse_files_of_steps(written: Node) -> None:
-    """A reference to a file of the steps stands for a path of this machine, not of the job's."""
+    """Refuse references to files of the steps: they would be paths on this machine."""
     for path, node in leaves(written):
         if isinstance(node.value, str) and "${steps:" in node.value:
             raise NemotronError(
@@ -261,7 +262,7 @@ def _refuse_files_of_steps(written: Node) -> None:
 
 
 def _without_empty_variables(resolved: Node, written: Node) -> Node:
-    """Drop ``env_vars`` that came out empty from a reference, so that none hides the real one."""
+    """Drop ``env_vars`` whose reference is empty, so that they do not hide the job's own value."""
     variables, before = child_at(resolved, ("env_vars",)), child_at(written, ("env_vars",))
     if variables is None or before is None or not isinstance(variables.value, dict):
         return resolved

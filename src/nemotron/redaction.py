@@ -1,8 +1,8 @@
 """What counts as a secret, and how text is shown without it.
 
-Two rules, both exact on purpose: a *name* is secret when one of its words says so
-(``WANDB_API_KEY`` is, ``tokenizer`` and ``pad_token`` are not), and a *value* is secret when it has
-the shape of a known credential or is the value of a secret environment variable of this process.
+Both rules are exact on purpose. A *name* is secret if one of its words says so (``WANDB_API_KEY``
+is, ``tokenizer`` and ``pad_token`` are not). A *value* is secret if it has the shape of a known
+credential, or is the value of a secret environment variable of this process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Config values that remember where they were written, and the YAML that they are read from.
+"""Config values that know where they were written, and the YAML that they are read from.
 
 Every value is a ``Node``: a section, a list or a scalar, with its place (``default.yaml:12`` or
-``argument peft.dim=16``) and, for a plain scalar, its text. The text settles what YAML cannot know:
-``010`` and ``1.50`` under a key that wants a string stay what was typed.
+``argument peft.dim=16``) and, for a plain scalar, its text. The text decides what YAML cannot know:
+``010`` and ``1.50`` under a key that wants a string stay as they were typed.
 
 Scalars follow the core schema of YAML 1.2: ``no``, ``on``, ``12:30`` and ``2024-01-01`` are
 strings. Anchors, aliases, tags and duplicate keys are refused.
@@ -31,7 +31,7 @@ _FLOAT = re.compile(
     r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
     r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
-_MOST_DIGITS = 400  # beyond it a number is taken for text; Python refuses to parse 4300 and more
+_MOST_DIGITS = 400  # a longer number is taken for text; Python refuses to parse 4300 digits
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def parse_yaml(text: str, source: str) -> Node:
 def parse_value(text: str, place: str) -> Node:
     """Return the value of a ``key=value`` argument: scalar, quoted string, ``[...]`` or ``{...}``.
 
-    What is not valid YAML stays the string it is; the schema then says what it wanted instead.
+    Text that is not valid YAML stays a string; the schema then says what it wanted instead.
     """
     if text.strip()[:1] in ("[", "{", '"', "'"):
         try:
@@ -127,7 +127,7 @@ def plain(node: Node) -> Any:
 
 
 def from_plain(value: Any, place: str) -> Node:
-    """Return a plain Python value as nodes that all stand at ``place``."""
+    """Return a plain Python value as nodes that all have the place ``place``."""
     if isinstance(value, dict):
         return Node({str(key): from_plain(item, place) for key, item in value.items()}, place)
     if isinstance(value, list | tuple):
@@ -137,7 +137,7 @@ def from_plain(value: Any, place: str) -> Node:
 
 
 def for_json(value: Any) -> Any:
-    """Return a plain value with ``.inf`` and ``.nan`` for the numbers that JSON has not."""
+    """Return a plain value in which ``.inf`` and ``.nan`` replace the numbers that JSON lacks."""
     if isinstance(value, dict):
         return {key: for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -148,9 +148,9 @@ def for_json(value: Any) -> Any:
 
 
 def merge(base: Node, over: Node) -> Node:
-    """Return ``base`` with ``over`` laid on it: sections merge key by key, all else is replaced.
+    """Return ``base`` overridden by ``over``: sections merge key by key, all else is replaced.
 
-    ``OmegaConf.merge`` does the same to values, and loses where they were written.
+    ``OmegaConf.merge`` does the same to values, but loses where they were written.
     """
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return replace(over, overrides=base.place)
@@ -196,7 +196,7 @@ def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
 
 
 def dotted(path: KeyPath) -> str:
-    """Return a path as people write it: ``recipe.seq_length``, ``mounts[0]``."""
+    """Return a key path as users write it: ``recipe.seq_length``, ``mounts[0]``."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -204,7 +204,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def display(path: Path) -> str:
-    """Return a path relative to the working directory where it lies below it."""
+    """Return a path, relative to the working directory if it lies below that."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:
@@ -248,7 +248,7 @@ def _build_section(node: yaml.MappingNode, source: str) -> dict[str, Node]:
         if key.value in section:
             raise _marked(f"the key {key.value!r} stands here twice", key)
         child = _build(value, source)
-        # A section or list starts a line below its key; people look for the key.
+        # A section or list starts on the line below its key, but users look for the key.
         section[key.value] = replace(child, place=f"{source}:{key.start_mark.line + 1}")
     return section
 

@@ -21,8 +21,8 @@ from nemotron.tree import KeyPath, Node, child_at, dotted, leaves, plain, plain_
 
 M = TypeVar("M", bound=BaseModel)
 
-# Errors of fields that want words: such a field gets the text as typed (010, no, 1.50) instead of
-# what YAML made of it.
+# Errors of fields that want text: such a field is given the text as it was typed (010, no, 1.50)
+# instead of the value that YAML made of it.
 _WANTS_TEXT = ("string_type", "path_type", "literal_error", "enum")
 # Where pydantic's own wording does not fit after "wanted".
 _WANTED = {
@@ -53,7 +53,7 @@ def validate(
         tree: The values, each with its place.
         model: What they must be.
         prefix: Path of ``tree`` in the whole config, for messages.
-        source: Named where a key has no place of its own (one that is missing).
+        source: Place of keys that have none of their own, because they are missing.
         what: What a key is called in messages, such as ``key`` or ``profile key``.
 
     Raises:
@@ -77,7 +77,7 @@ def refuse_secrets(tree: Node, *, references: str = "") -> None:
 
     Args:
         tree: The values.
-        references: A section whose values name secrets of a platform; left out.
+        references: Name of a section that is left out: its values name secrets of a platform.
 
     Raises:
         NemotronError: ``secret_in_config``; names the key and the place, never the value.
@@ -103,13 +103,13 @@ def refuse_secrets(tree: Node, *, references: str = "") -> None:
 
 
 def refuse_home(tree: Node, *, leave_out: Collection[str]) -> None:
-    """Refuse values that begin with ``~/``: no shell reads a config, so it would be a directory.
+    """Refuse values that begin with ``~/``: no shell expands them, so ``~`` would be a directory.
 
-    It is not expanded either: the job may run where the home is another one.
+    They are not expanded here either: where the job runs, the home may be another one.
 
     Args:
         tree: The values.
-        leave_out: Keys whose values are for the machine here, a shell or another program.
+        leave_out: Keys whose values are read on this machine, by a shell or by another program.
 
     Raises:
         NemotronError: ``home_in_config``; all of them at once.
@@ -148,25 +148,25 @@ def closest(name: str, known: Iterable[str], *, limit: int = 3) -> list[str]:
     """
     scores = {key: _likeness(name, key) for key in known if not name.startswith(f"{key}.")}
     best = max(scores.values(), default=0.0)
-    # What is clearly less like it than the best was hardly meant.
+    # A name that is clearly less similar than the best was hardly meant.
     near = [key for key, score in scores.items() if score > 0.0 and score >= best - 0.08]
     return sorted(near, key=lambda key: -scores[key])[:limit]
 
 
 def _likeness(name: str, key: str) -> float:
-    """Return how much two names are alike, in [0, 1]; 0 where one was hardly meant as the other."""
+    """Return how similar two names are, in [0, 1]; 0 if one was hardly meant as the other."""
     last, key_last = name.rpartition(".")[2], key.rpartition(".")[2]
     if last == key_last:
         return 1.0
     whole = difflib.SequenceMatcher(None, name, key).ratio()
     word = difflib.SequenceMatcher(None, last, key_last).ratio()
-    # Names in one section share most letters anyway.
+    # Dotted names of one section share most of their letters anyway.
     is_near = whole >= (0.75 if "." in name else 0.6) or word >= 0.75
     return max(whole, word) if is_near else 0.0
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Return a fix: the closest names, or ``otherwise`` when nothing is near."""
+    """Return a fix: the closest names, or ``otherwise`` if there are none."""
     names = closest(name, known)
     return f"did you mean {' or '.join(names)}?" if names else otherwise
 
@@ -191,7 +191,7 @@ def _keep_text(tree: Node, errors: Sequence[ErrorDetails]) -> Node:
             continue
         if node.value is None and node.text:  # null, written out, is no name of anything
             continue
-        # An empty text is a string, but no path or choice.
+        # An empty text is a string, but neither a path nor a choice.
         if node.text is not None and (node.text or error["type"] == "string_type"):
             texts[path] = replace(node, value=node.text)
     return transform(tree, lambda node, path: texts.get(path, node))
@@ -275,13 +275,13 @@ def _invalid_value(
 
 
 def _nearest_place(tree: Node, path: KeyPath) -> str:
-    """Return the place of a path, or of the innermost section around it that has one."""
+    """Return the place of a key, or of the innermost section around it that has one."""
     around = (child_at(tree, path[:length]) for length in range(len(path), -1, -1))
     return next((node.place for node in around if node and node.place), "")
 
 
 def _as_written(value: Any, node: Node | None) -> Any:
-    """Return 42 for the text that a field wanted instead of the number."""
+    """Return a value as the user wrote it: 42 where ``_keep_text`` made "42" of it."""
     if isinstance(value, str) and node is not None and node.text == value:
         return plain_scalar(value.strip(), value)
     return value
@@ -298,7 +298,7 @@ def _shown(key: str, value: Any) -> str:
 def _booleans_taken_for_numbers(
     tree: Node, checked: BaseModel, prefix: KeyPath
 ) -> list[NemotronError]:
-    """Return an error per boolean under a key that wants a number: pydantic makes 1 of ``true``."""
+    """Return an error for each boolean under a key that wants a number: pydantic takes it as 1."""
     failures: list[NemotronError] = []
     values = checked.model_dump(by_alias=True)
     for path, node in leaves(tree):

@@ -1,7 +1,8 @@
-"""``nemotron adapter diff``: how far apart two adapters are, by what they add to the weights.
+"""``nemotron adapter diff``: compares what two adapters add to the weights.
 
-The factors of a LoRA are not unique: ``B M`` and ``M^-1 A`` do the same. What is compared is
-``scale * B A``, by Frobenius norms through R x R products, so that no weight is ever formed.
+The factors of a LoRA are not unique: ``B M`` and ``M^-1 A`` are the same adapter. So the products
+``scale * B A`` are compared, by Frobenius norms, which are computed from R x R products without
+forming a weight.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def run(config: DiffConfig, producer: Producer) -> None:
 
 
 def compare(one: LoraAdapter, other: LoraAdapter) -> dict[str, Any]:
-    """Return the differences of two adapters: of their settings and of each module's delta."""
+    """Return the differences between two adapters, in their settings and each module's delta."""
     keys = ("dim", "alpha", "use_rslora", "dropout", "target_modules")
     settings = {key: [getattr(one, key), getattr(other, key)] for key in keys}
     first, second = set(one.modules), set(other.modules)
@@ -55,7 +56,7 @@ def compare(one: LoraAdapter, other: LoraAdapter) -> dict[str, Any]:
 
 
 def _compare_deltas(first: Factors | None, second: Factors | None) -> dict[str, float]:
-    """Return Frobenius norms: of the first delta, and of the difference of both; None is zero."""
+    """Return the Frobenius norms of the first delta and of the difference; None stands for zero."""
     square, other_square = (_product(each, each) if each else 0.0 for each in (first, second))
     squares = square + other_square
     if first and second:

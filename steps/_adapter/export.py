@@ -1,4 +1,4 @@
-"""``nemotron adapter export``: an adapter in another layout, read back before it gets its name."""
+"""``nemotron adapter export``: writes an adapter in another layout, and reads it back."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def _read_back(partial: Path, opened: OpenedAdapter) -> None:
 
 
 def _is_same(one: LoraAdapter, other: LoraAdapter) -> bool:
-    """Return whether two adapters have the same factors, and scales but for their rounding.
+    """Return whether two adapters have the same factors, and the same scales but for rounding.
 
-    Megatron-Bridge has no rsLoRA: its alpha is the scale times the rank, which is then divided.
+    Megatron-Bridge has no rsLoRA: its alpha is the scale times the rank, by which it divides again.
     """
     return set(one.modules) == set(other.modules) and all(
         all(map(torch.equal, one.read(module), other.read(module)))

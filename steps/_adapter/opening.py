@@ -1,4 +1,4 @@
-"""An adapter with the base it belongs to: found, checked for damage and against each other.
+"""Opening an adapter together with its base: both are found, verified and checked for a match.
 
 ``convert/merge_lora`` and ``nemotron adapter`` open their inputs here, so that what is verified is
 what is merged.
@@ -41,16 +41,15 @@ _BASES = ("checkpoint_megatron", "checkpoint_hf")
 
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """An adapter after all checks.
+    """An adapter that has passed all checks.
 
     Attributes:
         adapter: The adapter.
-        record: Its ``artifact.json``, files verified; None where it has none.
-        base_path: The base.
+        record: Its ``artifact.json``, files verified; None if it has none.
+        base_path: Directory of the base.
         base: The base's weights.
-        model_files: Directory that describes the base and has its tokenizer; None where it has
-            none.
-        lineage: Adapter and base, for the ``artifact.json`` of what is made of them.
+        model_files: Directory with the base's config and tokenizer; None if there is none.
+        lineage: Adapter and base, for the ``artifact.json`` of what is made from them.
     """
 
     adapter: LoraAdapter
@@ -62,7 +61,7 @@ class OpenedAdapter:
 
     @property
     def recorded(self) -> Mapping[str, Any]:
-        """What the adapter's ``artifact.json`` says of it."""
+        """The properties in the adapter's ``artifact.json``; empty if it has none."""
         return _recorded(self.record)
 
     @property
@@ -78,12 +77,13 @@ class OpenedAdapter:
 
     @property
     def is_validated(self) -> bool:
-        """Whether its loss was measured on held-out data, as far as it would say so."""
+        """Whether the adapter has a held-out loss; see ``_is_validated``."""
         return _is_validated(self.record)
 
 
 @dataclass(frozen=True)
 class _Base:
+    artifact_type: str
     weights: Weights
     root: Path
     model_files: Path | None
@@ -104,10 +104,11 @@ def open_with_base(
 
     Args:
         path: Adapter directory of PEFT, checkpoint of Megatron-Bridge, or a root of either.
-        base: Base checkpoint of either format; None: the one that the adapter records.
-        is_megatron_base: Whether it is a Megatron checkpoint; None: what has no config.json is.
-        model_files: Directory with config and tokenizer; None: the base's own.
-        base_digests: Compare the files of the base with their digests, not just with their sizes.
+        base: Base checkpoint of either format; None for the one that the adapter records.
+        is_megatron_base: Whether the base is a Megatron checkpoint; None: yes if it has no
+            ``config.json``.
+        model_files: Directory with config and tokenizer; None for the base's own.
+        base_digests: Verify the digests of the base's files, not only their sizes.
         allow_unverified_base: Accept an adapter that does not record its base.
         allow_unvalidated: Accept an adapter without a held-out loss.
 
@@ -116,11 +117,7 @@ def open_with_base(
             ``adapter_not_validated``, ``artifact_damaged``, and what opening adapter and base
             raises.
     """
-    directory = find_any_adapter(path)
-    if directory is None:
-        problem = f"neither PEFT's nor Megatron-Bridge's adapter files are at {path}"
-        raise adapter_error("missing", path, problem)
-    record = read_adapter_record(directory)
+    directory, record = _find(path)
     if not allow_unvalidated and not _is_validated(record):
         raise _not_validated(directory)
     if not allow_unverified_base and not _records_base(record):
@@ -144,9 +141,18 @@ def open_with_base(
         model_files=files,
         lineage=(
             describe_input("checkpoint_lora", directory),
-            describe_input(_BASES[not is_megatron_base], opened.root),
+            describe_input(opened.artifact_type, opened.root),
         ),
     )
+
+
+def _find(path: Path) -> tuple[Path, Artifact | None]:
+    """Return the directory of the adapter at ``path`` and its record, files verified."""
+    directory = find_any_adapter(path)
+    if directory is None:
+        problem = f"neither PEFT's nor Megatron-Bridge's adapter files are at {path}"
+        raise adapter_error("missing", path, problem)
+    return directory, read_adapter_record(directory)
 
 
 def _recorded(record: Artifact | None) -> Mapping[str, Any]:
@@ -158,14 +164,17 @@ def _records_base(record: Artifact | None) -> bool:
 
 
 def _is_validated(record: Artifact | None) -> bool:
-    """Return whether an adapter has a held-out loss; one of others, or exported, never says so."""
+    """Return whether an adapter has a held-out loss, or comes from a trainer that records none.
+
+    Other trainers, and an export of their adapters, record neither a base nor a loss.
+    """
     recorded = _recorded(record)
-    is_of_others = recorded.keys().isdisjoint({"base_fingerprint", "valid_loss"})
-    return is_of_others or recorded.get("valid_loss") is not None
+    is_foreign = recorded.keys().isdisjoint({"base_fingerprint", "valid_loss"})
+    return is_foreign or recorded.get("valid_loss") is not None
 
 
 def _recorded_base(directory: Path, record: Artifact | None) -> Path | None:
-    """Return the base that an adapter says it was trained on, where that is a directory here."""
+    """Return the base that an adapter says it was trained on, if that is a directory here."""
     inputs = record.inputs if record else ()
     names = [each.path for each in inputs if each.type in _BASES]
     if (directory / ADAPTER_CONFIG).is_file():
@@ -182,17 +191,18 @@ def _open_base(path: Path, *, is_megatron: bool, digests: bool) -> _Base:
         if checkpoint.artifact is not None:
             verify_files(checkpoint.root, checkpoint.artifact, digests=digests)
         weights = MegatronWeights(checkpoint)
-        return _Base(weights, checkpoint.root, checkpoint.hf_dir, checkpoint.artifact)
+        files, artifact = checkpoint.hf_dir, checkpoint.artifact
+        return _Base("checkpoint_megatron", weights, checkpoint.root, files, artifact)
     artifact = read_artifact(path, "checkpoint_hf") if (path / MANIFEST).is_file() else None
     if artifact is not None:
         verify_files(path, artifact, digests=digests)
-    return _Base(HuggingFaceCheckpoint(path), path, path, artifact)
+    return _Base("checkpoint_hf", HuggingFaceCheckpoint(path), path, path, artifact)
 
 
 def _check_model_files(
     directory: Path, record: Artifact | None, files: Path, weights: Weights
 ) -> None:
-    """Check that ``files`` describe the base and have the tokenizer that the adapter knows."""
+    """Check that ``files`` describe the base and have the tokenizer that the adapter records."""
     if not describes(files, weights.config):
         raise _other_base(f"{files}/config.json describes another model than the base", files)
     wanted, got = _recorded(record).get("tokenizer_blake3"), tokenizer_blake3(files)
@@ -204,8 +214,8 @@ def _check_model_files(
 def _check_fingerprint(
     directory: Path, record: Artifact | None, opened: _Base, base_path: Path
 ) -> str | None:
-    """Return the base's fingerprint as far as it is known, checked against the recorded one."""
-    # The files of a base with a manifest were compared with it, so its word is good.
+    """Check the base's fingerprint against the recorded one; return it, or None if not computed."""
+    # The files of a base with a manifest were verified, so the fingerprint in it is right.
     got = opened.artifact.properties.get("base_fingerprint") if opened.artifact else None
     wanted = _recorded(record).get("base_fingerprint")
     if wanted is None:

@@ -1,4 +1,4 @@
-"""What the launcher hands each command of ``nemotron adapter``."""
+"""The configs that the launcher passes to the commands of ``nemotron adapter``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``nemotron adapter verify``: every check that a merge makes of its inputs, without merging."""
+"""``nemotron adapter verify``: makes every check that a merge makes of its inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(config: VerifyConfig, producer: Producer) -> None:
 
 
 def describe(opened: OpenedAdapter) -> dict[str, Any]:
-    """Return what can be said about a verified adapter."""
+    """Return the facts about a verified adapter."""
     adapter, record = opened.adapter, opened.record
     has = {
         "allow_unverified_base=true": opened.is_base_verified,

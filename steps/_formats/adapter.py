@@ -1,9 +1,9 @@
 """LoRA adapters in PEFT's own layout: written from Megatron's factors, read with strict checks.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` with Hugging Face names, so that PEFT
-loads the directory as it is. A fused Megatron module becomes one module per part: ``lora_A`` is
-repeated, ``lora_B`` split. Reading refuses anything that would make the adapter do less, or other,
-than its config says.
+An adapter is ``adapter_config.json`` and ``adapter_model.safetensors`` with Hugging Face names, so
+that PEFT loads the directory as it is. A fused Megatron module becomes one module per part, which
+repeats ``lora_A`` and has its own rows of ``lora_B``. Reading refuses anything that would make the
+adapter do less than its config says, or something else.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ _CONVERT_PICKLED = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter directory; factors are read when asked for.
+    """A checked adapter directory; factors are read when they are asked for.
 
     Args:
         directory: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         config: Sizes of the model it adapts.
-        dim: LoRA rank where ``rank_pattern`` says no other.
-        alpha: LoRA alpha where ``alpha_pattern`` says no other.
+        dim: LoRA rank of the modules that ``rank_pattern`` does not name.
+        alpha: LoRA alpha of the modules that ``alpha_pattern`` does not name.
         dropout: Dropout it was trained with.
         use_rslora: Whether the scale is ``alpha / sqrt(dim)`` instead of ``alpha / dim``.
         rank_pattern: LoRA rank by PEFT's patterns: regular expressions for the end of a module.
@@ -126,11 +126,11 @@ def write_adapter(
     use_rslora: bool = False,
     alphas: Mapping[str, float] | None = None,
 ) -> None:
-    """Write an adapter as PEFT does, with the factors' own type.
+    """Write an adapter as PEFT does, in the type that the factors have.
 
-    ``adapter_config.json`` names exactly the modules of ``factors``: by their last parts where
-    every layer has them, in full otherwise. PEFT reads ``rank_pattern`` and ``alpha_pattern``; vLLM
-    does not, and scales such an adapter wrongly without a word: merge it instead.
+    ``adapter_config.json`` names exactly the modules of ``factors``: a name's last part where
+    every layer has that module, the full name otherwise. PEFT reads ``rank_pattern`` and
+    ``alpha_pattern``; vLLM does not, and silently scales such an adapter wrongly: merge it instead.
 
     Args:
         directory: Where to write; exists.
@@ -158,13 +158,7 @@ def write_adapter(
     _write_files(
         directory,
         tensors,
-        {
-            "r": dim,
-            "lora_alpha": _number(alpha),
-            "use_rslora": use_rslora,
-            "rank_pattern": rank_pattern,
-            "alpha_pattern": alpha_pattern,
-        },
+        _scaling(dim, alpha, use_rslora, rank_pattern, alpha_pattern),
         dropout=dropout,
         base_model_name_or_path=base_model_name_or_path,
         target_modules=_target_modules(adapted, config),
@@ -172,24 +166,41 @@ def write_adapter(
 
 
 def write_peft(directory: Path, adapter: LoraAdapter) -> None:
-    """Write any adapter as PEFT does, its factors as they are; ``directory`` exists."""
+    """Write any adapter as PEFT does, its factors unchanged, into a directory that exists."""
     tensors: dict[str, Tensor] = {}
     for module in adapter.modules:
         tensors |= dict(zip(tensor_names(module), adapter.read(module), strict=True))
     _write_files(
         directory,
         {name: tensor.contiguous() for name, tensor in tensors.items()},
-        {
-            "r": adapter.dim,
-            "lora_alpha": _number(adapter.alpha),
-            "use_rslora": adapter.use_rslora,
-            "rank_pattern": dict(adapter.rank_pattern),
-            "alpha_pattern": dict(adapter.alpha_pattern),
-        },
+        _scaling(
+            adapter.dim,
+            adapter.alpha,
+            adapter.use_rslora,
+            adapter.rank_pattern,
+            adapter.alpha_pattern,
+        ),
         dropout=adapter.dropout,
         base_model_name_or_path=adapter.base_model_name_or_path or "",
         target_modules=_target_modules(adapter.modules, adapter.config),
     )
+
+
+def _scaling(
+    dim: int,
+    alpha: float,
+    use_rslora: bool,
+    rank_pattern: Mapping[str, int],
+    alpha_pattern: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return the fields of the config that the factors' product is scaled by, in PEFT's names."""
+    return {
+        "r": dim,
+        "lora_alpha": _number(alpha),
+        "use_rslora": use_rslora,
+        "rank_pattern": dict(rank_pattern),
+        "alpha_pattern": dict(alpha_pattern),
+    }
 
 
 def _write_files(
@@ -231,7 +242,7 @@ def _write_files(
 def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
     """Return the adapter in ``directory`` after checking it against the model it is to adapt.
 
-    Checked are: every field of the config that changes what an adapter does, the exact set of
+    The checks cover every field of the config that changes what an adapter does, the exact set of
     tensors, their shapes, the rank, and that all values are finite.
 
     Raises:
@@ -241,12 +252,7 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
             ``adapter_alpha``, ``adapter_shape`` or ``adapter_not_finite``.
     """
     path = directory / ADAPTER_CONFIG
-    if (directory / _PICKLED).is_file() and not (directory / ADAPTER_WEIGHTS).is_file():
-        problem = f"{directory} holds a pickled adapter ({_PICKLED})"
-        raise pickled_weights(directory, problem, _CONVERT_PICKLED)
-    if not path.is_file() or not (directory / ADAPTER_WEIGHTS).is_file():
-        file = ADAPTER_WEIGHTS if path.is_file() else ADAPTER_CONFIG
-        raise adapter_error("missing", directory, f"{directory} has no {file}")
+    _require_files(directory)
     values = read_json(path)
     dim, alpha = check_config(path, values)
     modules = adapted_modules(path, values, config)
@@ -276,13 +282,25 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
 
 
 def find_adapter_dir(path: Path) -> Path | None:
-    """Return ``path`` if it is an adapter, else the save that its tracker file names, or None."""
+    """Return ``path`` if it is an adapter, else the save that its tracker names, else None."""
     if (path / ADAPTER_CONFIG).is_file():
         return path
     tracker = path / TRACKER
     text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
     latest = path / f"iter_{int(text):07d}" if text.isdecimal() else None
     return latest if latest and (latest / ADAPTER_CONFIG).is_file() else None
+
+
+def _require_files(directory: Path) -> None:
+    has_config, has_weights = (
+        (directory / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    )
+    if (directory / _PICKLED).is_file() and not has_weights:
+        problem = f"{directory} holds a pickled adapter ({_PICKLED})"
+        raise pickled_weights(directory, problem, _CONVERT_PICKLED)
+    if not has_config or not has_weights:
+        file = ADAPTER_WEIGHTS if has_config else ADAPTER_CONFIG
+        raise adapter_error("missing", directory, f"{directory} has no {file}")
 
 
 def _number(value: float) -> float:

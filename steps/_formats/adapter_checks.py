@@ -1,4 +1,4 @@
-"""What an adapter in PEFT's layout must be: plain LoRA, with exactly the tensors of its config."""
+"""Checks that an adapter in PEFT's layout is plain LoRA, with exactly the tensors of its config."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from nemotron.steps._models.layouts import lora_shapes
 
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
-# What scales the tensors is also written beside them: an alpha that is changed in the config alone
-# gives an adapter that loads everywhere and does something else.
+# The fields that scale the tensors are also written into their file: if alpha were changed in the
+# config alone, the adapter would load everywhere and do something else.
 SCALING = "lora_scaling"
-# Each makes an adapter do, or hold, something else than two factors per linear. What else a config
-# has is only for training, or goes with one of these.
+# Each of these makes an adapter do or hold something other than two factors per linear. All other
+# fields are only for training, or only have an effect together with one of these.
 _NOT_HONOURED = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -40,9 +40,9 @@ _NOT_HONOURED = (
     "use_qalora",
     "velora_config",
 )
-# PEFT's initialisations that leave the base as it is. PiSSA, OLoRA, CorDA and LoRA-GA move a part
-# of it into the factors, LoftQ quantises it, and the base that is left is not saved: added to the
-# base that everybody has, such factors make another model. Source: PEFT 0.21.2, lora/layer.py.
+# PEFT's initialisations that do not change the base. PiSSA, OLoRA, CorDA and LoRA-GA move a part of
+# it into the factors, and LoftQ quantises it; the changed base is not saved. Such factors, added to
+# the original base, make another model. Source: PEFT 0.21.2, lora/layer.py.
 _INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 _CONVERT_TO_PLAIN = (
     "save it in PEFT as plain LoRA: model.save_pretrained(DIR, path_initial_model_for_weight_"
@@ -106,7 +106,7 @@ def check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _check_init(path: Path, init: Any) -> None:
-    """Refuse an adapter to a base that its initialisation changed, or may have."""
+    """Refuse an adapter whose initialisation has changed its base, or may have."""
     if init is None or isinstance(init, bool) or str(init).lower() in _INITS_BESIDE_THE_BASE:
         return
     wanted = f"a bool, {', '.join(_INITS_BESIDE_THE_BASE)}: those leave the base as it is"
@@ -129,7 +129,7 @@ def wanted_shapes(
 
 
 def check_scaling(path: Path, values: Mapping[str, Any], file: SafetensorsFile) -> None:
-    """Check rank and alpha of the config against what our writer put beside the tensors."""
+    """Check rank and alpha of the config against those that our writer put beside the tensors."""
     try:
         written = dict(json.loads(file.metadata.get(SCALING, "{}")))
     except (ValueError, TypeError):
@@ -165,7 +165,7 @@ def check_keys(file: SafetensorsFile, wanted: Mapping[str, Any]) -> None:
 
 
 def _refuse_prefix(file: SafetensorsFile, wanted: str) -> None:
-    """Name the case that all tensors are there, under another prefix: PEFT loads nothing then."""
+    """Refuse a file whose tensors all have another prefix: PEFT would load none of them."""
     core = wanted.removeprefix(f"{PREFIX}model.")
     found = next((name for name in file.entries if name.endswith(core)), None)
     if found is not None:

@@ -1,6 +1,7 @@
-"""Which modules a PEFT config adapts: those that are targets, less what other fields take out.
+"""Which modules a PEFT config adapts: its targets, without those that other fields exclude.
 
-PEFT takes entries that name nothing; which tensors there are is checked against what is adapted.
+PEFT accepts entries that name nothing, and so does this: the tensors are checked against the
+modules that are adapted.
 
 Source: PEFT 0.21.2, tuners/tuners_utils.py, check_target_module_exists; lora/config.py.
 """
@@ -68,7 +69,7 @@ def refuse_bad_pattern(path: Path, key: str, pattern: str) -> None:
 
 
 def _names(path: Path, values: Mapping[str, Any], key: str) -> str | list[str]:
-    """Return a list of names, or a pattern for whole names; empty: none."""
+    """Return a list of names, or a pattern for whole names; empty if the field is not set."""
     names = values.get(key) or []
     if isinstance(names, str):
         refuse_bad_pattern(path, key, names)
@@ -79,9 +80,9 @@ def _names(path: Path, values: Mapping[str, Any], key: str) -> str | list[str]:
 
 
 def _layers(path: Path, values: Mapping[str, Any]) -> tuple[list[int] | None, list[str]]:
-    """Return the layers that are adapted (None: all), and patterns for what their list is called.
+    """Return the layers that are adapted (None: all), and patterns for the name of their list.
 
-    PEFT takes neither beside a pattern in ``target_modules``.
+    PEFT accepts neither together with a pattern in ``target_modules``.
     """
     given, patterns = values.get("layers_to_transform"), values.get("layers_pattern") or []
     layers = [given] if isinstance(given, int) else given or []
@@ -108,7 +109,7 @@ def _is_named(module: str, names: str | list[str]) -> bool:
 
 
 def _layer(module: str, patterns: Iterable[str]) -> int | None:
-    """Return the number of the layer that a module lies in, of a list that a pattern names."""
+    """Return the index of a module's layer in a list that a pattern names; None if in none."""
     for pattern in patterns or [r"[^.]*"]:
         match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module)
         if match:

@@ -13,7 +13,7 @@ from nemotron.steps._models.config import DecoderConfig
 
 
 def find_any_adapter(path: Path) -> Path | None:
-    """Return the directory of the adapter at ``path``, or that its trackers name; None: none.
+    """Return the directory of the adapter at ``path``, or the one that its trackers name, or None.
 
     Raises:
         NemotronError: ``checkpoint_missing`` or ``artifact_damaged``, of a tracker.
@@ -25,9 +25,9 @@ def find_any_adapter(path: Path) -> Path | None:
 
 
 def read_adapter_record(directory: Path) -> Artifact | None:
-    """Return the ``artifact.json`` of an adapter, its files verified; foreign ones have none.
+    """Return the ``artifact.json`` of an adapter, its files verified; None if it has none.
 
-    Of a Megatron-Bridge checkpoint it lies in the root, above the iteration.
+    In a checkpoint of Megatron-Bridge it is in the root, above the iteration's directory.
 
     Raises:
         NemotronError: ``artifact_damaged`` or ``artifact_type``.

@@ -1,4 +1,4 @@
-"""Any weights under Megatron's names: to start from a Hugging Face directory, or to write them."""
+"""Presents any weights under Megatron's names: to train from them, or to write them."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class AsMegatron:
 
 
 class _Rows:
-    """The rows of one tensor, taken some at a time from the blocks that they come in."""
+    """Hands out the rows of one tensor in other portions than the blocks that they come in."""
 
     def __init__(self, blocks: Iterator[Tensor]) -> None:
         self._blocks = blocks
         self._rest = next(blocks)
 
     def take(self, num_rows: int) -> Iterator[Tensor]:
-        """Yield the next rows, in one block or more.
+        """Yield the next ``num_rows`` rows, in one block or more.
 
         Raises:
             ValueError: There are fewer.
@@ -79,10 +79,10 @@ class _Rows:
             yield rows
 
     def end(self) -> None:
-        """Let whoever makes the blocks know that all were taken.
+        """Run the iterator of the blocks to its end.
 
         Raises:
-            ValueError: They were not.
+            ValueError: There are rows left.
         """
         if len(self._rest) > 0 or next(self._blocks, None) is not None:
             raise ValueError("a tensor has more rows than its rule says")

@@ -1,12 +1,11 @@
-"""Digests of weights, taken while they pass, and the fingerprint of a base model made of them.
+"""Digests of weights, taken while the weights pass, and the fingerprint of a base model.
 
-The fingerprint is one digest over the weights, whatever format they lie in.
+The fingerprint is one digest of the weights, independent of their format: the sha256 of a JSON list
+of [Hugging Face name, safetensors' name of the type, shape, BLAKE3 of the little-endian bytes],
+sorted by name. A tied ``lm_head.weight`` is left out, so that a Hugging Face directory and the
+Megatron checkpoint made from it have the same fingerprint.
 
-It is the sha256 of the JSON list, sorted by Hugging Face name, of [name, safetensors name of the
-type, shape, BLAKE3 of the little-endian bytes]. A tied ``lm_head.weight`` is left out, so the value
-is the same from a Hugging Face directory and from the Megatron checkpoint made of it.
-
-BLAKE3 is as strong as sha256 and five times as fast: one core hashes more than any disk reads.
+BLAKE3 is as strong as sha256 and five times as fast: one core hashes faster than any disk reads.
 
 Source: https://github.com/BLAKE3-team/BLAKE3-specs
 """
@@ -28,7 +27,7 @@ TensorEntry = tuple[str, list[int], str]  # name of the type, shape, digest of t
 
 
 class Digest(Protocol):
-    """What ``blake3`` and the classes of ``hashlib`` and ``xxhash`` return."""
+    """The interface that ``blake3`` shares with the digests of ``hashlib`` and ``xxhash``."""
 
     def update(self, data: memoryview, /) -> object: ...
 
@@ -36,10 +35,10 @@ class Digest(Protocol):
 
 
 class TensorDigests:
-    """Digests of tensors that pass by one at a time, in any order, from any thread.
+    """Digests of tensors, which are added one at a time, in any order and from any thread.
 
     Args:
-        algorithm: Makes the digest of a tensor.
+        algorithm: Makes a new digest.
     """
 
     def __init__(self, algorithm: Callable[[], Digest] = blake3) -> None:
@@ -50,16 +49,16 @@ class TensorDigests:
         return name in self._entries
 
     def __getitem__(self, name: str) -> str:
-        """Return the hexadecimal digest of the bytes of a tensor that was taken in."""
+        """Return the hexadecimal digest of the bytes of a tensor that was added."""
         return self._entries[name][-1]
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take in one tensor."""
+        """Add the digest of one tensor."""
         for _ in self.passing(name, [tensor]):
             pass
 
     def passing(self, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield the blocks of one tensor, which is taken in once all have passed."""
+        """Yield the blocks of one tensor; its digest is added once all have passed."""
         digest, kind, shape = self._algorithm(), "", [0]
         for block in blocks:
             digest.update(raw_bytes(block))
@@ -69,29 +68,29 @@ class TensorDigests:
         self._entries[name] = kind, shape, digest.hexdigest()
 
     def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
-        """Return what is known of those of ``names`` that were taken in."""
+        """Return the entries of those of ``names`` that were added."""
         return {name: self._entries[name] for name in names if name in self._entries}
 
     def restore(self, entries: Mapping[str, TensorEntry]) -> None:
-        """Take in what ``entries`` said of tensors, also after a way through JSON."""
+        """Add what ``entries`` returned, which may have been through JSON since."""
         for name, (kind, shape, digest) in entries.items():
             self._entries[name] = kind, shape, digest
 
     def first_difference(self, other: TensorDigests) -> str | None:
-        """Return the first name, in their order, of which the two took in something else."""
+        """Return the first name, in sorted order, whose entries differ; None if there is none."""
         names = sorted(self._entries.keys() | other._entries.keys())
         return next((n for n in names if self._entries.get(n) != other._entries.get(n)), None)
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the tensors taken in so far, by BLAKE3."""
+        """Return the fingerprint of the tensors added so far; their digests must be BLAKE3."""
         return sha256_json([[name, *self._entries[name]] for name in sorted(self._entries)])
 
 
 class DigestedWeights:
-    """Weights whose digests are taken while somebody reads them; see ``Weights``.
+    """Weights whose digests are taken while they are read; see ``Weights``.
 
     Attributes:
-        digests: Of the tensors that were read to their end.
+        digests: Digests of the tensors that were read to their end.
     """
 
     def __init__(self, weights: Weights, algorithm: Callable[[], Digest] = blake3) -> None:
@@ -113,9 +112,10 @@ class DigestedWeights:
         return self.digests.passing(name, blocks)
 
     def all_digests(self) -> TensorDigests:
-        """Return the digests of all tensors, after reading what nobody has."""
+        """Return the digests of all tensors; those that were not read yet are read now."""
         unread = [name for name in self.names if name not in self.digests]
-        size = -(-len(unread) // NUM_AT_A_TIME) or 1  # in one piece: neighbours lie together
+        # Each thread gets consecutive names, since consecutive tensors lie close to each other.
+        size = -(-len(unread) // NUM_AT_A_TIME) or 1
         parts = [unread[start : start + size] for start in range(0, len(unread), size)]
         in_threads(self._pass_all, parts, num_threads=NUM_AT_A_TIME)
         return self.digests
@@ -127,7 +127,7 @@ class DigestedWeights:
 
 
 class FingerprintedWeights:
-    """Weights whose fingerprint is known, or taken while somebody reads them; see ``Weights``."""
+    """Weights whose fingerprint is known, or taken while they are read; see ``Weights``."""
 
     def __init__(self, weights: Weights, known: str | None = None) -> None:
         self.config, self.names = weights.config, weights.names
@@ -138,7 +138,7 @@ class FingerprintedWeights:
         self.read, self.blocks = source.read, source.blocks
 
     def fingerprint(self) -> str:
-        """Return the fingerprint; what nobody has read is read for it."""
+        """Return the fingerprint, if necessary by reading the tensors that were not read yet."""
         return self._known or self._digested.all_digests().fingerprint()
 
 

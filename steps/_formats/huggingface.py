@@ -32,7 +32,7 @@ from nemotron.steps._models.layouts import hf_tensors
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-# Names and patterns of what transformers and vLLM read for a tokenizer and its chat templates.
+# Files, by name or pattern, that transformers and vLLM read for a tokenizer and its templates.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -91,10 +91,10 @@ class HuggingFaceCheckpoint:
         return row_blocks(self.read(name))
 
     def _model_names(self) -> list[str]:
-        """Return the names in the files, less what is no weight of the model.
+        """Return the names in the files, without tensors that are no weights of the model.
 
-        Old exporters saved the rotary frequencies, which follow from the config, and a copy of the
-        embedding as ``lm_head.weight`` of a tied model.
+        Old exporters saved the rotary frequencies, which follow from the config, and in a tied
+        model a copy of the embedding as ``lm_head.weight``.
         """
         names = [name for name in self._files if not name.endswith(".rotary_emb.inv_freq")]
         if self.config.share_embeddings_and_output_weights and "lm_head.weight" in names:
@@ -135,10 +135,10 @@ def read_decoder_config(directory: Path) -> DecoderConfig:
 
 
 def describes(directory: Path, config: DecoderConfig) -> bool:
-    """Return whether the ``config.json`` in a directory is that of a model.
+    """Return whether the ``config.json`` in a directory describes a model of this config.
 
-    A run config knows the sequence length of its run and not what the model was made for, so that
-    is left out.
+    ``max_position_embeddings`` is not compared: a run config only has the sequence length of its
+    run.
     """
     described = read_decoder_config(directory)
     limit = config.max_position_embeddings
@@ -151,7 +151,7 @@ def copy_model_files(source: Path, target: Path, *, has_tokenizer: bool = True) 
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy the files of ``source`` that have one of these names or patterns; ``target`` is made."""
+    """Copy the files that have one of these names or patterns to ``target``, which is created."""
     target.mkdir(parents=True, exist_ok=True)
     for path in (path for name in names for path in source.glob(name) if path.is_file()):
         copy = target / path.relative_to(source)

@@ -1,4 +1,4 @@
-"""Writes Hugging Face directories: safetensors, block by block, and the files beside them."""
+"""Writes Hugging Face directories: safetensors files block by block, and the files beside them."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def publish_huggingface(
 
     Args:
         root: The final directory; an earlier artifact there is replaced.
-        weights: What to write.
+        weights: The weights to write.
         source: Directory that config, generation config, tokenizer and chat template come from.
-        has_tokenizer: Whether tokenizer and chat template go along.
-        chat_template: Takes the place of that in ``source``.
-        produced_by: Goes into ``artifact.json``.
-        inputs: Go into ``artifact.json``.
-        properties: Called after the weights were written, for what else goes into it.
+        has_tokenizer: Whether tokenizer and chat template are copied.
+        chat_template: Replaces the chat template in ``source``, if given.
+        produced_by: Producer for ``artifact.json``.
+        inputs: Inputs for ``artifact.json``.
+        properties: Called after the weights were written; returns further properties.
         show_progress: Print a line every few seconds.
-        compare: Gets the weights as they are read back; what it returns goes into the properties.
-        resume_key: What the bytes depend on; a run that was killed is gone on with, see
-            ``publish``. Without it the work starts anew.
+        compare: Gets the weights as they are read back; returns further properties.
+        resume_key: Digest of what the bytes depend on: a killed run with the same key is continued,
+            see ``publish``. Without it the work starts over.
 
     Raises:
         NemotronError: As ``publish`` and ``compare``; ``artifact_damaged`` where what was read back
@@ -97,10 +97,10 @@ def write_weights(
     """Write ``model.safetensors``, or shards with an index.
 
     Args:
-        directory: Where to write; exists.
-        weights: What to write, a block of a tensor at a time.
+        directory: The directory to write to, which exists.
+        weights: The weights to write, a block of a tensor at a time.
         max_shard_bytes: Most bytes of tensors in one file, ``MAX_SHARD_BYTES`` by default; a
-            larger tensor gets its own file.
+            larger tensor gets a file of its own.
     """
     passing = PassingWeights(weights)
     shards = _plan_shards(weights, max_shard_bytes or MAX_SHARD_BYTES)

@@ -1,7 +1,7 @@
-"""What every adapter is to the rest: two factors and a scale per Hugging Face module, read lazily.
+"""The interface of all adapters: two factors and a scale per Hugging Face module, read lazily.
 
-``adapter`` reads PEFT's directories and ``megatron_adapter`` Megatron-Bridge's checkpoints as this;
-merging, verifying and exporting are written against it.
+``adapter`` implements it for PEFT's directories, ``megatron_adapter`` for Megatron-Bridge's
+checkpoints; merging, verifying and exporting are written against it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import join_lora_rows, lora_hf_modules, lora_shapes
 from nemotron.steps._models.targets import linear_names
 
-# Why an adapter is refused, and what to do about it.
+# Why an adapter is refused, and what to do about it, by kind of error.
 _SAVED = "use the adapter as its trainer saved it"
 _CONFIG = "use the config that the adapter was saved with"
 _REASONS = {
@@ -60,8 +60,8 @@ class LoraAdapter(Protocol):
         alpha: LoRA alpha of most modules.
         dropout: Dropout it was trained with.
         use_rslora: Whether the scale is ``alpha / sqrt(dim)`` instead of ``alpha / dim``.
-        rank_pattern: LoRA rank by PEFT's patterns, where a module has another.
-        alpha_pattern: LoRA alpha likewise.
+        rank_pattern: LoRA rank of the other modules, by PEFT's patterns.
+        alpha_pattern: LoRA alpha of the other modules, likewise.
         target_modules: Names of the adapted modules or their last parts, sorted.
         base_model_name_or_path: What it says it was trained on.
     """
@@ -101,8 +101,9 @@ class LoraAdapter(Protocol):
 def fused_factors(adapter: LoraAdapter, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Return fp32 (lora_a, lora_b) by Megatron linear of one layer, with the scale in lora_b.
 
-    ``lora_b @ lora_a`` is exactly what the adapter adds to the linear's weight. Parts of a fused
-    linear that share lora_a keep it; others are stacked, and R is the sum of theirs.
+    ``lora_b @ lora_a`` is exactly what the adapter adds to the linear's weight. If the parts of a
+    fused linear share lora_a, that is used; otherwise theirs are stacked, and R is the sum of
+    their ranks.
     """
     prefix, modules = f"decoder.layers.{layer}.", set(adapter.modules)
     shapes = lora_shapes(adapter.config)

@@ -1,4 +1,4 @@
-"""Tensors that are a file's bytes, where they lie in the page cache."""
+"""Tensors whose memory is a file's bytes in the page cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def map_tensor(path: Path, *, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return the contiguous tensor whose bytes begin at ``start``.
 
-    It can be written to, which changes no file. The file must not be cut while it is used.
+    Writing to the tensor does not change the file. The file must not be truncated meanwhile.
 
     Raises:
         ValueError: The file is shorter.

@@ -1,9 +1,9 @@
-"""Megatron checkpoints as Megatron-Bridge lays them out: found, checked and read.
+"""Finds, checks and reads Megatron checkpoints in the layout of Megatron-Bridge.
 
-A checkpoint is a root directory with a tracker and one directory per iteration; tensors lie in the
-iteration's DCP files under Megatron's names (``_models.layouts``). What we write ourselves carries
-an ``artifact.json`` and the source's config and tokenizer in ``hf/``; what Megatron-Bridge wrote is
-read through its ``run_config.yaml``.
+A checkpoint is a root directory with a tracker and one directory per iteration; the tensors are in
+the iteration's DCP files under Megatron's names (``_models.layouts``). A checkpoint that we wrote
+has an ``artifact.json``, and the source's config and tokenizer in ``hf/``; the config of one that
+Megatron-Bridge wrote is in its ``run_config.yaml``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ RUN_CONFIG = "run_config.yaml"
 HF_DIR = "hf"
 _ITERATION_MARKERS = (RUN_CONFIG, "train_state.pt", "metadata.json", ".metadata")
 _LAYERS = "decoder.layers."
-# Norms under the names of modules that have no fused norm (mcore's local spec, unmapped).
+# Other names of the norms, from models without fused norms (mcore's local spec).
 _ALIASES = {
     "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (
         "decoder.layers.input_layernorm.weight"
     ),
     "decoder.layers.mlp.linear_fc1.layer_norm_weight": "decoder.layers.pre_mlp_layernorm.weight",
 }
-# One row per token of the vocabulary; Megatron pads them, so that each rank gets as many.
+# Tensors with a row per token of the vocabulary, which Megatron pads to equal parts for all ranks.
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-# Training state that lies beside the weights in the same files.
+# Prefixes of training state that is in the same files as the weights.
 NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state", "common_state")
 
 
@@ -58,10 +58,10 @@ class MegatronCheckpoint:
         iteration_dir: Holds the DCP files.
 
     Attributes:
-        config: Sizes of the model: from ``hf/config.json`` where there is one, since
+        config: Sizes of the model, from ``hf/config.json`` if there is one, since
             ``run_config.yaml`` cannot express every rope scaling.
-        hf_dir: Config, generation config, tokenizer and chat template of the source model; None in
-            a checkpoint that was not converted by us.
+        hf_dir: Directory with config, generation config, tokenizer and chat template of the source
+            model; None if the checkpoint was not converted by us.
         artifact: The root's ``artifact.json``, or None.
     """
 
@@ -96,7 +96,7 @@ class MegatronCheckpoint:
         rows: slice | None = None,
         columns: slice | None = None,
     ) -> Tensor:
-        """Return one weight, or a slice of it; only the chunks that intersect it are read.
+        """Return one weight, or a slice of it, reading only the chunks that intersect it.
 
         Args:
             name: One of ``names``, such as ``decoder.layers.self_attention.linear_qkv.weight``.
@@ -165,7 +165,7 @@ class MegatronWeights:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         self._tensors = hf_tensors(checkpoint.config)
-        self._own = local()  # of each thread that reads
+        self._own = local()  # the last Megatron tensor, for each thread that reads
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -189,15 +189,16 @@ class MegatronWeights:
             yield from row_blocks(fused[rows])
 
     def _fused(self, name: str) -> tuple[Tensor, list[slice]]:
-        """Return the Megatron tensor that a tensor is a part of, and which of its rows it is.
+        """Return the Megatron tensor that contains a tensor, and the tensor's rows in it.
 
-        q, k and v (gate and up) lie in one tensor, and a thread asks for one after the other.
+        The last Megatron tensor is kept, because a thread asks for q, k and v one after another,
+        which are parts of the same one, as gate and up are.
         """
         tensor = self._tensors[name]
         key = (tensor.rule.megatron, tensor.layer)
         last: tuple[Any, Tensor] | None = getattr(self._own, "last", None)
         if last is None or last[0] != key:
-            self._own.last = None  # before the next one is there
+            self._own.last = None  # so that it is freed before the next one is read
             self._own.last = key, self._checkpoint.read(key[0], layer=tensor.layer)
         return self._own.last[1], part_rows(tensor, self.config)
 
@@ -260,7 +261,7 @@ def _is_root(directory: Path) -> bool:
 
 
 def _check_format(iteration_dir: Path) -> None:
-    """Refuse what only looks like a torch_dist checkpoint."""
+    """Refuse a checkpoint that only looks like one of format torch_dist."""
     marker = iteration_dir / "metadata.json"
     if not marker.is_file() and (iteration_dir / ".metadata").is_file():
         raise NemotronError(

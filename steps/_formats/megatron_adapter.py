@@ -1,8 +1,8 @@
-"""Adapters as Megatron-Bridge saves them: torch_dist checkpoints with ``.adapter.`` tensors only.
+"""Reads adapters of Megatron-Bridge: torch_dist checkpoints that have only ``.adapter.`` tensors.
 
 ``LoRA`` has one pair of factors per fused linear, ``CanonicalLoRA`` one per part. Layers are
-stacked, or have keys of their own. Rank, alpha and targets stand in ``run_config.yaml``; they are
-checked against the tensors, since Megatron-Bridge itself takes names that match nothing in silence.
+stacked, or each has its own keys. Rank, alpha and targets are in ``run_config.yaml``; they are
+checked against the tensors, since Megatron-Bridge silently accepts targets that match nothing.
 
 Source: Megatron-Bridge 0.3 to 0.6 and of 2026-08, peft/{lora,canonical_lora,utils}.py.
 """
@@ -34,7 +34,7 @@ _KEY = re.compile(
     r"decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<parent>self_attention|mlp)\.(?P<linear>linear_\w+)"
     r"\.adapter\.(?:adapter_(?P<part>\w+)\.)?linear_(?P<half>in|out)\.weight"
 )
-# CanonicalLoRA's names of the parts, and what its target_modules call them.
+# CanonicalLoRA's names of the parts, and the names of the parts in its target_modules.
 CANONICAL_PARTS = {
     "linear_qkv": ("q", "k", "v"),
     "linear_fc1": ("gate", "up"),
@@ -50,7 +50,7 @@ CANONICAL_TARGETS = {
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the factors of one Hugging Face module lie."""
+    """The place of the factors of one Hugging Face module in the checkpoint."""
 
     linear: str
     part: int
@@ -119,10 +119,10 @@ def is_megatron_adapter(path: Path) -> bool:
 
 
 def open_megatron_adapter(path: Path, *, config: DecoderConfig) -> MegatronAdapter:
-    """Return the adapter at ``path``, a checkpoint root or an iteration directory, checked.
+    """Return the checked adapter at ``path``, a checkpoint root or an iteration directory.
 
-    Checked are the kind of adapter, the set of tensors against ``target_modules``, their shapes
-    against rank and base, and that all values are finite.
+    The checks cover the kind of adapter, the set of tensors against ``target_modules``, their
+    shapes against rank and base, and that all values are finite.
 
     Raises:
         NemotronError: ``checkpoint_missing``, ``artifact_damaged``, ``unsafe_pickle``,
@@ -172,7 +172,7 @@ def _check_peft(directory: Path, peft: Any) -> dict[str, Any]:
 def _find_sources(
     directory: Path, reader: TorchDistReader, config: DecoderConfig
 ) -> dict[str, _Source]:
-    """Return where each module's factors lie; both halves are there."""
+    """Return the place of each module's factors, of which both halves must exist."""
     halves: dict[str, set[str]] = {}
     sources: dict[str, _Source] = {}
     for name in reader.names:
@@ -226,7 +226,7 @@ def _check_targets(
     config: DecoderConfig,
     is_canonical: bool,
 ) -> None:
-    """Check that exactly the modules that ``target_modules`` names have tensors."""
+    """Check that there are tensors for exactly the modules that ``target_modules`` names."""
     targets = [str(target) for target in peft.get("target_modules") or []]
     excluded = [str(target) for target in peft.get("exclude_modules") or []]
     wanted: set[str] = set()
@@ -269,20 +269,20 @@ def _check_tensors(adapter: MegatronAdapter) -> None:
 
 
 def _tp_size(run_config: Mapping[str, Any]) -> int:
-    """Return the tensor-parallel size of a save, which newer configs nest one level deeper."""
+    """Return the tensor-parallel size of a save; newer configs have it one level deeper."""
     section = run_config.get("model") or {}
     model = {**section, **(section.get("transformer") or {})}
     return int(model.get("tensor_model_parallel_size") or 1)
 
 
 def _check_split(adapter: MegatronAdapter) -> None:
-    """Check that rows whose order depends on the tensor-parallel size were split by that size."""
+    """Check that factors whose row order depends on the tensor-parallel size were saved at it."""
     for source in adapter.sources.values():
         if not source.is_canonical or not source.linear.endswith("linear_fc1"):
             continue
         name = f"{source.key}.linear_out.weight"
         num_parts = len(adapter.reader.starts(name, 0 if source.layer is None else 1))
-        # One part: written again as a whole, in the order that it had.
+        # A single part has been written again as a whole, with its rows in the order of the save.
         if num_parts not in (1, 2 * adapter.tp_size):
             problem = (
                 f"{name} was saved in {num_parts} parts, that is at tensor-parallel size "
@@ -311,11 +311,11 @@ def _check_shape(
 
 
 def _unshuffle(lora_b_FR: Tensor, tp_size: int) -> Tensor:
-    """Return the rows of a CanonicalLoRA factor of linear_fc1 in the order of the module.
+    """Return a CanonicalLoRA factor of linear_fc1 with its rows in the order of the module.
 
-    Megatron-Bridge saves every factor of linear_fc1 as [gate ; up] halves of each rank's shard,
-    also those of adapter_gate and adapter_up, which have no such halves: on disk stand the first
-    halves of all ranks, then their second halves.
+    Megatron-Bridge saves every factor of linear_fc1 as if each rank's shard had the halves
+    [gate ; up], even those of adapter_gate and adapter_up, which have no such halves. So the file
+    has the first halves of all ranks' shards, followed by their second halves.
     """
     halves = lora_b_FR.unflatten(0, (2, tp_size, -1))
     return halves.transpose(0, 1).reshape(lora_b_FR.shape)

@@ -1,4 +1,4 @@
-"""Writes adapters as Megatron-Bridge saves them: what its ``LoRA`` or ``CanonicalLoRA`` loads.
+"""Writes adapters as Megatron-Bridge saves them, for its ``LoRA`` or ``CanonicalLoRA`` to load.
 
 Source: Megatron-Bridge 0.3 to 0.6 and of 2026-08, peft/{base,lora,canonical_lora}.py.
 """
@@ -28,12 +28,12 @@ def write_megatron_adapter(
 ) -> str:
     """Write an adapter as a checkpoint of Megatron-Bridge; return ``LoRA`` or ``CanonicalLoRA``.
 
-    It is ``LoRA`` where the parts of every fused linear share lora_a, as after a training on fused
+    It is ``LoRA`` if the parts of every fused linear share lora_a, as after training on fused
     linears, and ``CanonicalLoRA`` otherwise.
 
     Args:
-        root: Where to write; exists and is empty.
-        adapter: What to write.
+        root: The directory to write to, which exists and is empty.
+        adapter: The adapter to write.
         pretrained_checkpoint: Path of the Megatron base, for Megatron-Bridge's merge.
         iteration: Number of the save.
 
@@ -74,7 +74,7 @@ def _one_scale(adapter: LoraAdapter) -> float:
 
 
 def _adapted_linears(adapter: LoraAdapter) -> list[str]:
-    """Return the linears that are adapted, each in every layer and with the same parts."""
+    """Return the adapted linears, after checking that all layers adapt the same parts of them."""
     modules = set(adapter.modules)
     adapted = []
     for linear in LINEARS:
@@ -105,7 +105,7 @@ def _is_fused(adapter: LoraAdapter, linear: str) -> bool:
 
 
 def _parts(adapter: LoraAdapter, linear: str, *, is_canonical: bool) -> dict[str, list[Pair]]:
-    """Return the factors of every layer, by the key of what carries them."""
+    """Return the factors of every layer, by the key prefix that they are saved under."""
     names = _names(adapter, linear)
     prefix = f"decoder.layers.{LINEARS[linear]}.{linear}.adapter"
     if not is_canonical or linear not in CANONICAL_PARTS:

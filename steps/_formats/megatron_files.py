@@ -1,7 +1,7 @@
-"""The files around the tensors of a Megatron checkpoint, as Megatron-Bridge 0.3 and later read.
+"""Writes the files around the tensors of a Megatron checkpoint, for Megatron-Bridge 0.3 and later.
 
-Of two generations on disk this is the older (``common.pt``, four fields in ``metadata.json``),
-which every version reads.
+Of the two generations of this layout, this is the older one (``common.pt``, four fields in
+``metadata.json``), which all versions read.
 
 Source: Megatron-Bridge, training/checkpointing.py; Megatron-LM, core/dist_checkpointing.
 """
@@ -78,7 +78,7 @@ def run_config_sections(
 
 
 def _save(value: Mapping[str, Any], path: Path) -> None:
-    """Write a few kB by way of memory: torch's own file does not say why it cannot be written."""
+    """Save a small value by way of memory: torch does not say why it cannot write its own file."""
     held = io.BytesIO()
     torch.save(value, held)
     path.write_bytes(held.getvalue())

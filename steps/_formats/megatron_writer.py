@@ -73,15 +73,15 @@ def publish_megatron(
 
     Args:
         root: The checkpoint's final directory; an earlier artifact there is replaced.
-        weights: What to write.
-        source: Hugging Face directory whose config, tokenizer and chat template go along.
-        source_name: What the run config names as the source model.
-        produced_by: Goes into ``artifact.json``.
-        inputs: Go into ``artifact.json``.
+        weights: The weights to write.
+        source: Hugging Face directory whose config, tokenizer and chat template are copied.
+        source_name: The source model's name in the run config.
+        produced_by: Producer for ``artifact.json``.
+        inputs: Inputs for ``artifact.json``.
         show_progress: Print a line every few seconds.
-        compare: Gets the weights as they are read back; what it returns goes into the properties.
-        resume_key: What the bytes depend on; a run that was killed is gone on with, see
-            ``publish``. Without it the work starts anew.
+        compare: Gets the weights as they are read back; returns further properties.
+        resume_key: Digest of what the bytes depend on: a killed run with the same key is continued,
+            see ``publish``. Without it the work starts over.
 
     Raises:
         NemotronError: As ``write_megatron``, ``publish`` and ``compare``; ``artifact_damaged``
@@ -116,14 +116,14 @@ def write_megatron(
 ) -> Written:
     """Write weights as a Megatron checkpoint.
 
-    Each file's writer holds a block of each part of a tensor. The files that mark a checkpoint as
-    complete come last.
+    For each file that is being written, a block of each part of a tensor is held. The files that
+    mark the checkpoint as complete are written last.
 
     Args:
-        root: Where to write; exists and holds nothing else.
-        weights: What to write.
-        source: Hugging Face directory whose config, tokenizer and chat template go along.
-        source_name: What the run config names as the source model.
+        root: The directory to write to, which exists and holds nothing else.
+        weights: The weights to write.
+        source: Hugging Face directory whose config, tokenizer and chat template are copied.
+        source_name: The source model's name in the run config.
 
     Raises:
         NemotronError: ``weights_dtype``: tensors that share one Megatron tensor differ in type.

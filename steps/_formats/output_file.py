@@ -1,4 +1,4 @@
-"""A new file that is on the disk when it is done, and on its way there while it is written."""
+"""Writes a new file, sending it to the disk all the while, so that the final fsync is short."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Self
 
-_WRITE_OUT_BYTES = 1 << 26  # that are sent to the disk at once
+_WRITE_OUT_BYTES = 1 << 26  # sent to the disk at a time
 _SYNC_FILE_RANGE_WRITE = 2  # of fcntl.h: begin to write out, and do not wait
 _C_LIBRARY = ctypes.CDLL(None)
 
@@ -43,11 +43,11 @@ class OutputFile:
             self._stream.close()
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append bytes, behind all that was written; they may change or go when this returns."""
+        """Append bytes; the buffer may be reused when this returns."""
         return self.write_at(self.size_bytes, data)
 
     def write_at(self, start: int, data: bytes | memoryview) -> int:
-        """Write bytes at a place of their own, also from several threads at a time."""
+        """Write bytes at a position; several threads may write at once."""
         view = memoryview(data).cast("B")
         written = 0
         while written < len(view):  # Linux writes 2 GiB at most in one call
@@ -62,7 +62,7 @@ class OutputFile:
         return written
 
     def _begin_to_write_out(self) -> None:
-        """Have the disk begin with what would else all be left to the fsync."""
+        """Let the kernel begin to write what would otherwise all be left to the fsync."""
         if hasattr(_C_LIBRARY, "sync_file_range"):  # Linux
             whole_file = ctypes.c_int64(0), ctypes.c_int64(0)
             _C_LIBRARY.sync_file_range(self._stream.fileno(), *whole_file, _SYNC_FILE_RANGE_WRITE)

@@ -1,6 +1,6 @@
-"""One safetensors file: read single tensors by offset, write it tensor by tensor.
+"""One safetensors file: reads single tensors by offset, writes it block by block.
 
-The safetensors library needs a whole file's tensors in memory to write them; this writer needs a
+To write a file, the safetensors library needs all of its tensors in memory; this writer needs a
 block of one.
 The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape,
 [start, end) in the data), the data.
@@ -32,7 +32,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: type name, shape, first byte and end in the file."""
+    """One tensor in the file: name of its type, shape, first byte and end."""
 
     dtype_name: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class TensorEntry:
 
 
 class SafetensorsFile:
-    """A safetensors file opened for reading; nothing but the header is read until asked for.
+    """A safetensors file opened for reading; only the header is read until a tensor is asked for.
 
     Raises:
         NemotronError: ``artifact_damaged``: the header does not parse, or the file is shorter or
@@ -66,7 +66,7 @@ class SafetensorsFile:
             raise damaged(path, f"the file has {size_bytes} bytes; its header says {end}")
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, which lies in the page cache until it is used; see ``map_tensor``.
+        """Return one tensor, whose memory is the page cache; see ``map_tensor``.
 
         Raises:
             NemotronError: ``weights_dtype`` (as ``dtype``) or ``artifact_damaged``.
@@ -113,17 +113,17 @@ def write_safetensors(
 
     Args:
         path: The file.
-        names: Tensors, in the order to write those of one type.
+        names: Names of the tensors; those of one type are written in this order.
         shape: Returns the shape of a tensor.
         dtype: Returns the type of a tensor.
         blocks: Returns a tensor in blocks of its rows, each written before the next one is asked
-            for; called once per name, by other threads.
+            for; called once per name, in other threads.
         metadata: Text entries beside the obligatory ``format``.
         num_at_a_time: Tensors that are written at a time.
 
     Returns:
-        What the file consists of: its header with the length in front, and the names of the tensors
-        in the order in which their bytes follow.
+        The header with its length in front, and the names of the tensors in the order in which
+        their bytes follow.
 
     Raises:
         ValueError: A tensor is not of its shape and type.

@@ -1,4 +1,4 @@
-"""Work on many things at a time, by threads that end with the first error."""
+"""Works on many things at a time, in threads that stop at the first error."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import TypeVar
 
-# Tensors, or files of one tensor after the other, that are read or written at a time: as a rule a
-# block of each is held, and one whole where it was saved in pieces.
+# How many tensors or files are read or written at a time. Usually a block of each is held; a tensor
+# that was saved in pieces is held whole.
 NUM_AT_A_TIME = min(4, os.cpu_count() or 1)
 
 Each = TypeVar("Each")
@@ -23,18 +23,18 @@ def in_threads(
     num_threads: int,
     stop: Callable[[], None] | None = None,
 ) -> list[Result]:
-    """Return ``work`` of each, in their order; the first that fails, or an interrupt, is raised.
+    """Return the results of ``work`` in the order of ``each``; raise the first error or interrupt.
 
-    What has not begun by then is not done, and what has begun is waited for.
+    After an error, calls that have not begun are dropped, and those that have begun are waited for.
 
     Args:
-        work: Called by other threads, under the settings of torch that are the caller's.
+        work: Called in other threads, with the caller's settings of torch.
         each: What to work on.
         num_threads: Calls at a time.
-        stop: Called where one fails, so that those that have begun may end soon.
+        stop: Called after an error, so that calls that have begun can end soon.
     """
     with ThreadPoolExecutor(num_threads) as threads:
-        # Whichever way torch keeps its settings.
+        # The context is copied because torch may keep some of its settings there.
         running = [threads.submit(copy_context().run, work, one) for one in each]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)

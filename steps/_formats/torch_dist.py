@@ -1,8 +1,8 @@
-"""Directories of torch.distributed.checkpoint (DCP), read without a process group.
+"""Reads directories of torch.distributed.checkpoint (DCP) without a process group.
 
-A tensor is stored as chunks, each with its place in the global tensor; reading a slice opens only
-the chunks that intersect it, each by ``torch.load(weights_only=True)`` on its own byte range, so
-that nothing in a checkpoint can run code.
+A tensor is stored as chunks, each with its offsets in the global tensor. To read a slice, only the
+chunks that intersect it are opened, each by ``torch.load(weights_only=True)`` on its own byte
+range, so that nothing in a checkpoint can run code.
 """
 
 from __future__ import annotations
@@ -85,10 +85,7 @@ class TorchDistReader:
         return self._tensors[name].properties.dtype
 
     def starts(self, name: str, dim: int) -> tuple[int, ...]:
-        """Return where the chunks of a tensor begin along a dimension, from the first to the last.
-
-        That is how its writer had split it.
-        """
+        """Return where a tensor's chunks begin along a dimension, ascending: how it was split."""
         return tuple(sorted({chunk.offsets[dim] for chunk in self._chunks[name]}))
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Tensor:
@@ -151,7 +148,7 @@ class TorchDistReader:
 
 
 def _load_part(path: Path, chunk: Chunk) -> Any:
-    """Return what ``torch.load`` makes of a byte range; a contiguous tensor is not copied."""
+    """Return what ``torch.load`` reads in a byte range; a contiguous tensor is not copied."""
     with path.open("rb", buffering=0) as stream:
         part = io.BufferedReader(_Part(stream, chunk.start, chunk.length_bytes))
         described = torch.load(part, map_location="meta", weights_only=True)
@@ -167,7 +164,7 @@ def _load_part(path: Path, chunk: Chunk) -> Any:
 
 
 class _Part(io.RawIOBase):
-    """A byte range of an open file, as a file: spares torch.load a copy of what it reads."""
+    """A byte range of an open file as a file, so that torch.load need not be given a copy."""
 
     def __init__(self, stream: io.FileIO, start: int, length_bytes: int) -> None:
         self._stream, self._start, self._length_bytes = stream, start, length_bytes
@@ -210,7 +207,7 @@ def _locate_chunks(
 def _intersect(
     chunk: Chunk, starts: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Return the common box in the chunk's and in the result's own coordinates, or None."""
+    """Return the intersection in the chunk's and in the result's coordinates; None if empty."""
     source, target = [], []
     for offset, length, start, size in zip(chunk.offsets, chunk.sizes, starts, sizes, strict=True):
         low, high = max(offset, start), min(offset + length, start + size)

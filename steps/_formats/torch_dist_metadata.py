@@ -1,9 +1,9 @@
 """The ``.metadata`` of a DCP directory: which tensors it has, and in which bytes of which file.
 
-It is a pickle of classes of torch. It is read through an unpickler that makes records of our own of
-the dozen that such a file needs, and refuses every other name: nothing in it can run code, torch's
-included, and torch.distributed.checkpoint, whose import costs half a second, is not needed. torch's
-own reader unpickles freely.
+The file is a pickle of classes of torch. Our unpickler replaces the dozen classes that such a file
+needs by records of our own and refuses every other name. So nothing in the file can run code, not
+even torch's, and torch.distributed.checkpoint, whose import takes half a second, is not needed.
+torch's own reader unpickles without restrictions.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class TensorStorageMetadata:
 
 @dataclass
 class Metadata:
-    """All of a directory; what is no ``TensorStorageMetadata`` are bytes."""
+    """The whole content; entries that are no ``TensorStorageMetadata`` are byte items."""
 
     state_dict_metadata: dict[str, Any]
     storage_data: dict[MetadataIndex, StorageInfo]
 
 
 class _Unused:
-    """Anything else that such a file holds."""
+    """Stands for everything else in such a file."""
 
     def __init__(self, *values: object) -> None:
         pass
@@ -104,7 +104,7 @@ _RECORDS: dict[tuple[str, str], Any] = {
         (f"{_CHECKPOINT}.planner", name): _Unused
         for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
     },
-    # torch notes the directory of a save as it was given to it, often as a path object.
+    # torch records the directory of a save as it was given, which may be a path object.
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib._local", "PosixPath"): PurePosixPath,
 }

@@ -1,6 +1,6 @@
 """Writes directories of torch.distributed.checkpoint (DCP) without a process group.
 
-Each data file can be written on its own; what lies where goes into ``.metadata`` at the end.
+Each data file can be written independently; ``.metadata``, written last, says what is where.
 torch's ``dcp.load`` and Megatron-Bridge read the result.
 """
 
@@ -25,7 +25,7 @@ from nemotron.steps._formats.safetensors_file import raw_bytes
 from nemotron.steps._formats.torch_dist_metadata import METADATA_FILE
 from nemotron.steps._formats.weights import DTYPE_NAMES, DTYPES, check_block, check_bytes
 
-_ALIGNMENT_BYTES = 64  # torch.save keeps to it within what it writes
+_ALIGNMENT_BYTES = 64  # as torch.save aligns tensors within what it writes
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class StoredItem:
         file: Name of the data file.
         start: First byte.
         length_bytes: Number of bytes.
-        dtype_name: safetensors' name of the type; None of an object that is no tensor.
+        dtype_name: safetensors' name of the type; None for an object that is no tensor.
         global_shape: Shape of the whole tensor.
-        offsets: Place of the chunk in the whole tensor.
+        offsets: Where the chunk begins in the whole tensor.
         sizes: Shape of the chunk.
     """
 
@@ -60,8 +60,8 @@ class TorchDistFile:
         path: The file, such as ``__0_0.distcp``.
 
     Attributes:
-        items: What was written so far.
-        blake3: Digest of the file; after the block.
+        items: The items that were written so far.
+        blake3: Digest of the file; set at the end of the block.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,8 +96,8 @@ class TorchDistFile:
 
         Args:
             name: Name of the whole tensor.
-            tensor: The chunk; every chunk of a tensor has the same type.
-            offsets: Place of the chunk in the whole tensor; zeros by default.
+            tensor: The chunk; all chunks of a tensor have the same type.
+            offsets: Where the chunk begins in the whole tensor; zeros by default.
             global_shape: Shape of the whole tensor; that of ``tensor`` by default.
         """
         sizes, dtype = tensor.shape, tensor.dtype
@@ -119,7 +119,7 @@ class TorchDistFile:
         Raises:
             ValueError: They are not of the type and shape that were announced.
         """
-        # torch.save wants a tensor: one that takes no memory, as nobody writes or reads it.
+        # torch.save needs a tensor; this one takes no memory, because nobody reads or writes it.
         placeholder = torch.empty(tuple(sizes), dtype=dtype, device="cpu")
         archive = _Archive(self._append, name, placeholder, blocks)
         start, length_bytes = self._save(placeholder, archive)
@@ -149,7 +149,7 @@ class TorchDistFile:
         try:
             torch.save(value, archive)  # type: ignore[arg-type] (it needs write() only)
         except RuntimeError:
-            # torch ends its archive also after a write that failed, and complains of the gap.
+            # torch finishes its archive even after a failed write, and then complains of the gap.
             if archive.error is not None:
                 raise archive.error from None
             raise
@@ -161,10 +161,10 @@ class TorchDistFile:
 
 
 class _Archive:
-    """What ``torch.save`` writes to; it gets a tensor's blocks instead of a placeholder's memory.
+    """The file that ``torch.save`` writes to; replaces a placeholder's memory by a tensor's blocks.
 
     Attributes:
-        error: What a write raised.
+        error: The error that a write raised, or None.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class _Archive:
         self._num_bytes = 0  # of the blocks
 
     def write(self, data: memoryview) -> int:
-        """Append what torch hands over, which is each storage's memory where it lies."""
+        """Append the data; for a storage, torch passes the storage's own memory."""
         place = np.frombuffer(data, np.uint8).ctypes.data - self._placeholder.data_ptr()
         try:
             if not 0 <= place < self._placeholder.nbytes:
@@ -195,15 +195,15 @@ class _Archive:
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing: nothing is held back."""
+        """Do nothing: nothing is buffered."""
 
     def end(self) -> None:
-        """Check that all of the tensor was written.
+        """Check that exactly the tensor was written.
 
         Raises:
-            ValueError: It was not, or more.
+            ValueError: Less was written, or more.
         """
-        if self._placeholder.nbytes == 0:  # for its bytes torch never asks
+        if self._placeholder.nbytes == 0:  # torch writes nothing for an empty tensor
             self._pass_blocks()
         shape, dtype = self._placeholder.shape, self._placeholder.dtype
         check_bytes(self._name, self._num_bytes, shape=shape, dtype=dtype)
@@ -229,12 +229,12 @@ def torch_dist_writer(directory: Path) -> Iterator[TorchDistFile]:
 
 
 def write_metadata(directory: Path, items: Iterable[StoredItem]) -> None:
-    """Write what tells readers where everything lies; its bytes depend on the items' order.
+    """Write ``.metadata``, which says where everything is; its bytes depend on the items' order.
 
     Raises:
         ValueError: The chunks of one tensor differ in type.
     """
-    # Here: it takes half a second, and a merge into Hugging Face's layout writes no metadata.
+    # Imported here: it takes half a second, and writing Hugging Face's layout does not need it.
     from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -264,10 +264,10 @@ def write_metadata(directory: Path, items: Iterable[StoredItem]) -> None:
 
 @contextlib.contextmanager
 def without_crc32() -> Iterator[None]:
-    """Keep ``torch.save`` from a sum over every byte that ``torch.load`` never looks at.
+    """Keep ``torch.save`` from computing a CRC-32, which ``torch.load`` never looks at.
 
-    It would be one over a placeholder's memory, not over what is written in its place.
-    It is a setting of the process: one block around all threads that write.
+    It would be that of a placeholder's memory, not of what is written in its place. The setting is
+    one of the whole process, so there must be one such block around all threads that write.
     """
     before = get_crc32_options()
     set_crc32_options(False)

@@ -1,9 +1,9 @@
-"""Files of weights: written several at a time, noted when complete, read back and compared.
+"""Writes files of weights, several at a time, keeps receipts of them, reads back and compares.
 
-Once a file is on the disk, it has a receipt in the ``RESUME_DIR`` of the unfinished checkpoint. A
-run that was killed and is started again takes a file as it is if its bytes are those of the
-receipt; anything that would make other bytes is part of the key under which ``publish`` keeps the
-work, so that a changed source starts anew.
+A file that is on the disk has a receipt in the ``RESUME_DIR`` of the unfinished checkpoint. When a
+killed run is started again, it keeps a file whose bytes are those in its receipt. Everything that
+the bytes depend on is part of the key under which ``publish`` keeps the work, so that with a
+changed source the work starts over.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ class Written:
     """What is known of weights that were written.
 
     Args:
-        fingerprint: Theirs, before they were written.
-        checksums: XXH3 of each, before it was written.
-        digests: BLAKE3 of each of their files, or of its pieces, by path relative to the
-            checkpoint.
+        fingerprint: Fingerprint of the weights as they went to the files.
+        checksums: XXH3 of each tensor as it went to its file.
+        digests: BLAKE3 of each file, or of its pieces, by path relative to the checkpoint.
     """
 
     fingerprint: str
@@ -68,7 +67,8 @@ class PassingWeights:
     def __init__(self, weights: Weights) -> None:
         self.config, self.names = weights.config, weights.names
         self.shape, self.dtype = weights.shape, weights.dtype
-        # What is read back is compared by XXH3, at six times the speed: no one means harm yet.
+        # What is read back is compared by XXH3, which is six times as fast as BLAKE3: nobody has
+        # had a chance to tamper with it.
         checked = DigestedWeights(weights, xxh3_128)
         self._digested = DigestedWeights(checked)
         self.read = self._digested.read
@@ -82,16 +82,16 @@ class PassingWeights:
             yield block
 
     def stop(self) -> None:
-        """Let whoever asks for another block end with ``CancelledError``."""
+        """Make the next request for a block raise ``CancelledError``."""
         self._stopped.set()
 
     def receipt(self, names: Iterable[str]) -> Receipt:
-        """Return what a file's receipt has of its tensors."""
+        """Return what a file's receipt says of its tensors."""
         names = list(names)
         return {"tensors": self.blake3.entries(names), "checksums": self._checksums.entries(names)}
 
     def written(self, receipts: Mapping[str, Receipt]) -> Written:
-        """Return what is known of all weights, those of files that were there already included."""
+        """Return what is known of all weights, including those in files of an earlier run."""
         for receipt in receipts.values():
             self.blake3.restore(receipt["tensors"])
             self._checksums.restore(receipt["checksums"])
@@ -111,9 +111,9 @@ def write_files(
     Args:
         root: The unfinished checkpoint; receipts are kept if it has a ``RESUME_DIR``.
         files: Paths relative to ``root``.
-        write: Writes one of them, down to the disk, and returns plain JSON values, among them its
-            ``blake3`` as ``FileEntry`` has it. Not called for a file that has a receipt.
-        stop: Called where one fails, so that the others do not go on to their end.
+        write: Writes one file to the disk and returns its receipt: plain JSON values, among them
+            its ``blake3`` as in ``FileEntry``. Not called for a file that has a receipt already.
+        stop: Called if a file fails, so that the others are not written to their end.
     """
 
     def write_or_find(file: str) -> Receipt:
@@ -123,7 +123,7 @@ def write_files(
         text = json.dumps(write(file))
         if (root / RESUME_DIR).is_dir():
             write_text(_receipt_path(root, file), text)
-        return json.loads(text)  # as it will be found: pickle tells equal strings from the same
+        return json.loads(text)  # as a resumed run finds it: pickle tells equal from same strings
 
     files = list(files)
     with one_torch_thread():
@@ -133,7 +133,7 @@ def write_files(
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Have torch compute where it is called: its own threads would spin in the way of ours."""
+    """Keep torch from starting threads of its own, which would compete with ours for the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -143,9 +143,9 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def work_key(produced_by: Producer, sources: Iterable[Path]) -> str:
-    """Return the digest of all that the bytes of a conversion depend on.
+    """Return the digest of everything that the bytes of a conversion depend on.
 
-    That is the code, and every file below ``sources`` by name, size and time of its last change.
+    That is the code, and every file below ``sources`` by its name, size and time of last change.
     """
     code = hashlib.sha256()
     package = Path(__file__).parent.parent
@@ -167,10 +167,10 @@ def read_back(
     where: Path,
     compare: Compare | None = None,
 ) -> dict[str, Any]:
-    """Read weights that were just written, and return what ``compare`` makes of them.
+    """Read weights that were just written, verify them, and return the result of ``compare``.
 
-    Each tensor's checksum is compared with that of what was to be written: making a fused or merged
-    tensor again, to compare it bit by bit, takes longer and proves no more.
+    The checksum of each tensor must be that of the tensor that was to be written. To make a fused
+    or merged tensor once more and compare all bits would take longer and prove no more.
 
     Raises:
         NemotronError: ``artifact_damaged``: they are not those that were written; and what
@@ -185,7 +185,7 @@ def read_back(
     except NemotronError as error:
         problem = error
     name = written.checksums.first_difference(reread.all_digests())
-    if name is not None:  # the cause, where both are wrong
+    if name is not None:  # the cause, if compare has found a problem as well
         raise damaged(where, f"{name} does not read back as it was written")
     if problem is not None:
         raise problem
@@ -193,15 +193,15 @@ def read_back(
 
 
 def _return_freed_memory() -> None:
-    """Have the C library give back what is freed of tensors; what comes now is larger than they."""
+    """Return the memory of freed tensors to the kernel: what is allocated next is larger."""
     library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):  # glibc, which else keeps pieces of up to 32 MB
+    if hasattr(library, "malloc_trim"):  # glibc, which otherwise keeps pieces of up to 32 MB
         library.mallopt(_M_MMAP_THRESHOLD, 4_000_000)
         library.malloc_trim(0)
 
 
 def _find_receipt(root: Path, file: str) -> Receipt | None:
-    """Return the receipt of a file whose content is what it says."""
+    """Return the receipt of a file, if it has one and its bytes are as the receipt says."""
     try:
         receipt: Receipt = json.loads(_receipt_path(root, file).read_bytes())
         size_bytes = (root / file).stat().st_size

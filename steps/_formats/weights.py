@@ -1,8 +1,8 @@
 """What all checkpoint formats have in common: weights by Hugging Face name, one tensor at a time.
 
-Converting, merging and fingerprinting are written against this protocol, so that they work the same
-on a Hugging Face directory, on a Megatron checkpoint and on a base with an adapter merged into it,
-and hold a block of each tensor that they are at.
+Converting, merging and fingerprinting are written against this protocol. So they work the same on a
+Hugging Face directory, on a Megatron checkpoint and on a base with an adapter merged into it, and
+hold only a block of each tensor that they are working on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PROGRESS_SECONDS = 5.0
-_ELEMENTS_AT_A_TIME = 1 << 18  # of a block: small enough for a core's cache, even as fp32
+_ELEMENTS_AT_A_TIME = 1 << 18  # per block: small enough for a core's cache, even as fp32
 
 
 class Weights(Protocol):
@@ -63,15 +63,15 @@ class Weights(Protocol):
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield one tensor as blocks of its rows, in order; see ``row_blocks``.
 
-        A block holds what it holds until the next one is asked for.
+        A block may be overwritten when the next one is asked for.
         """
         ...
 
 
 def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor's rows in order, as views of what a core's cache holds; at least one.
+    """Yield a tensor's rows in order, at least one block, as views that fit in a core's cache.
 
-    What is done with one after the other, made, hashed, written, need not go through memory.
+    A block that is made, hashed and written before the next one does not go through main memory.
     """
     if tensor.dim() == 0:
         yield tensor
@@ -80,7 +80,7 @@ def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def rows_of_a_block(row_elements: int) -> int:
-    """Return how many rows of so many elements a block has."""
+    """Return how many rows a block has, given the elements of a row."""
     return max(1, _ELEMENTS_AT_A_TIME // max(1, row_elements))
 
 
@@ -90,7 +90,7 @@ def size_bytes(weights: Weights, name: str) -> int:
 
 
 def check_block(name: str, block: Tensor, *, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Check that a block may be rows of a tensor, which may be stacked in leading dimensions.
+    """Check that a block has the type and the shape of a tensor's rows; the tensor may be stacked.
 
     Raises:
         ValueError: It is of another type, or its rows are of another shape.
@@ -101,10 +101,10 @@ def check_block(name: str, block: Tensor, *, shape: Sequence[int], dtype: torch.
 
 
 def check_bytes(name: str, num_bytes: int, *, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Check that the blocks of a tensor had as many bytes as it has.
+    """Check that the blocks of a tensor had as many bytes as the tensor.
 
     Raises:
-        ValueError: They had not.
+        ValueError: They had more or fewer.
     """
     if num_bytes != math.prod(shape) * dtype.itemsize:
         raise _not_as_announced(name)
@@ -115,11 +115,11 @@ def _not_as_announced(name: str) -> ValueError:
 
 
 class ReportedWeights:
-    """Weights that print one line to stderr every few seconds of being read; see ``Weights``.
+    """Weights that print a line of progress to stderr every few seconds; see ``Weights``.
 
     Args:
-        weights: What to read.
-        label: Beginning of the lines: what the reading is for.
+        weights: The weights that are read.
+        label: Start of the lines, which says what they are read for.
     """
 
     def __init__(self, weights: Weights, label: str) -> None:
@@ -149,8 +149,9 @@ class ReportedWeights:
 def all_finite(tensor: Tensor) -> bool:
     """Return whether a tensor holds neither NaN nor an infinity.
 
-    A sum is finite only if all its terms are, and takes a twentieth of torch.isfinite's time. One
-    that is not may have overflowed: both ends of the range are NaN where any value is.
+    A sum is finite only if all of its terms are, and takes a twentieth of the time of
+    torch.isfinite. A sum that is not finite may only have overflowed: then the smallest and the
+    largest value tell, which are NaN if any value is.
     """
     if tensor.sum().isfinite():
         return True
@@ -202,12 +203,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def pickled_weights(directory: Path, problem: str, script: str) -> NemotronError:
-    """Return the error of a directory whose weights are pickles, with the command to convert it.
+    """Return the error of a directory whose weights are pickles, with a command to convert it.
 
     Args:
         directory: The directory.
         problem: What is wrong.
-        script: Python that converts the first argument, a directory, into the second.
+        script: Python code that converts the directory in its first argument into the second.
     """
     target = directory.with_name(f"{directory.name}-safetensors")
     command = shlex.join(["python", "-c", script, str(directory), str(target)])
@@ -222,7 +223,7 @@ def pickled_weights(directory: Path, problem: str, script: str) -> NemotronError
 
 
 def damaged(path: object, problem: str) -> NemotronError:
-    """Return the error of a checkpoint file that cannot be what its writer wrote."""
+    """Return the error of a checkpoint file that is not as it was written."""
     return NemotronError(
         "artifact_damaged",
         f"{path}: {problem}",

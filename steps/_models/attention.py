@@ -1,8 +1,8 @@
-"""Attention on packed rows: heads taken out of the qkv output and rotated, documents kept apart.
+"""Attention on packed rows: splits the qkv output into rotated heads, and keeps documents apart.
 
-Both functions keep only what their gradients need: ``rotated_heads`` nothing but the tables that
-all layers share (and its input, where heads are normed), ``packed_attention`` its inputs, its
-output and one number a token and head.
+Both functions save only what their gradients need: ``rotated_heads`` nothing but the tables that
+all layers share (and its input, if heads are normed), ``packed_attention`` its inputs, its output
+and one number per token and head.
 
 S tokens, N attention heads, G key/value heads, D head dimension.
 """
@@ -36,11 +36,11 @@ class HeadNorms(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """Where the documents of a micro batch lie; all layers share one, and what it has computed.
+    """The documents of a micro batch; all layers share one of these, with what it has computed.
 
     Attributes:
         cu_seqlens: Boundaries of the documents, from 0 to S.
-        rotary: Of ``rotary_tables``.
+        rotary: The result of ``rotary_tables``.
     """
 
     cu_seqlens: Sequence[int]
@@ -48,9 +48,9 @@ class PackedDocuments:
 
     @cached_property
     def bounds(self) -> Tensor:
-        """The boundaries where the tables are, int32."""
+        """The boundaries on the device of the tables, int32."""
         bounds = torch.tensor(self.cu_seqlens, dtype=torch.int32)
-        # Else it waits for all before it.
+        # A blocking copy would wait for all earlier work on the GPU.
         return bounds.to(self.rotary[0].device, non_blocking=True)
 
     @cached_property
@@ -64,11 +64,11 @@ def rotary_tables(
 ) -> Rotary:
     """Return cosine, [S, 1, 1, D], and sine, [S, 1, 1, D / 2], of every token's angles.
 
-    Both halves of a head have the same angles; the cosine is there for each.
+    Both halves of a head have the same angles; the cosine is repeated for the second half.
     """
     num_tokens = cu_seqlens[-1]
     bounds = torch.tensor(cu_seqlens).to(device, non_blocking=True)
-    # The size is given: a GPU would be waited for to tell it.
+    # With the size given, the host need not wait for the GPU to compute it.
     starts_S = bounds[:-1].repeat_interleave(bounds.diff(), output_size=num_tokens)
     positions_S = torch.arange(num_tokens, device=device) - starts_S
     frequencies = rotary_frequencies(config).to(device, non_blocking=True)
@@ -80,7 +80,7 @@ def rotary_tables(
 def rotary_frequencies(config: DecoderConfig) -> Tensor:
     """Return the angle per position of every pair of features, [D / 2] fp32.
 
-    In fp32 as every peer computes them: a checkpoint was trained with their rounding.
+    In fp32, as all other implementations compute them: checkpoints were trained with this rounding.
 
     Llama 3.1's ``rope_scaling`` keeps the high frequencies, divides the low ones by ``factor`` and
     blends between.
@@ -105,11 +105,11 @@ def rotated_heads(
     Args:
         qkv_SGXD: linear_qkv's output, [S, G, N / G + 2, D]: of each KV group its queries, its key
             and its value.
-        rotary: Of ``rotary_tables``.
+        rotary: The result of ``rotary_tables``.
         norms: Norms of the heads before they are rotated.
 
-    The halves of every head are rotated against each other, as in checkpoints of Llama. Source: Su
-    et al. 2021 (arXiv:2104.09864), equation 34.
+    Feature i of a head's first half is rotated with feature i of its second half, as in checkpoints
+    of Llama. Source: Su et al. 2021 (arXiv:2104.09864), equation 34.
     """
     return _RotatedHeads.apply(qkv_SGXD, *rotary, norms)
 
@@ -138,7 +138,7 @@ class _RotatedHeads(torch.autograd.Function):
         dquery, dkey, dvalue = (
             gradient.view(part.shape) for gradient, part in zip(grad_outputs, parts, strict=True)
         )
-        # A rotation's gradient is the rotation by the angle's negative.
+        # The gradient of a rotation is the rotation by the negative angle.
         _rotate(dquery, cos, -sin, out=parts[0])
         _rotate(dkey, cos, -sin, out=parts[1])
         parts[2].copy_(dvalue)
@@ -208,12 +208,12 @@ def flash_on_gpu(
 
 @cache
 def _varlen_attention() -> tuple[Callable[..., Any], dict[str, Any], bool]:
-    """Return torch's function, what makes it causal, and whether it wants to know of groups.
+    """Return torch's function, the options that make it causal, and whether it has a group flag.
 
-    Torch 2.10 has a flag that makes it causal, later ones a window. Grouped heads need a flag of
-    their own since torch 2.12.
+    It is made causal by a flag in torch 2.10, and by a window in later versions. Since torch 2.12
+    grouped heads need a flag of their own.
     """
-    # Here, because it imports torch's compiler: half a second of every start elsewhere.
+    # Imported here, because it imports torch's compiler: half a second of every start otherwise.
     from torch.nn.attention.varlen import varlen_attn
 
     parameters = inspect.signature(varlen_attn).parameters
@@ -223,10 +223,10 @@ def _varlen_attention() -> tuple[Callable[..., Any], dict[str, Any], bool]:
 
 
 class _FlashOnCpu(torch.autograd.Function):
-    """The kernels that ``scaled_dot_product_attention`` runs on a CPU, their outputs in one tensor.
+    """The kernels that ``scaled_dot_product_attention`` runs on a CPU, with one output tensor.
 
-    Called through ``scaled_dot_product_attention`` each document's output would be held twice: by
-    autograd, and in the tensor that all of them are put together in.
+    Through ``scaled_dot_product_attention``, each document's output would be held twice: by
+    autograd, and in the tensor that all outputs are concatenated to.
     """
 
     @staticmethod
@@ -264,7 +264,7 @@ class _FlashOnCpu(torch.autograd.Function):
 def attention_by_document(
     query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, documents: PackedDocuments
 ) -> Tensor:
-    """Return the same by a call a document, of any type on any device."""
+    """Return the same by one call per document, for any type on any device."""
     num_heads = query_SND.shape[1]
     heads = query_SND, for_every_head(key_SGD, num_heads), for_every_head(value_SGD, num_heads)
     by_document = (_by_document(each, documents.cu_seqlens) for each in heads)
@@ -274,10 +274,10 @@ def attention_by_document(
 
 
 def for_every_head(heads_SGD: Tensor, num_heads: int) -> Tensor:
-    """Return keys or values once for every query head, [S, N, D].
+    """Return keys or values repeated for every query head, [S, N, D].
 
-    Of a GPU's kernels flash attention alone knows groups, and it takes neither fp32 nor a mask: for
-    those torch would hold all scores.
+    On a GPU only the flash kernel supports groups, and it takes neither fp32 nor a mask; without
+    it, torch would hold all scores.
     """
     return heads_SGD.repeat_interleave(num_heads // heads_SGD.shape[1], dim=1)
 

@@ -1,9 +1,9 @@
-"""Model families as Hugging Face describes them: ``config.json`` read into sizes, and written.
+"""Model families as Hugging Face describes them: reads and writes the sizes in ``config.json``.
 
-Four families are one decoder with switches: Llama 2 and 3, Mistral (its own head size, a sliding
-window), Qwen2 and 2.5 (a bias on q, k and v), Qwen3 (RMS norms on every query and key head). Both
-spellings are read: transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``).
-A field that is absent means what the family's class in transformers takes it to mean.
+The four families are one decoder with switches: Llama 2 and 3, Mistral (its own head size, a
+sliding window), Qwen2 and 2.5 (a bias on q, k and v), Qwen3 (RMS norms on every query and key
+head). Both spellings are read: that of transformers 4 (``rope_theta``, ``rope_scaling``) and that
+of 5 (``rope_parameters``). An absent field has the default of the family's class in transformers.
 
 Source: transformers, configuration_{llama,mistral,qwen2,qwen3}.py, 4.57 and 5.23.
 """
@@ -22,7 +22,7 @@ ROPE_SCALING_KEYS = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
-# What the model code takes for granted; a config that says otherwise is refused.
+# What the model code assumes; a config that says something else is refused.
 _REQUIRED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -86,9 +86,9 @@ def sizes_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hf_from_sizes(sizes: Mapping[str, Any], *, dtype_name: str) -> dict[str, Any]:
-    """Return a ``config.json`` for a model that was never a Hugging Face one, inverse of the above.
+    """Return a ``config.json`` for a model that never had one; the inverse of ``sizes_from_hf``.
 
-    In the spelling of transformers 4, which 5 reads as well.
+    It is in the spelling of transformers 4, which transformers 5 also reads.
 
     Args:
         sizes: Fields of ``DecoderConfig``.
@@ -127,8 +127,8 @@ def hf_from_sizes(sizes: Mapping[str, Any], *, dtype_name: str) -> dict[str, Any
 def in_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a ``config.json`` that transformers 4 and 5 read as the same model.
 
-    transformers 4 takes no notice of ``rope_parameters``, nor of a ``rope_theta`` in
-    ``rope_scaling``, and computes with a base of 10000.
+    transformers 4 ignores ``rope_parameters``, and a ``rope_theta`` inside ``rope_scaling``, and
+    would compute with a base of 10000.
     """
     rope = _rope(config)
     if not config.get("rope_parameters") and "rope_theta" not in rope:
@@ -145,7 +145,7 @@ def in_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the description of the rotary embedding that transformers 5 goes by."""
+    """Return the description of the rotary embedding that transformers 5 uses."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
@@ -199,9 +199,9 @@ def _window_size(config: Mapping[str, Any]) -> int | None:
 
 
 def _refuse_two_rotations(config: Mapping[str, Any]) -> None:
-    """Refuse a config whose spellings contradict each other, as after a trip through both.
+    """Refuse a config whose two spellings contradict each other.
 
-    Where two bases are stated, transformers 4 goes by the outer one and 5 by the inner one.
+    If it states two bases, transformers 4 uses the outer one and transformers 5 the inner one.
     """
     ropes = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
     bases = {each.get("rope_theta") for each in (config, *ropes)} - {None, _rotary_base(config)}

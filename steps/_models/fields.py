@@ -1,4 +1,4 @@
-"""Single fields of a model's config: of a type, held to one value, or refused by name."""
+"""Reads single fields of a model's config, and refuses those that have another type or value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemotron.errors import ExitCode, NemotronError
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a field that a model cannot do without.
+    """Return the value of a field that every model must have.
 
     Raises:
         NemotronError: ``model_unsupported``: it is absent or null.
@@ -64,7 +64,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def refuse_other_values(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a config in which a field of ``wanted`` has another value than that, or than null.
+    """Refuse a config in which a field of ``wanted`` has a value other than that or null.
 
     Raises:
         NemotronError: ``model_unsupported``, naming the first such field.
@@ -75,7 +75,7 @@ def refuse_other_values(config: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 
 
 def unsupported(problem: str) -> NemotronError:
-    """Return the error of a model that the model code would compute otherwise than its makers."""
+    """Return the error of a model that the model code would not compute as it was trained."""
     return NemotronError(
         "model_unsupported",
         problem,

@@ -1,8 +1,8 @@
-"""The decoder in plain torch, in Megatron's names: frozen base, LoRA where asked, packed rows.
+"""The decoder in plain torch, in Megatron's names: frozen base, optional LoRA, packed rows.
 
-Activations are [S, H]: the tokens of a micro batch in one dimension, its documents one after the
-other, with ``cu_seqlens`` as their boundaries. Documents never attend to each other, and positions
-restart at each.
+Activations are [S, H]: the tokens of a micro batch in one dimension, one document after another,
+with ``cu_seqlens`` as the documents' boundaries. Documents never attend to each other, and
+positions restart in each.
 
 S tokens, H hidden, N attention heads, G key/value heads, D head dimension, T tensor-parallel size.
 """
@@ -46,7 +46,7 @@ from nemotron.steps._tensor_parallel.vocabulary import (
 
 
 class Split(TypedDict):
-    """How every part of the model is split, as the parts' constructors take it."""
+    """How every part of the model is split; keyword arguments of the parts' constructors."""
 
     group: ProcessGroup
     dtype: torch.dtype
@@ -55,10 +55,10 @@ class Split(TypedDict):
 
 @dataclass(frozen=True)
 class LoraTargets:
-    """Which linears get an adapter, by patterns on Megatron's names, and each one's shape.
+    """Which linears get an adapter, by patterns on Megatron's names, and the adapters' shapes.
 
-    ``rank_pattern`` and ``alpha_pattern`` replace ``spec``'s dim and alpha in the linears that a
-    pattern names; of several, the first counts.
+    ``rank_pattern`` and ``alpha_pattern`` replace the dim and alpha of ``spec`` in the linears that
+    a pattern names; the first pattern that matches counts.
     """
 
     modules: Collection[str]
@@ -67,7 +67,7 @@ class LoraTargets:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, linear: str) -> LoraSpec | None:
-        """Return the adapter of a linear, given by its full name; None where it is no target."""
+        """Return the adapter's spec for a linear, given by its full name; None if it gets none."""
         if first_match(self.modules, linear) is None:
             return None
         rank, alpha = (
@@ -128,7 +128,7 @@ class GPTModel(nn.Module):
         )
         self.final_layernorm: Tensor
         self.register_buffer("final_layernorm", torch.ones(config.hidden_size, dtype=dtype))
-        # Frozen, so a tied output layer on another stage than the embedding is a copy of its own.
+        # The base is frozen: if a tied output layer is on another stage, it can be a copy.
         tied = config.share_embeddings_and_output_weights and self.is_first
         rows = vocabulary_rows(config.vocab_size, group)
         shape = (rows.stop - rows.start, config.hidden_size)
@@ -140,14 +140,14 @@ class GPTModel(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """This rank's rows of the output layer, [V / T, H]; the embedding's where they are tied."""
+        """This rank's rows of the output layer, [V / T, H]; the embedding's if it is tied."""
         if self.output_layer is not None:
             return self.output_layer
         assert self.word_embeddings is not None  # only the last layers have an output layer
         return self.word_embeddings.weight
 
     def rows_per_rank(self, num_tokens: int) -> int:
-        """Return the rows of activations between layers that a rank has: S, or S / T padded."""
+        """Return the rows that a rank has of activations between layers: S, or S / T rounded up."""
         return -(-num_tokens // self.group.size) if self.sequence_parallel else num_tokens
 
     def forward(
@@ -164,8 +164,8 @@ class GPTModel(nn.Module):
         Args:
             tokens_S: Token ids, int64.
             cu_seqlens: Boundaries of the documents, from 0 to S.
-            dropout: What identifies the rows, while training with LoRA dropout.
-            received_SH: Activations of the layer before these; None where these are the first.
+            dropout: The identity of the rows, while training with LoRA dropout.
+            received_SH: Output of the layer before this part's; None if this part has the first.
         """
         num_tokens = len(tokens_S)
         if self.sequence_parallel:
@@ -184,7 +184,7 @@ class GPTModel(nn.Module):
         if not self.sequence_parallel:
             return x_SH
         whole_SH = gather_sequence(x_SH, self.group)
-        # A slice's gradient is a copy, also where nothing is cut off.
+        # The gradient of a slice is a copy even if nothing was cut off.
         return whole_SH if len(whole_SH) == num_tokens else whole_SH[:num_tokens]
 
     def loss(self, hidden_SH: Tensor, labels_S: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class GPTModel(nn.Module):
     def _pad(
         self, tokens_S: Tensor, cu_seqlens: Sequence[int], dropout: DropoutRows | None
     ) -> tuple[Tensor, Sequence[int], DropoutRows | None]:
-        """Return the micro batch with a last document that makes S a multiple of T."""
+        """Return the micro batch with a last document of padding that makes S a multiple of T."""
         num_missing = -len(tokens_S) % self.group.size
         if num_missing == 0:
             return tokens_S, cu_seqlens, dropout
@@ -225,8 +225,8 @@ class GPTModel(nn.Module):
         return padded, [*cu_seqlens, len(padded)], dropout
 
 
-# Reentrant checkpointing would lose the gradients of adapters on a frozen base. States of random
-# generators need not be kept: dropout, all that is drawn, has keys.
+# Reentrant checkpointing would lose the gradients of adapters on a frozen base. The states of
+# random generators need not be kept: only dropout is random, and it is drawn from keys.
 _recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 

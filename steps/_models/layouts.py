@@ -1,9 +1,9 @@
-"""Names and layouts of weights and LoRA factors: Hugging Face on one side, Megatron on the other.
+"""Translates names and layouts of weights and LoRA factors between Hugging Face and Megatron.
 
 Megatron fuses q, k and v into ``linear_qkv`` (rows ordered by KV group: the group's query heads,
 then its key head, then its value head) and gate and up into ``linear_fc1`` (all gate rows, then all
-up rows). Everything else is a renaming. All functions here move rows and never compute, so a round
-trip is bitwise.
+up rows). Everything else is only renamed. All functions here move rows and never compute, so a
+round trip gives the same bits.
 
 On disk Megatron stacks the layers, so its names carry no layer number
 (``decoder.layers.self_attention.linear_qkv.weight``); LoRA modules are named with their layer, as
@@ -68,7 +68,7 @@ class WeightRule:
 
 @dataclass(frozen=True)
 class HfTensor:
-    """One Hugging Face tensor and its place: rule, layer (None outside of layers) and part."""
+    """One Hugging Face tensor: its rule, its layer (None outside of layers) and its part."""
 
     name: str
     shape: tuple[int, ...]
@@ -147,7 +147,7 @@ def split_rows(tensor: Tensor, *, layout: Layout, config: DecoderConfig) -> tupl
 
 
 def row_runs(rule: WeightRule, config: DecoderConfig) -> list[tuple[int, int]]:
-    """Return how the rows of a Megatron tensor follow each other: number of the part, of rows."""
+    """Return the order of a Megatron tensor's rows as runs: (index of the part, number of rows)."""
     if rule.layout == "qkv":
         d = config.kv_channels
         heads_per_group = config.num_attention_heads // config.num_query_groups
@@ -157,7 +157,7 @@ def row_runs(rule: WeightRule, config: DecoderConfig) -> list[tuple[int, int]]:
 
 
 def part_rows(tensor: HfTensor, config: DecoderConfig) -> list[slice]:
-    """Return which rows of its Megatron tensor are those of a Hugging Face tensor, in order."""
+    """Return the rows of the Megatron tensor that make up a Hugging Face tensor, in order."""
     runs = row_runs(tensor.rule, config)
     stops = accumulate(num_rows for _, num_rows in runs)
     return [
@@ -198,8 +198,8 @@ def lora_to_hf(
 ) -> dict[str, Tensor]:
     """Return the PEFT tensors of one Megatron module's LoRA factors.
 
-    A fused module becomes one PEFT module per part: all share ``lora_a``, and ``lora_b`` is split
-    by rows as the weight is. The values returned for ``lora_a`` are the same tensor.
+    A fused module becomes one PEFT module per part. They share ``lora_a``, which is the same tensor
+    for all; ``lora_b`` is split by rows as the weight is.
 
     Args:
         name: Megatron module, such as ``decoder.layers.3.self_attention.linear_qkv``.

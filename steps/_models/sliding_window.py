@@ -1,4 +1,4 @@
-"""Causal attention over the last W tokens only, as Mistral's first models and some Qwens have it.
+"""Causal attention to the last W tokens only, as in Mistral's first models and some Qwen models.
 
 S tokens, N attention heads, G key/value heads, D head dimension, W window size.
 """
@@ -24,9 +24,9 @@ def windowed_attention(
 ) -> Tensor:
     """Return attention of each token to itself and the W - 1 before it in its document, [S, N, D].
 
-    Queries go in blocks of W, each against at most 2 W - 1 keys: compute and memory grow with the
-    length of a document, not with its square. Where no document is longer than W it is plain
-    attention, which needs no mask.
+    Queries are taken in blocks of W, each with at most 2 W - 1 keys, so that compute and memory
+    grow with the length of a document, not with its square. If no document is longer than W, this
+    is plain attention, which needs no mask.
 
     Args:
         query_SND: Queries.

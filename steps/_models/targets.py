@@ -1,8 +1,9 @@
-"""Which linears of a decoder a pattern names: a linear's own name, or a wildcard on its full name.
+"""Patterns that name linears of a decoder: a linear's own name, or a wildcard on its full name.
 
-``linear_qkv`` names that linear of every layer; ``*.layers.0.*.linear_qkv`` and
-``decoder.layers.1?.self_attention.*`` are matched against ``decoder.layers.3.mlp.linear_fc1`` and
-the like, as Megatron-Bridge does. Torch-free, because the launcher asks the same questions.
+``linear_qkv`` names that linear in every layer. Wildcards such as ``*.layers.0.*.linear_qkv`` and
+``decoder.layers.1?.self_attention.*`` are matched against full names such as
+``decoder.layers.3.mlp.linear_fc1``, as Megatron-Bridge does. Torch-free, because the launcher asks
+the same questions.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def first_match(patterns: Iterable[str], name: str) -> str | None:
 
 
 def unmatched(patterns: Iterable[str], names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the patterns that name none of ``names``, each with the three names closest to it."""
+    """Return the patterns that match none of ``names``, each with the three closest names."""
     return {
         pattern: get_close_matches(pattern, names, n=3, cutoff=0.0)
         for pattern in patterns

@@ -1,8 +1,8 @@
 """The collectives of the core, and the process group that they run over.
 
-Every exchange of data between tensor-parallel ranks goes through this module, so that a test can
-count them, and so that the traps live in one place: gloo silently corrupts non-contiguous tensors,
-and torch 2.13 renames the single-tensor all-gather.
+All data that tensor-parallel ranks exchange goes through this module, so that a test can count the
+exchanges, and so that two traps are dealt with in one place: gloo silently corrupts tensors that
+are not contiguous, and torch 2.13 has renamed the single-tensor all-gather.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from nemotron.steps._tensor_parallel.host_exchange import HostExchange
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """A process group with this rank's place in it; ``group`` is None where the size is 1.
+    """A process group with this rank's place in it; ``group`` is None if the size is 1.
 
-    ``host`` takes the place of ``group`` in its collectives where all ranks are on one host's CPU.
+    If all ranks are on the CPU of one host, ``host`` replaces ``group`` in the collectives.
     """
 
     group: dist.ProcessGroup | None = None
@@ -38,9 +38,9 @@ UseRows = Callable[[Tensor, slice], object]
 
 
 def empty_to_send(like: Tensor, columns: int, group: ProcessGroup) -> Tensor:
-    """Return a tensor, [rows of ``like``, columns], to be filled and given to a collective next.
+    """Return a tensor, [rows of ``like``, columns], to be filled and passed to the next collective.
 
-    Among ranks of one host it lies where the others read it, and is gone once it is given.
+    On a shared host it is memory that the other ranks read, and must not be used after that.
     """
     shape = len(like), columns
     return group.host.empty(shape, like.dtype) if group.host else like.new_empty(shape)
@@ -56,7 +56,7 @@ def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def all_reduce_async(tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
-    """Start ``all_reduce``; call the second result before using the first, which is the sum.
+    """Start ``all_reduce``; return the sum, and a function to call before the sum is used.
 
     Raises:
         ValueError: The tensor is not contiguous.
@@ -77,7 +77,7 @@ def gather_rows(rows: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def gather_rows_async(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
-    """Start ``gather_rows``; call the second result before using the first."""
+    """Start ``gather_rows``; return the rows, and a function to call before they are used."""
     if group.size == 1:
         return rows, _nothing
     gathered = rows.new_empty(group.size * len(rows), *rows.shape[1:])
@@ -88,9 +88,9 @@ def gather_rows_async(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
 
 
 def use_rows(rows: Tensor, group: ProcessGroup, use: UseRows) -> Wait:
-    """Start gathering the rows of all ranks; the result waits, and gives them to ``use``.
+    """Start gathering the rows of all ranks; return what waits for them and passes them to ``use``.
 
-    Among ranks of one host each rank's rows are used where they lie, and nothing is put together.
+    On a shared host each rank's rows are used where they are, without being concatenated.
     """
     if group.host is not None:
         return group.host.start(rows, partial(_use_each, use=use))
@@ -114,7 +114,7 @@ def scatter_sum_rows(rows: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def scatter_sum_rows_async(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, Wait]:
-    """Start ``scatter_sum_rows``; call the second result before using the first."""
+    """Start ``scatter_sum_rows``; return the part, and a function to call before it is used."""
     if group.size == 1:
         return rows, _nothing
     part = rows.new_empty(len(rows) // group.size, *rows.shape[1:])
@@ -127,9 +127,10 @@ def scatter_sum_rows_async(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, W
 
 
 def _reduce_scatter(part: Tensor, rows: Tensor, group: ProcessGroup) -> Wait:
-    """Start it; gloo's, as torch has it, is an all-reduce of which each rank keeps its part.
+    """Start a reduce-scatter into ``part``; return a function that waits for it.
 
-    That sends twice the bytes. Over gloo each rank is sent its parts instead, and adds them.
+    torch's reduce-scatter over gloo is an all-reduce of which each rank keeps a part, which sends
+    twice the bytes. So over gloo each rank is sent its parts and adds them up itself.
     """
     if dist.get_backend(group.group) != "gloo":
         return _waiter(_reduce_scatter_single(part, rows, group=group.group, async_op=True))
@@ -157,7 +158,7 @@ def broadcast(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _either(name: str, old_name: str) -> Any:
-    """Return torch's function under its new name, or under the one it had before torch 2.13."""
+    """Return a function of torch by its new name, or by the one that it had before torch 2.13."""
     return getattr(dist, name, None) or getattr(dist, old_name)
 
 
@@ -166,7 +167,7 @@ _reduce_scatter_single = _either("reduce_scatter_single", "reduce_scatter_tensor
 
 
 def _add_up(tensors: list[Tensor], *, out: Tensor) -> None:
-    """Add tensors in their order, which makes the sum the same bits on every rank."""
+    """Add tensors in their order, so that the sum has the same bits on every rank."""
     torch.add(tensors[0], tensors[1], out=out)
     for each in tensors[2:]:
         out.add_(each)
@@ -179,9 +180,9 @@ def _finished(started: tuple[Tensor, Wait]) -> Tensor:
 
 
 def wait_for(works: list[Any]) -> None:
-    """Wait for transfers and forget them: gloo waits forever for one that was waited for.
+    """Wait for transfers and forget them: gloo waits forever for one that was waited for already.
 
-    A rank that is in here does nothing because of another one, as its heartbeat must know.
+    A rank that is in this function waits for another rank, by which the heartbeat recognises that.
     """
     while works:
         works.pop().wait()
@@ -192,7 +193,7 @@ def _waiter(work: Any) -> Wait:
 
 
 def _nothing() -> None:
-    """Wait for nothing: a group of one has no collectives."""
+    """Do nothing: a group of one has nothing to wait for."""
 
 
 def partition(size: int, group: ProcessGroup, what: str) -> slice:

@@ -1,9 +1,9 @@
 """Dropout masks on the LoRA input that do not depend on the parallel layout.
 
 A mask is a function of (seed, iteration, row of the global batch, name of the linear, token,
-feature), never of the ambient generator: every rank draws the mask of the whole feature dimension
-for the rows it holds and takes its own columns. A sharded input thus costs T times the random
-numbers, and the same run at another T, PP or DP drops the same activations.
+feature), and never of torch's global generator: every rank draws the mask of all features for the
+rows it holds and takes its own columns. So the same run at another T, PP or DP drops the same
+activations, at the price of T times as many random numbers for a sharded input.
 
 S tokens of a micro batch, F features, T tensor-parallel size.
 """
@@ -21,7 +21,7 @@ from nemotron.steps._tensor_parallel.keyed_generator import keyed_generator
 
 @dataclass(frozen=True)
 class DropoutRows:
-    """What identifies the rows of one micro batch: one key and one token count a row."""
+    """The identity of the rows of a micro batch: a key and a token count for each row."""
 
     keys: Sequence[str]
     num_tokens: Sequence[int]
@@ -31,7 +31,7 @@ class DropoutRows:
     ) -> Tensor:
         """Return the factors for ``x_SF``: 0 with probability ``p``, else 1.
 
-        That the mean be kept is left to the scale of the product: 1 / (1 - p) is no number of bf16.
+        The mean is restored by the product's scale, because bf16 could not represent 1 / (1 - p).
 
         Args:
             x_SF: The input, this rank's tokens and columns of it; gives dtype and device.

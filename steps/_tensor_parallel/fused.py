@@ -1,17 +1,20 @@
 """The core: frozen base + LoRA in one autograd function per linear, with one collective each way.
 
-Base weight and one LoRA factor lie in one extended matrix, so that one GEMM gives both; base shard
-and LoRA shard are added locally; then one collective. Between the linears activations are either
-replicated over the tensor-parallel ranks or, with sequence parallelism, split over the sequence.
+The base weight and one LoRA factor lie side by side in one extended matrix, so that one GEMM
+multiplies by both. The results of the base shard and of the LoRA shard are added on each rank, and
+one collective follows. Between the linears, activations are either replicated over the
+tensor-parallel ranks or, with sequence parallelism, split over the sequence.
 
-S tokens, H input features, F output features, R LoRA rank (``peft.dim``, here rounded up to a
-multiple of 8), T tensor-parallel size; scale: ``LoraSpec``'s. Factors come in their masters' dtype
-(fp32) and are used in the activations'.
-A prologue (RMS norm, SwiGLU) is part of the linear: x in the lines below is its output; what is
-saved is its input, and what backward needs of it is computed again. With dropout of p, x in a line
-about A is ``x * mask`` and the scale is over 1 - p, which the activations' type would round; masks
-are drawn again, not saved. Nothing is saved or computed for a gradient of the frozen base, and dx
-only where somebody asks for it.
+Letters: S tokens, H input features, F output features, R LoRA rank (``peft.dim``, rounded up here
+to a multiple of 8), T tensor-parallel size; ``scale`` is that of ``LoraSpec``. The factors are
+passed in the dtype of their masters (fp32) and used in that of the activations.
+
+A prologue (RMS norm or SwiGLU) is part of the linear. In the formulas below x is the output of the
+prologue; its input is what is saved, and backward computes again what it needs of the output. With
+a dropout of p, x stands for ``x * mask`` wherever it is multiplied by A, and the scale is divided
+by 1 - p: in a mask, 1 / (1 - p) would be rounded to the type of the activations. Masks are drawn
+again instead of saved. Nothing is saved or computed for a gradient of the frozen base, and dx is
+computed only where it is needed.
 
 Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), equation 3; tensor parallelism, Shoeybi et al. 2019
 (arXiv:1909.08053), section 3; sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198),
@@ -21,7 +24,7 @@ section 4.2.2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +40,19 @@ from nemotron.steps._tensor_parallel.collectives import (
 )
 from nemotron.steps._tensor_parallel.prologue import Mask, Prologue, dropped
 
-Gradients = tuple[Tensor | None, ...]
+Gradients = tuple[Tensor | None, ...]  # of a forward's arguments, as autograd wants them
+
+
+class _ColumnGradients(NamedTuple):
+    """Gradients of a column-parallel linear behind its prologue; None where they are not wanted.
+
+    ``recomputed`` is what the prologue has computed again and needs for its own backward.
+    """
+
+    dx: Tensor | None  # [S, H], or [S / T, H]
+    da: Tensor | None  # [R, H]
+    db: Tensor | None  # [F / T, R]
+    recomputed: Tensor | None
 
 
 class ColumnParallel(torch.autograd.Function):
@@ -48,8 +63,9 @@ class ColumnParallel(torch.autograd.Function):
         a        [R, H]            lora_a, replicated
         y        [S, F / T]        whole sequence, features sharded
 
-    x is handed on as a second output: the residual that goes around the block. So its gradient
-    comes back to the prologue's, which adds it in a pass that it makes anyway. Replicated:
+    x is also returned as a second output: the residual that goes around the block. Its gradient
+    therefore arrives here, and the prologue's backward adds it in a pass that it makes anyway.
+    With replicated activations:
 
         forward  y = [x | x A^T] [W | scale B]^T                                no collective
         dgrad    [dx | dh] = dy [W | scale B] ;  dx = all_reduce(dx + dh A)     the one collective
@@ -62,11 +78,12 @@ class ColumnParallel(torch.autograd.Function):
         dgrad    [dx | dh] = reduce_scatter(dy [W | scale B]) ;  dx += dh A
         adapter  dB = scale dy^T h, complete for the shard ;  dA = dh^T x, partial: own rows
 
-    A is applied to S / T tokens only; h and dh ride along as R more columns, so the gathered x is
-    neither saved nor gathered again. dB is computed while the reduce-scatter is in flight.
+    Each rank applies A to its own S / T tokens; h and dh are sent along as R more columns, so the
+    gathered x is neither saved nor gathered again. dB is computed while the reduce-scatter is in
+    flight.
 
-    dA is completed once per optimizer step, in one flat all-reduce for all layers. Saved: x of this
-    rank's rows (for dA) and h of all rows (for dB).
+    The partial dA of all layers are summed once per optimizer step, in one flat all-reduce. Saved
+    are x of this rank's rows (for dA) and h of all rows (for dB).
     """
 
     @staticmethod
@@ -83,13 +100,13 @@ class ColumnParallel(torch.autograd.Function):
         sequence_parallel: bool,
     ) -> tuple[Tensor, Tensor]:
         rank, in_features = lora_a_RH.shape
-        # Copied at every call, R / H of the matrix, so that an optimizer may change lora_b without
-        # telling anyone; in RowParallel lora_a. The matrix is kept off autograd's saved tensors:
-        # the copy changes no value within a step (of which dropout is on or off for the whole), but
-        # would look like a change.
+        # The factor is copied into the matrix at every call (R / H of the matrix), so that an
+        # optimizer may change lora_b (in RowParallel: lora_a) without telling anyone. The matrix is
+        # not one of autograd's saved tensors: the copy would count as a modification, although
+        # within a step, which has dropout on or off throughout, it changes no value.
         extended[:, in_features:] = lora_b_FR * scale
         lora_a_RH = lora_a_RH.to(x_SH.dtype)
-        # Replicated, this rank has all rows.
+        # With replicated activations this rank already has all rows.
         gathered_from = group if sequence_parallel else ProcessGroup()
         x_h = empty_to_send(x_SH, in_features + rank, gathered_from)
         input_SH, own_h_SR = x_h.split([in_features, rank], dim=1)
@@ -115,29 +132,29 @@ class ColumnParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         dy_SF, dresidual_SH = grad_outputs
-        saved = ctx.saved_tensors  # once: recomputed activations can be had no second time
+        saved = ctx.saved_tensors  # recomputed activations can be unpacked only once
         in_features = saved[-1].shape[1]
-        # Without dx only the R columns of dh are left to compute, and to send.
+        # Where dx is not needed, only the R columns of dh are computed and sent.
         columns = ctx.extended if ctx.needs_input_grad[0] else ctx.extended[:, in_features:]
         dx_dh = empty_to_send(dy_SF, columns.shape[1], ctx.group)
         torch.mm(dy_SF, columns, out=dx_dh)
         finish = _finish_backward_sequence if ctx.sequence_parallel else _finish_backward_replicated
-        dx_SH, recomputed, da_RH, db_FR = finish(ctx, saved, dy_SF, dx_dh)
-        dx_SH = _through_prologue(ctx, dx_SH, saved, recomputed, dresidual_SH)
-        return dx_SH, da_RH, db_FR, *[None] * 6
+        found = finish(ctx, saved, dy_SF, dx_dh)
+        dx_SH = _through_prologue(ctx, found.dx, saved, found.recomputed, dresidual_SH)
+        return dx_SH, found.da, found.db, *[None] * 6
 
 
 def _finish_backward_replicated(
     ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor
-) -> Gradients:
-    """Return dx, what the prologue recomputed, dA and dB where activations are replicated."""
+) -> _ColumnGradients:
+    """Complete the gradients where activations are replicated."""
     x_SH, statistic, h_SR, lora_a_RH = saved
     dx_SH = wait = None
     dh_SR = dx_dh[:, dx_dh.shape[1] - len(lora_a_RH) :]
     if ctx.needs_input_grad[0]:
         dx_SH = _add_lora(dx_dh[:, : lora_a_RH.shape[1]], dh_SR, lora_a_RH, ctx.mask)
         if ctx.group.size > 1:
-            # dx is sent with dh beside it, R / H more bytes, rather than copied out first.
+            # dx is sent together with dh (R / H more bytes), which saves copying it out first.
             dh_SR = dh_SR.clone()
             dx_dh, wait = all_reduce_async(dx_dh, ctx.group)
             dx_SH = dx_dh[:, : lora_a_RH.shape[1]]
@@ -145,13 +162,13 @@ def _finish_backward_replicated(
     da_RH, recomputed = _lora_a_gradient(ctx, dh_SR, x_SH, statistic)
     if wait is not None:
         wait()
-    return dx_SH, recomputed, da_RH, db_FR
+    return _ColumnGradients(dx_SH, da_RH, db_FR, recomputed)
 
 
 def _finish_backward_sequence(
     ctx: Any, saved: tuple[Tensor, ...], dy_SF: Tensor, dx_dh: Tensor
-) -> Gradients:
-    """Return the same where activations are split over the sequence."""
+) -> _ColumnGradients:
+    """Complete the gradients where activations are split over the sequence."""
     x_SH, statistic, h_SR, lora_a_RH = saved
     dx_dh, wait = scatter_sum_rows_async(dx_dh, ctx.group)
     db_FR = _lora_b_gradient(ctx, dy_SF, h_SR)
@@ -161,7 +178,7 @@ def _finish_backward_sequence(
     da_RH, recomputed = _lora_a_gradient(ctx, dh_SR, x_SH, statistic)
     if ctx.needs_input_grad[0]:
         dx_SH = _add_lora(dx_dh[:, : lora_a_RH.shape[1]], dh_SR, lora_a_RH, ctx.mask)
-    return dx_SH, recomputed, da_RH, db_FR
+    return _ColumnGradients(dx_SH, da_RH, db_FR, recomputed)
 
 
 class RowParallel(torch.autograd.Function):
@@ -176,7 +193,7 @@ class RowParallel(torch.autograd.Function):
         dgrad    dh = scale dy B ;  dx = dy W + dh A                            no collective
         adapter  dA = dh^T x, complete for the shard ;  dB = scale dy^T h, complete
 
-    h rides in the collective of the base output, for R / F more bytes, and is complete afterwards:
+    h is sent in the collective of the base output (R / F more bytes) and is complete afterwards, so
     every rank computes the whole dB, bit for bit the same, and nothing is left to synchronise. With
     sequence parallelism:
 
@@ -184,7 +201,7 @@ class RowParallel(torch.autograd.Function):
         dgrad    [dy | dh] = all_gather([dy | scale dy B]) ;  dx = dy W + dh A
         adapter  dA = dh^T x, complete for the shard ;  dB = scale dy^T h, partial: own rows only
 
-    dB is computed while the all-gather is in flight. Saved: x (for dA) and h of this rank's rows
+    dB is computed while the all-gather is in flight. Saved are x (for dA) and h of this rank's rows
     (for dB).
     """
 
@@ -242,9 +259,9 @@ class RowParallel(torch.autograd.Function):
 def _dgrad_of_all(
     ctx: Any, dy_SF: Tensor, dh_SR: Tensor
 ) -> tuple[Tensor | None, Tensor, Callable[[], None]]:
-    """Return ``dy W`` of all rows, where it is wanted, and dh of all; the third result is awaited.
+    """Return ``dy W`` (None where dx is not needed), dh of all rows, and a function that waits.
 
-    The rows of dy and dh are gathered in one collective.
+    The rows of dy and dh are gathered in one collective; both results are complete after the wait.
     """
     group = ctx.group
     out_features, rank = dy_SF.shape[1], dh_SR.shape[1]
@@ -274,7 +291,7 @@ def _save(
     prologue: Prologue | None,
     mask: Mask | None,
 ) -> None:
-    """Keep what backward needs: the input only where an adapter or a prologue asks for it."""
+    """Save what backward needs: the input only if the adapter or the prologue has a gradient."""
     needs_dx, needs_adapter = ctx.needs_input_grad[:2]
     nothing = x_SH.new_empty(0)  # not a slice of x, which would keep all of it
     if not needs_adapter:
@@ -286,19 +303,19 @@ def _save(
 
 
 def _lora_b_gradient(ctx: Any, dy_SF: Tensor, h_SR: Tensor) -> Tensor | None:
-    """Return dB = scale dy^T h, [F, R], in the masters' dtype, where it is wanted."""
+    """Return dB = scale dy^T h, [F, R], in the masters' dtype; None where it is not needed."""
     if not ctx.needs_input_grad[1]:
         return None
-    # As (h^T dy)^T, which a CPU computes in about half the time of dy^T h.
+    # Computed as (h^T dy)^T, which takes a CPU about half the time of dy^T h.
     return (h_SR.T @ dy_SF).mul_(ctx.scale).to(ctx.master_dtype).T
 
 
 def _lora_a_gradient(
     ctx: Any, dh_SR: Tensor, x_SH: Tensor, statistic: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return dA = dh^T x, [R, H], in the masters' dtype, where it is wanted.
+    """Return dA = dh^T x, [R, H], in the masters' dtype; None where it is not needed.
 
-    The second result is what the prologue has recomputed for its own gradient.
+    The second result is what the prologue has recomputed and needs for its own gradient.
     """
     if not ctx.needs_input_grad[1]:
         return None, None
@@ -317,7 +334,7 @@ def _through_prologue(
     recomputed: Tensor | None,
     dresidual_SH: Tensor | None = None,
 ) -> Tensor | None:
-    """Return the gradient of the prologue's input, and of the residual that it is as well."""
+    """Return the gradient of the prologue's input, including that of the residual, if any."""
     if dx_SH is None:
         return None
     x_SH, statistic = saved[:2]

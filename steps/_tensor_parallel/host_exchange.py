@@ -1,9 +1,9 @@
-"""Tensors shown to the other ranks of one host through shared memory, for ranks on the CPU.
+"""Shows tensors to the other ranks of one host through shared memory, for ranks on the CPU.
 
-gloo sends a tensor through sockets, also to the process next door: the kernel copies it twice, and
-threads of its own add it up. Here each rank writes its tensor once into memory that all of them
-map, and reads the others' there. What is left to send is that it is there: 8 bytes in a pipe, whose
-end also tells that a rank has gone.
+gloo sends a tensor through sockets even to a process on the same host: the kernel copies it twice,
+and gloo's own threads add it up. Here each rank writes its tensor once into memory that all ranks
+map, and reads the others' tensors there. Only the message that a tensor is ready is sent: 8 bytes
+through a pipe, whose end of file also tells that a rank has gone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SHAPES_KEPT = 64  # of tensors in a slot: all layers have the same, rows of other lengths others
+_SHAPES_KEPT = 64  # per slot: all layers use the same shapes, rows of other lengths use others
 _SIZE_BYTES = 8  # of a message in a pipe: the size of the tensor that is there
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
@@ -32,15 +32,15 @@ Receive = Callable[[list[Tensor]], object]
 class HostExchange:
     """Shows tensors to all ranks of a group on one host; every rank makes the same calls.
 
-    A tensor lies in one of a rank's two slots, in turn. A rank shows the next one when it has read
-    the last one of all others: so once they show message n, they have read message n - 1, and its
-    slot is free for message n + 1.
+    Each rank has two slots and uses them in turn. It shows its next tensor only after it has read
+    the last tensor of all other ranks. So once the others have shown message n, they have read
+    message n - 1, and its slot is free for message n + 1.
 
     Args:
-        rank: Of this process in the group.
-        slots: Two of each rank.
+        rank: This process's rank in the group.
+        slots: Two slots of each rank.
         readers: Pipes that the other ranks write to, by rank.
-        writers: Pipes that they read, by rank.
+        writers: Pipes that the other ranks read, by rank.
     """
 
     def __init__(
@@ -55,27 +55,30 @@ class HostExchange:
         self._finish: Callable[[], object] | None = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the memory of the next tensor that is shown, so that it need not be copied."""
+        """Return memory for the next tensor to show, which then need not be copied."""
         self._finish_last()
         return self._next_slot().grown(torch.Size(shape), dtype)
 
     def is_next(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is what ``empty`` returned last."""
+        """Return whether a tensor is the one that ``empty`` returned last."""
         return tensor.data_ptr() == self._next_slot().address()
 
     def start(self, tensor: Tensor, receive: Receive) -> Callable[[], None]:
-        """Show a tensor to the others; the result waits for theirs, and gives them to ``receive``.
+        """Show a tensor to the others; return a function that waits for theirs.
 
-        The result waits for all that were started since as well.
+        The function passes the tensors of all ranks to ``receive``. It waits for all exchanges that
+        were started by then.
 
         Args:
-            tensor: Of the same size and type on every rank. It may change once this returns,
-                unless it is from ``empty``: then it is gone.
-            receive: Called once, by the result or by the next ``start``, with the tensors of all
-                ranks, in the order of the ranks; they are gone when it returns.
+            tensor: Has the same size and type on every rank. It may be changed once this returns;
+                one from ``empty`` must not be used any more.
+            receive: Called once, by the returned function or by the next ``start``, with the
+                tensors of all ranks in the order of the ranks. They must not be used after it
+                returns.
 
         Raises:
-            DistNetworkError: Here or by the result: another rank has gone, or shows another size.
+            DistNetworkError: Another rank has gone, or shows another size; raised here or by the
+                returned function.
         """
         self._finish_last()
         shape, dtype = tensor.shape, tensor.dtype
@@ -109,10 +112,10 @@ class HostExchange:
 
 
 def open_exchange(group: dist.ProcessGroup) -> HostExchange | None:
-    """Return the exchange of a gloo group; None where its ranks share no memory. A collective.
+    """Return the exchange of a gloo group, or None if its ranks cannot share memory; a collective.
 
-    They share it where they are one user's processes on one Linux host, in one PID namespace. What
-    is opened for it stays open until the process ends.
+    They can if they are one user's processes on one Linux host, in one PID namespace. Descriptors
+    that are opened for the exchange stay open until the process ends.
     """
     if sys.platform != "linux":
         return None
@@ -129,7 +132,7 @@ def open_exchange(group: dist.ProcessGroup) -> HostExchange | None:
         offers = _gather([*host, os.getpid(), *slots, *readers], group)
         exchange = None
         if any(host) and all(offer[: len(host)] == host for offer in offers):
-            with suppress(OSError):  # whatever a container forbids
+            with suppress(OSError):  # a container may forbid it
                 exchange = _accept(rank, [offer[len(host) :] for offer in offers], writers, opened)
         if [0] in _gather([int(exchange is not None)], group):
             return None
@@ -140,7 +143,7 @@ def open_exchange(group: dist.ProcessGroup) -> HostExchange | None:
 def _accept(
     rank: int, offers: list[list[int]], writers: dict[int, int], opened: ExitStack
 ) -> HostExchange:
-    """Open what the ranks offer: process, descriptors of its slots, and of its pipes by rank."""
+    """Open what the ranks offer: each its process id, and descriptors of its slots and pipes."""
 
     def open_descriptor(process: int, descriptor: int, flags: int) -> int:
         return _close_with(opened, os.open(f"/proc/{process}/fd/{descriptor}", flags))
@@ -166,7 +169,7 @@ def _gather(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
 
 
 def _host() -> list[int]:
-    """Return numbers that are the same for processes that see each other; 0 if nothing tells."""
+    """Return numbers that are equal for processes that see each other; zeros if that is unknown."""
     try:
         boot_id = uuid.UUID(_BOOT_ID.read_text(encoding="ascii").strip())
         return [boot_id.int >> 65, _PID_NAMESPACE.stat().st_ino]
@@ -180,7 +183,7 @@ def _close_with(stack: ExitStack, descriptor: int) -> int:
 
 
 class _Slot:
-    """Memory that all ranks map, as large as the largest tensor that was in it."""
+    """Shared memory of one rank, as large as the largest tensor that it has held."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -188,25 +191,25 @@ class _Slot:
         self._tensors: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
     def grown(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return it as a tensor that this rank may write."""
+        """Return the memory as a tensor for this rank to write, grown if it is too small."""
         size = math.prod(shape) * dtype.itemsize
         if size > len(self._bytes):
             os.ftruncate(self._descriptor, size)
         return self.tensor(shape, dtype)
 
     def address(self) -> int:
-        """Return where it begins."""
+        """Return the address at which the memory begins."""
         return self._bytes.data_ptr()
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return what it holds, as it lies there."""
+        """Return the memory as a tensor, without a copy."""
         known = self._tensors.get((shape, dtype))
         if known is not None:
             return known
         size = math.prod(shape) * dtype.itemsize
         if size > len(self._bytes):
             self._bytes = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
-            self._tensors.clear()  # they lie where it was mapped before
+            self._tensors.clear()  # they are views of the earlier map
         elif len(self._tensors) == _SHAPES_KEPT:
             self._tensors.clear()
         tensor = self._bytes[:size].view(dtype).view(shape)

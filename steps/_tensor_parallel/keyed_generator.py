@@ -1,4 +1,4 @@
-"""Random numbers that depend on a name alone: on no layout, and on no order of construction."""
+"""Random numbers that depend only on a name, and not on the layout or the order of construction."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Column- and row-parallel linears: modules that hold a base shard and LoRA factors.
 
-The modules own shapes, shards, initial values and what completes each gradient; the arithmetic and
-the collectives are in ``fused``.
+The modules own shapes, shards, initial values, and what is needed to complete each gradient; the
+arithmetic and the collectives are in ``fused``.
 
 S tokens, H input features, F output features, R LoRA rank (``peft.dim``), T tensor-parallel size.
 """
@@ -28,14 +28,14 @@ from nemotron.steps._tensor_parallel.fused import (
 from nemotron.steps._tensor_parallel.keyed_generator import keyed_generator
 from nemotron.steps._tensor_parallel.prologue import Mask, RMSNormPrologue, SwiGLUPrologue
 
-# Elements: the rows of bf16 matrices begin at 16 bytes, as a GPU's fast products want them. Factors
-# of other ranks get zeros, and what they are multiplied by gets room for them.
+# The LoRA rank is padded with zeros to a multiple of this many elements, so that rows of bf16
+# matrices begin at multiples of 16 bytes, as the fast products of a GPU need it.
 _ALIGNED = 8
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Shape of an adapter: LoRA rank, ``alpha``, dropout in [0, 1), and which scale it has."""
+    """Shape of an adapter: LoRA rank, ``alpha``, dropout in [0, 1), and which scale is used."""
 
     dim: int
     alpha: float
@@ -44,9 +44,9 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by: alpha / dim.
+        """The scale of the factors' product: alpha / dim.
 
-        With ``use_rslora`` alpha / sqrt(dim), which keeps the size of the update at every rank.
+        With ``use_rslora`` alpha / sqrt(dim), which keeps the update equally large at every rank.
         Source: Kalajdzievski 2023 (arXiv:2312.03732), theorem 3.2.
         """
         return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
@@ -54,10 +54,11 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class LoraParameter:
-    """One factor of one adapter and how its gradient is completed.
+    """One factor of an adapter, and how its gradient is completed.
 
-    ``partial``: replicated, and each rank holds a part of the gradient's sum. ``replicated``: every
-    rank computes the whole gradient. ``sharded``: each rank owns its part of the matrix.
+    ``partial``: replicated, and each rank has computed a part of the gradient's sum.
+    ``replicated``: replicated, and every rank has computed the whole gradient. ``sharded``: each
+    rank owns a part of the matrix, and has the gradient of that part.
     """
 
     name: str
@@ -66,7 +67,7 @@ class LoraParameter:
 
 
 class _ParallelLinear(nn.Module, ABC):
-    """What both linears share: the extended weight, the factors, and the call of the core."""
+    """What both linears share: the extended weight, the factors, scale and dropout mask."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class _ParallelLinear(nn.Module, ABC):
         self.extended: Tensor
         extended = torch.empty(out_features + rows, in_features + columns, dtype=dtype)
         self.register_buffer("extended", extended)
-        # Masters of the factors are fp32 (fp64 for a proof) whatever the base's dtype is.
+        # Masters of the factors are fp32 (fp64 in proofs), whatever the base's dtype.
         master_dtype = torch.promote_types(dtype, torch.float32)
         factor = partial(torch.zeros, dtype=master_dtype)
         self.lora_a = nn.Parameter(factor(lora_dim, in_features), requires_grad=lora is not None)
@@ -116,13 +117,9 @@ class _ParallelLinear(nn.Module, ABC):
         """Load the whole factors, of which this rank keeps its shard.
 
         Raises:
-            ValueError: A factor does not have its whole shape; a pre-sliced one is refused too.
+            ValueError: A factor does not have its whole shape, as if it were sliced already.
         """
         self._load_factors(*self.shard_lora(lora_a_RH, lora_b_FR))
-
-    def full_lora(self) -> tuple[Tensor, Tensor]:
-        """Return the whole factors, [R, H] and [F, R], on every rank."""
-        return self.gather_lora(self.lora_a.detach(), self.lora_b.detach())
 
     @abstractmethod
     def shard_lora(self, lora_a_RH: Tensor, lora_b_FR: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +136,7 @@ class _ParallelLinear(nn.Module, ABC):
                 target.copy_(source)
 
     def _aligned_factors(self) -> tuple[Tensor, Tensor]:
-        """Return both factors, with zeros up to a rank that is a multiple of ``_ALIGNED``."""
+        """Return both factors, their rank padded with zeros to a multiple of ``_ALIGNED``."""
         if self._num_missing == 0:
             return self.lora_a, self.lora_b
         lora_a_RH = F.pad(self.lora_a, (0, 0, 0, self._num_missing))
@@ -148,7 +145,7 @@ class _ParallelLinear(nn.Module, ABC):
     def _scale_and_mask(
         self, dropout: DropoutRows | None, features: int, tokens: slice, columns: slice
     ) -> tuple[float, Mask | None]:
-        """Return what the product of the factors is multiplied by, and the mask of its input."""
+        """Return the scale of the factors' product, and the dropout mask of its input."""
         if self.lora is None or dropout is None or self.lora.dropout == 0.0:
             return self.lora.scale if self.lora else 1.0, None
         p = self.lora.dropout
@@ -161,20 +158,20 @@ class ColumnParallelLinear(_ParallelLinear):
     """A frozen linear with LoRA, split over its output features: [S, H] -> [S, F / T].
 
     With ``sequence_parallel`` the input is this rank's rows of the sequence: [S / T, H]. The input
-    is returned as well, for the residual around the block: taken from here, its gradient is added
-    in the norm's.
+    is returned too, as the residual around the block: so the residual's gradient comes back here
+    and is added in the same pass as the norm's.
 
     Args:
         name: Global name, such as ``decoder.layers.0.self_attention.linear_qkv``.
         in_features: H.
         out_features: F, of all ranks together.
-        num_segments: Equal parts of the output that are each split over the ranks, such as 2 for
-            the gate and up halves of ``linear_fc1``.
+        num_segments: Equal parts of the output, each of which is split over the ranks; 2 for the
+            gate and up halves of ``linear_fc1``.
         lora: Shape of the adapter; None leaves the base alone.
         group: The tensor-parallel group.
         dtype: dtype of the base weight and of the activations.
         sequence_parallel: Whether activations between the linears are split over the sequence.
-        norm_epsilon: Where given, the input is RMS-normed first, by ``layer_norm_weight`` [H].
+        norm_epsilon: If given, the input is RMS-normed first, with ``layer_norm_weight`` [H].
 
     Raises:
         ValueError: The output features of a segment are not divisible by T.

@@ -1,10 +1,10 @@
-"""What happens to a linear's input inside of the linear: RMS norm or SwiGLU, never saved.
+"""Prologues: what a linear does to its input before the product, RMS norm or SwiGLU.
 
-A prologue is computed in the linear's forward pass and again in its backward pass, so that the
-normed input and the SwiGLU product, two of the largest activations of a layer, are held by nobody.
+A prologue is computed in the linear's forward pass and again in its backward pass, so that nothing
+has to hold the normed input and the SwiGLU product, two of the largest activations of a layer.
 
-S tokens, H features of the input, F of the output: H is F, or 2 F of SwiGLU. All of it is per
-token, so it works alike on this rank's rows of the sequence and on its shard of the features.
+S tokens, H features of the input, F of the output: H is F, or 2 F for SwiGLU. Prologues work token
+by token, so they are the same on this rank's rows of the sequence and on its shard of the features.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class Prologue(Protocol):
     """An elementwise (or per-token) function with its own backward."""
 
     def apply(self, x_SH: Tensor, *, out: Tensor) -> Tensor:
-        """Write the output, [S, F]; return the statistic that the other methods want with ``x_SH``.
+        """Write the output, [S, F], into ``out``; return a statistic that the other methods need.
 
-        The norm's is 1 / rms(x), [S, 1]; SwiGLU has none, [0].
+        The norm's statistic is 1 / rms(x), [S, 1]; SwiGLU has none, [0].
         """
         ...
 
     def lora_a_gradient(
         self, dh_SR: Tensor, x_SH: Tensor, statistic: Tensor, mask: Mask | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return ``dh^T (output * mask)``, [R, F], and what was recomputed that ``gradient`` uses.
+        """Return ``dh^T (output * mask)``, [R, F], and what ``gradient`` can reuse of its work.
 
-        The norm's is None; SwiGLU's is [silu(gate) | output], [S, 2 F].
+        For the norm that is None; for SwiGLU [silu(gate) | output], [S, 2 F].
         """
         ...
 
@@ -50,11 +50,12 @@ class Prologue(Protocol):
         """Return the gradient of the input, [S, H], for ``dy_SF``, that of the output.
 
         Args:
-            dy_SF: Overwritten.
+            dy_SF: Gradient of the output; overwritten.
             x_SH: The input.
-            statistic: Of ``apply``.
-            recomputed: Of ``lora_a_gradient``, overwritten; None where nobody called it.
-            added_SH: A gradient of the input from elsewhere, to be added.
+            statistic: The result of ``apply``.
+            recomputed: The second result of ``lora_a_gradient``, overwritten; None if that was not
+                called.
+            added_SH: Another gradient of the input, to be added.
         """
         ...
 
@@ -79,7 +80,7 @@ class RMSNormPrologue:
     def lora_a_gradient(
         self, dh_SR: Tensor, x_SH: Tensor, statistic: Tensor, mask: Mask | None
     ) -> tuple[Tensor, None]:
-        # Rows and columns are scaled where there are R of them, and the output is not computed.
+        # The norm's factors are applied to [S, R] and [R, H], so the output is never computed.
         scaled_SR = (dh_SR * statistic).to(x_SH.dtype)
         return _widened(scaled_SR.T @ dropped(x_SH, mask)) * self.weight, None
 
@@ -143,7 +144,7 @@ class SwiGLUPrologue:
 
 
 def rms_norm(x_SH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-    """Return the RMS norm of a tensor that no linear follows; saves x and 1 / rms(x) only."""
+    """Return the RMS norm of a tensor, for a norm without a linear; saves only x and 1 / rms(x)."""
     return _RMSNorm.apply(x_SH, RMSNormPrologue(weight_H, epsilon))
 
 

@@ -1,7 +1,7 @@
 """The two ends of the model, split over the vocabulary: embedding, and linear + cross entropy.
 
-Rank r of T owns the contiguous rows [r ceil(V / T), (r + 1) ceil(V / T)) of the table; the last
-shard may be shorter, so a vocabulary need not be divisible by T and nothing is padded.
+Rank r of T owns the rows [r ceil(V / T), (r + 1) ceil(V / T)) of the table. The last shard may be
+shorter, so that the vocabulary need not be divisible by T and nothing is padded.
 
 S tokens, H hidden, V vocabulary, T tensor-parallel size.
 """
@@ -21,7 +21,7 @@ from nemotron.steps._tensor_parallel.collectives import (
     scatter_sum_rows,
 )
 
-# Logits that exist at one time, fp32 elements: 8 MiB, or 256 tokens of a large vocabulary.
+# Logits that exist at a time, fp32 elements: 8 MiB, or those of 256 tokens if that is more.
 _LOGITS_AT_ONCE = 1 << 21
 _LEAST_TOKENS_AT_ONCE = 256
 
@@ -67,7 +67,7 @@ class VocabParallelEmbedding(nn.Module):
             return self.weight[tokens_S]
         local_S = tokens_S - self.rows.start
         mine_S = (local_S >= 0) & (local_S < len(self.weight))
-        # Indexing by a mask would have a GPU's host wait for how many there are.
+        # Indexing by a mask would make the host wait for the GPU to count the elements.
         out_SH = self.weight[local_S.clamp(0, len(self.weight) - 1)]
         out_SH.masked_fill_(~mine_S.unsqueeze(1), 0.0)
         if self.sequence_parallel:
@@ -78,8 +78,8 @@ class VocabParallelEmbedding(nn.Module):
 def gather_sequence(x_SH: Tensor, group: ProcessGroup) -> Tensor:
     """Return the whole sequence, [S, H], of every rank's rows, [S / T, H], for the output layer.
 
-    The cross entropy's gradient is complete on every rank, so backward takes its own rows of it and
-    sends nothing.
+    The gradient of the cross entropy is complete on every rank, so backward takes this rank's rows
+    of it and sends nothing.
     """
     return _GatherSequence.apply(x_SH, group)
 
@@ -120,8 +120,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss    [C]        = log sum exp over all ranks - logit of the label
         dx      [C, H]     = (softmax(logits) - onehot) W          partial
 
-    and one all-reduce of dx [S, H] at the end. The gradient is taken in the forward pass, while the
-    chunk's logits exist, for an incoming gradient of one; backward scales it per token. Saved: dx.
+    and one all-reduce of dx [S, H] at the end. The gradient is computed in the forward pass, while
+    the chunk's logits exist, as if each token's incoming gradient were one; backward scales it per
+    token. Saved: dx.
     """
 
     @staticmethod
@@ -137,7 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_S = x_SH.new_empty(len(x_SH), dtype=torch.promote_types(x_SH.dtype, torch.float32))
         dx_SH = torch.empty_like(x_SH) if needs_dx else None
         first_row = vocabulary_rows(vocab_size, group).start
-        # The same on every rank, also where the last shard is shorter: chunks are collectives.
+        # The same on every rank even if its shard is shorter: every chunk is a collective.
         chunk_tokens = _LOGITS_AT_ONCE // _rows_per_rank(vocab_size, group)
         chunk_tokens = max(_LEAST_TOKENS_AT_ONCE, chunk_tokens)
         for start in range(0, len(x_SH), chunk_tokens):

@@ -10,11 +10,11 @@ from nemotron.steps._training.flat_adapter import FlatAdapter
 
 
 class FlatAdamW:
-    """torch's AdamW on ``adapter.values``, with ``lora_plus_lr_ratio`` times the rate for lora_b.
+    """torch's AdamW on ``adapter.values``; lora_b learns ``lora_plus_lr_ratio`` times as fast.
 
-    Weight decay follows the rate, as in two parameter groups of torch. The state does not depend on
-    the ratio. Without ``torch.optim.Optimizer`` around the function, which for its first parameter
-    group imports torch's compiler: half a second of every start.
+    Weight decay scales with the rate, as with two parameter groups of torch. The state does not
+    depend on the ratio. torch's function is called directly: ``torch.optim.Optimizer`` imports
+    torch's compiler for its first parameter group, which takes half a second of every start.
 
     Sources: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2; LoRA+, Hayou et al. 2024
     (arXiv:2402.12354), section 4; they recommend a ratio of 16.

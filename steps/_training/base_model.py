@@ -15,7 +15,7 @@ from nemotron.steps._tensor_parallel.vocabulary import vocabulary_rows
 
 
 class WeightReader(Protocol):
-    """What a base model is read from: whole or sliced tensors by Megatron's names on disk."""
+    """The source of a base model: whole or sliced tensors under Megatron's names on disk."""
 
     @property
     def config(self) -> DecoderConfig:
@@ -47,7 +47,8 @@ def load_base_model(
 ) -> GPTModel:
     """Return the model of a checkpoint on ``device``, this rank's shards loaded, adapters zero.
 
-    With ``layers`` only those are built and read, and of the model's ends what goes with them.
+    With ``layers`` only those layers are built and read; the embedding comes with the first layer,
+    the final norm and the output layer with the last.
 
     Raises:
         ValueError: A dimension is not divisible by the size of ``group``.
@@ -67,7 +68,7 @@ def load_base_model(
 
 
 def load_weights(model: GPTModel, reader: WeightReader) -> None:
-    """Read this rank's shards of all of a model's frozen weights, in place of those it has."""
+    """Replace all frozen weights of a model by this rank's shards of those of ``reader``."""
     _load_ends(model, reader)
     for index, layer in zip(model.layer_numbers, model.layers, strict=True):
         assert isinstance(layer, TransformerLayer)
@@ -112,7 +113,7 @@ def _load_layer(layer: TransformerLayer, index: int, reader: WeightReader) -> No
 
 
 def load_attention_extras(attention: SelfAttention, index: int, reader: WeightReader) -> None:
-    """Load what only some families have: the bias of q, k and v, the norms of queries and keys."""
+    """Load what only some families have: a bias on q, k and v, or norms of queries and keys."""
     on_disk = "decoder.layers.self_attention"
     if attention.qkv_bias is not None:
         (rows,) = attention.linear_qkv.local_rows()

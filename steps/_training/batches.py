@@ -24,10 +24,11 @@ from torch import Tensor
 
 from nemotron.steps._tensor_parallel.dropout import DropoutRows
 
-# Row groups whose rows are mixed at a time, and kept decoded. Packed rows stand in random order
-# already, so a window loses nothing; a permutation of all rows would decode a whole group a row.
+# Number of row groups whose rows are shuffled together and kept decoded. Packed rows are stored in
+# random order already, so nothing is lost; with a permutation of all rows, nearly every row read
+# would decode a whole group.
 WINDOW_GROUPS = 8
-# A batch may lie across two windows.
+# A batch may reach from one window into the next.
 _CACHED_GROUPS = 2 * WINDOW_GROUPS
 _COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
 
@@ -38,7 +39,7 @@ class BadRowError(ValueError):
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One pack: ids and shifted mask of all documents, and where each starts."""
+    """One pack: ids and shifted mask of its documents, and where each document starts."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
@@ -69,7 +70,7 @@ class MicroBatch:
         return replace(self, tokens=tokens, labels=labels, supervised=self.supervised.to(device))
 
     def dropout_rows(self, keys: Sequence[str]) -> DropoutRows:
-        """Return what identifies the rows, one key each, for layout-independent dropout."""
+        """Return the identity of the rows, one key each, for layout-independent dropout."""
         return DropoutRows(keys=keys, num_tokens=self.row_tokens)
 
 
@@ -105,7 +106,7 @@ class PackedSplit:
         return self._first_rows[-1]
 
     def global_batch(self, iteration: int, *, global_batch_size: int, seed: int) -> list[int]:
-        """Return the row numbers of an iteration's global batch, from 0; see ``epoch_order``."""
+        """Return the row numbers of a global batch; iterations and rows count from 0."""
         epoch, batch = divmod(iteration, len(self) // global_batch_size)
         if self._order_of != (seed, epoch):
             self._order_of = (seed, epoch)
@@ -134,13 +135,13 @@ class PackedSplit:
 def epoch_order(first_rows: Sequence[int], *, seed: int) -> np.ndarray:
     """Return the rows of one epoch in the order of training; the same at every layout.
 
-    Row groups come in random order, ``WINDOW_GROUPS`` of them at a time are one window, and the
-    rows of a window come in random order. A split of one window is a plain permutation,
-    ``torch.randperm(num_rows, seed)``. What is left of an epoch after its last whole global batch
-    is dropped, other rows each time.
+    The row groups are shuffled; each ``WINDOW_GROUPS`` of them form a window, and the rows of a
+    window are shuffled. With a single window that is a plain permutation,
+    ``torch.randperm(num_rows, seed)``. The rows after an epoch's last whole global batch are not
+    used; they are others in every epoch.
 
     Args:
-        first_rows: First row of each row group, and the number of rows.
+        first_rows: First row of each row group, followed by the number of rows.
         seed: Seed of the epoch.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -160,7 +161,7 @@ def split_batch(
 ) -> list[list[tuple[int, int]]]:
     """Return a rank's micro batches as (position in the global batch, row number).
 
-    Whole micro batches are dealt to the ranks: which rows share one depends on no layout.
+    Whole micro batches are dealt out to the ranks, so that no layout decides which rows share one.
     """
     pairs = list(enumerate(rows))
     starts = range(0, len(pairs), micro_batch_size)
@@ -169,7 +170,7 @@ def split_batch(
 
 
 def collate(rows: Sequence[PackedRow]) -> MicroBatch:
-    """Return the micro batch of some rows: every document without its last token."""
+    """Return rows as one micro batch; every document loses its last token, which is a label."""
     tokens, labels, masks, lengths, row_tokens = [], [], [], [0], []
     for row in rows:
         bounds = [*row.seq_start_id.tolist(), len(row.input_ids)]

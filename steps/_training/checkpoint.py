@@ -1,4 +1,4 @@
-"""Saves: one ``iter_NNNNNNN`` directory per save, each an adapter that PEFT loads as it is."""
+"""Saves: each is an ``iter_NNNNNNN`` directory with an adapter that PEFT loads as it is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SaveFailedError(OSError):
 
 @contextlib.contextmanager
 def hold_output(layout: Layout, directory: Path) -> Iterator[None]:
-    """Keep other runs from going on in the directory of this one while it lives.
+    """Keep other runs from continuing in this run's directory while this one is alive.
 
     Raises:
         NemotronError: ``output_locked``, on the first rank.
@@ -53,11 +53,11 @@ def save_adapter(
     moments: Mapping[str, Tensor],
     run_state: Mapping[str, Any],
 ) -> Path:
-    """Write the adapter of an iteration; a collective of the ranks, of which the first writes.
+    """Write the adapter of an iteration; a collective of all ranks, of which the first one writes.
 
-    The base's tokenizer and the chat template of the packs lie beside it, since an adapter served
-    with another template answers other questions than it was trained on. ``moments`` and
-    ``run_state`` are what ``write_trainer_state`` writes; without moments nothing is.
+    The base's tokenizer and the packs' chat template are saved with the adapter, because one that
+    is served with another template answers other questions than it was trained on. ``moments`` and
+    ``run_state`` are what a run resumes from; if there are no moments, neither is written.
 
     Returns:
         The ``iter_NNNNNNN`` directory, complete once the first rank has returned.
@@ -105,10 +105,10 @@ def _write_factors(
 
 
 def fail_together(layout: Layout, save: Callable[[], Path]) -> Path:
-    """Return what ``save`` returns, once all ranks have; all of them fail where one does.
+    """Call ``save`` and return its result once all ranks have saved; all fail if one does.
 
     Raises:
-        SaveFailedError: It could not be written; raised on every rank.
+        SaveFailedError: A rank could not write; raised on every rank.
     """
     problem, target = "", Path()
     try:

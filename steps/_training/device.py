@@ -1,9 +1,9 @@
-"""Where a rank computes: on a GPU of its own, or on the CPU, and then all ranks of the job do.
+"""Where a rank computes: on a GPU of its own, or on the CPU; all ranks of a job do the same.
 
-torch that sees no GPU says nothing: it is the same with a wheel for the CPU, a driver that is too
-old, a container without devices, or a node that has lost its GPUs. A job that had asked for GPUs
-would compute on, a hundred times slower; one of which some ranks see GPUs would wait for itself,
-as NCCL and gloo do not hear each other.
+If torch sees no GPU it says nothing, whether it was built for the CPU, the driver is too old, the
+container has no devices, or the node has lost its GPUs. A job that has asked for GPUs would go on a
+hundred times slower. A job of which only some ranks see GPUs would hang, since ranks that use NCCL
+and ranks that use gloo wait for each other.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from nemotron.errors import NemotronError
 from nemotron.steps._training.host_memory import keep_freed_memory
 
-# How many GPUs a node of this job was to have; launch.sh says it.
+# Set by launch.sh: how many GPUs the job has asked for on each node.
 GPUS_PER_NODE = "NEMOTRON_GPUS_PER_NODE"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_NONE = ("", "-1")  # of its values, those by which users mean that a GPU is not to be used
+_NONE = ("", "-1")  # values of it by which users ask for the CPU
 _ON_THE_CPU = f"set {_VISIBLE}=-1 to compute on the CPU"
 
 
@@ -49,12 +49,12 @@ def own_device() -> torch.device:
 
 
 def refuse_mixed_devices(store: Store, rank: int, device: torch.device) -> None:
-    """Compare the kind of this rank's device with that of the first rank, which is waited for.
+    """Compare the type of this rank's device with that of the first rank's, once that is known.
 
     Args:
-        store: Of the job; all ranks call this with the same one.
+        store: The job's store; all ranks call this with the same one.
         rank: This rank.
-        device: Of ``own_device``.
+        device: The result of ``own_device``.
 
     Raises:
         NemotronError: ``mixed_devices``: they differ.
@@ -74,7 +74,7 @@ def refuse_mixed_devices(store: Store, rank: int, device: torch.device) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """Return what a device is, in words: the GPU's name, or the CPU with torch's build."""
+    """Return the name of a device: that of the GPU, or the CPU with torch's version."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} (torch {torch.__version__})"

@@ -62,8 +62,8 @@ class Layout:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        # Not by dist.barrier: NCCL's guesses the device, and guesses wrong where ranks leave some
-        # GPUs of a node unused.
+        # Not by dist.barrier: with NCCL it guesses the device, wrongly if some GPUs of a node are
+        # not used.
         self.any_rank(False)
 
     def any_rank(self, claim: bool) -> bool:
@@ -72,7 +72,7 @@ class Layout:
         return bool(all_reduce(claims, self.world).item())
 
     def from_first(self, numbers: list[int]) -> list[int]:
-        """Return the numbers that the first rank has passed, on every rank."""
+        """Return the numbers of the first rank on every rank; those of other ranks are ignored."""
         sent = numbers if self.is_first else [0] * len(numbers)
         tensor = torch.tensor(sent, dtype=torch.int64, device=self.device)
         return all_reduce(tensor, self.world).tolist()
@@ -92,41 +92,26 @@ def open_layout(
         NemotronError: ``world_size``: torchrun started another number of ranks than TP x PP x DP;
             and what ``own_device`` and ``refuse_mixed_devices`` raise.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    stage_size = tensor_model_parallel_size * data_parallel_size
-    wanted = stage_size * pipeline_model_parallel_size
-    if world_size != wanted:
-        raise NemotronError(
-            "world_size",
-            f"{world_size} ranks were started; the layout needs {wanted} "
-            f"(TP {tensor_model_parallel_size} x PP {pipeline_model_parallel_size} "
-            f"x DP {data_parallel_size})",
-            where="WORLD_SIZE",
-            fix=f"start torchrun with {wanted} ranks, or set recipe.data_parallel_size",
-        )
+    world_size = _world_size(
+        tensor_model_parallel_size, pipeline_model_parallel_size, data_parallel_size
+    )
     device = own_device()
     if world_size == 1:
         alone = ProcessGroup()
         yield Layout(alone, alone, alone, alone, alone, device)
         return
     timeout = timedelta(minutes=timeout_minutes)
-    store, rank, _ = next(rendezvous("env://", timeout=timeout))
-    refuse_mixed_devices(PrefixStore("device", store), rank, device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("ranks", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
+    _join_world(world_size, device, timeout)
     try:
+        stage_size = tensor_model_parallel_size * data_parallel_size
         layout = make_layout(tensor_model_parallel_size, stage_size, device, timeout)
-        # NCCL's groups wait for nobody: a rank that is minutes late in starting would be taken for
+        # Making groups of NCCL waits for no rank: one that starts minutes late would be taken for
         # one that hangs.
         layout.barrier()
         yield layout
     except BaseException:
-        # NCCL's end waits for ranks that wait for this one; leave_process frees them.
+        # Destroying NCCL's groups would wait for ranks that wait for this one; leave_process ends
+        # that.
         if device.type != "cuda":
             dist.destroy_process_group()
         raise
@@ -170,15 +155,44 @@ def make_layout(
     )
 
 
+def _world_size(tensor_size: int, pipeline_size: int, data_size: int) -> int:
+    """Return how many ranks torchrun has started, which must be as many as the layout needs."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = tensor_size * pipeline_size * data_size
+    if started != wanted:
+        raise NemotronError(
+            "world_size",
+            f"{started} ranks were started; the layout needs {wanted} "
+            f"(TP {tensor_size} x PP {pipeline_size} x DP {data_size})",
+            where="WORLD_SIZE",
+            fix=f"start torchrun with {wanted} ranks, or set recipe.data_parallel_size",
+        )
+    return started
+
+
+def _join_world(world_size: int, device: torch.device, timeout: timedelta) -> None:
+    """Join the default process group, once all ranks are known to compute on the same device."""
+    store, rank, _ = next(rendezvous("env://", timeout=timeout))
+    refuse_mixed_devices(PrefixStore("device", store), rank, device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("ranks", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+
+
 def _join(groups: Iterable[range], *, timeout: timedelta | None) -> ProcessGroup:
-    """Return this rank's group of some that are disjoint and equal in size.
+    """Return the one of these groups, disjoint and equal in size, that this rank belongs to.
 
     Every rank makes every group, in the same order: new_group is a collective of the world.
     """
     mine = ProcessGroup()
     for ranks in groups:
         if len(ranks) > 1:
-            group = dist.new_group(list(ranks), timeout=timeout)  # else not the world's
+            # Without the argument, a new group has torch's default timeout, not the world's.
+            group = dist.new_group(list(ranks), timeout=timeout)
             if isinstance(group, dist.ProcessGroup):
                 mine = ProcessGroup(group, ranks.index(dist.get_rank()), len(ranks))
     return mine
@@ -187,10 +201,11 @@ def _join(groups: Iterable[range], *, timeout: timedelta | None) -> ProcessGroup
 def gather_tensors(
     tensors: Mapping[str, Tensor], group: ProcessGroup, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return the tensors of all ranks of a group by name, on the CPU of its first; elsewhere none.
+    """Return the tensors of all ranks of a group on the CPU of its first rank, and {} on others.
 
-    Each rank may have others, of any shapes, or none. They travel as safetensors, so that nothing
-    is unpickled, and in parts, so that ``device`` need not hold a stage's adapter once more.
+    Each rank may have different tensors, of any shapes, or none. They are sent as safetensors, so
+    that nothing is unpickled, and in parts, so that ``device`` need not hold a second copy of a
+    stage's adapter.
     """
     gathered = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     if group.size == 1:

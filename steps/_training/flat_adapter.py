@@ -1,9 +1,10 @@
-"""All adapter factors of a rank in one flat buffer, their gradients in another.
+"""All adapter factors of a rank in one flat buffer, and their gradients in another.
 
-The buffers are laid out [partial | replicated | sharded] (``LoraParameter.kind``), so that one
-optimizer step needs one all-reduce for what the tensor-parallel ranks have copies of (over all
+The buffers are laid out [partial | replicated | sharded] (``LoraParameter.kind``). So an optimizer
+step needs one all-reduce for the factors of which the tensor-parallel ranks have copies (over all
 ranks of the stage) and one for the rest (over the data-parallel ranks), however many layers and
-micro batches there are. Being elementwise, AdamW on the flat buffer equals AdamW on the factors.
+micro batches there are. AdamW works elementwise, so on the flat buffer it equals AdamW on the
+factors.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from nemotron.steps._tensor_parallel.linear import LoraParameter
 from nemotron.steps._training.distributed import Layout
 
 _ORDER = ("partial", "replicated", "sharded")
-# Elements of each copy, 16 MiB: a whole one may not fit beside the base.
+# Elements compared at a time, 16 MiB: a copy of the whole buffer may not fit beside the base.
 _COMPARED_AT_ONCE = 1 << 22
 
 
 class FlatAdapter:
-    """Owns the storage of all factors and of their gradients.
+    """Owns the storage of all factors and of their gradients, P elements each.
 
     Args:
         parameters: Every factor of this rank; their data and gradients become views.
-        layout: This rank's groups, and where a rank without any factor keeps its empty buffers.
+        layout: This rank's groups, and the device of the buffers of a rank without any factor.
 
     Attributes:
         values: All factors, [P], fp32; its ``grad`` is the flat gradient.
         gradients: The flat gradient, [P].
-        parts: Where in [P] all ``lora_a`` and all ``lora_b`` are, adjacent ones joined.
+        parts: Slices of [P] with all ``lora_a`` and with all ``lora_b``, adjacent ones joined.
     """
 
     def __init__(self, parameters: Iterable[LoraParameter], layout: Layout) -> None:
@@ -68,7 +69,7 @@ class FlatAdapter:
         self._num_whole = sizes["partial"] + sizes["replicated"]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return the parts of a buffer that is laid out as ``values``, by name of the factor."""
+        """Return views of the factors in a buffer that is laid out as ``values``, by name."""
         return {name: flat[part].view(shape) for name, (part, shape) in self._places.items()}
 
     def zero_gradients(self) -> None:
@@ -76,11 +77,11 @@ class FlatAdapter:
         self.gradients.zero_()
 
     def reduce_gradients(self) -> None:
-        """Complete the gradients: sum over micro batches of all ranks. Two collectives at most."""
+        """Complete the gradients by summing them over the ranks, in two collectives at most."""
         num_in_stage = self._num_partial
         if self._layout.data.size > 1:
-            # Summed once for all copies: groups side by side need not add in the same order, and
-            # NCCL's would then leave copies that differ in their last bits.
+            # One sum for all copies: separate groups need not add in the same order, so that copies
+            # could differ in their last bits (as with NCCL).
             num_in_stage = self._num_whole
             if self._layout.tensor.rank > 0:
                 self.gradients[self._num_partial : self._num_whole].zero_()
@@ -88,7 +89,7 @@ class FlatAdapter:
         all_reduce(self.gradients[num_in_stage:], self._layout.data)
 
     def gradient_norm(self) -> float:
-        """Return the L2 norm over all logical parameters, each counted once, at every layout."""
+        """Return the L2 norm over all logical parameters, each counted once whatever the layout."""
         norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
         shared_square = norm(self.gradients[self._num_whole :]).square().reshape(1)
         whole_square = norm(self.gradients[: self._num_whole]).square()
@@ -96,12 +97,12 @@ class FlatAdapter:
         return math.sqrt(float(all_reduce(square, self._layout.pipeline)))
 
     def replica_difference(self) -> float:
-        """Return by how much copies of a factor differ on any rank; all but 0.0 is a defect."""
+        """Return the largest difference between copies of a factor; not 0.0 only by a defect."""
         values = self.values.detach()
         whole = values[: self._num_whole]
         found = *_spreads(whole, self._layout.tensor), *_spreads(values, self._layout.data)
         own = torch.stack([values.new_zeros(()), *found]).max()
-        # Not by an all-reduce: torch's max keeps NaN, which NCCL's need not.
+        # Not by an all-reduce: torch's max propagates NaN, NCCL's need not.
         return float(all_gather(own, self._layout.world).max())
 
 
@@ -110,7 +111,7 @@ def _factor(parameter: LoraParameter) -> str:
 
 
 def _append(parts: list[slice], part: slice) -> None:
-    """Add a part, joined to the last one where they touch."""
+    """Append a part, joined with the last one if they are adjacent."""
     is_adjacent = parts and parts[-1].stop == part.start
     parts.append(slice(parts.pop().start, part.stop) if is_adjacent else part)
 

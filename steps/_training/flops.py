@@ -1,8 +1,8 @@
-"""How many floating-point operations the mathematics of a LoRA step takes, for its TFLOP/s.
+"""How many floating-point operations a LoRA step takes mathematically, to report its TFLOP/s.
 
-Model operations, not hardware operations: what activation recomputation repeats, what padding or a
-mask throws away, and everything that is no matrix product do not count, so that the figure compares
-implementations and layouts.
+These are model operations, not hardware operations, so that the figure compares implementations and
+layouts. Not counted are what activation recomputation repeats, what padding or a mask discards, and
+everything that is not a matrix product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 
 @dataclass(frozen=True)
 class LoraFlops:
-    """Operations of a training step, forward and backward, by what they grow with.
+    """Operations of a training step, forward and backward, by what they are proportional to.
 
     A product of [S, H] and [H, F] takes 2 S H F operations, a multiplication and an addition each.
     With N_base = F H the weights of a linear, N_lora = R (F + H) those of its adapter (rank R):
@@ -46,9 +46,9 @@ class LoraFlops:
     per_supervised: float
 
     def of(self, cu_seqlens: Sequence[int], num_supervised: int) -> float:
-        """Return the operations of a micro batch, given by the boundaries of its documents.
+        """Return the operations of a micro batch, given the boundaries of its documents.
 
-        One without a supervised token has nothing to train and costs nothing.
+        A micro batch without a supervised token is skipped in training and costs nothing.
         """
         if not num_supervised:
             return 0.0
@@ -59,8 +59,8 @@ class LoraFlops:
 
 
 def lora_flops(config: DecoderConfig, lora: LoraTargets) -> LoraFlops:
-    """Return the operations of a model with these adapters, whatever it is split over."""
-    # Without storage: the shapes are those that the model itself gives its linears.
+    """Return the operations of a whole model with these adapters, however it is split."""
+    # Built without storage, so that the shapes are those that the model gives its linears.
     with torch.device("meta"):
         model = GPTModel(config, lora=lora, group=ProcessGroup(), dtype=torch.bfloat16)
     heads = config.num_attention_heads * config.kv_channels

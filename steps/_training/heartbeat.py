@@ -1,11 +1,11 @@
-"""A thread per rank that tells the others it works, and ends this rank when another one does not.
+"""A thread in each rank that tells the others it is working, and ends the rank if another is not.
 
-A collective that waits for a stopped process waits until its own timeout, which must be long enough
-for the slowest step, and then blames the rank that waited. A rank works while its main thread uses
-the CPU, waits for another rank, or for a disk that the kernel waits for too: a shared file system
-may be away for minutes, and comes back. One that is stopped, or that hangs anywhere else, does
-none of it.
-The beat goes through the rendezvous store, so it is the same under gloo and NCCL.
+Without it, a collective that waits for a stopped process waits for its own timeout, which must be
+longer than the slowest step, and then blames the rank that waited. A rank counts as working while
+its main thread uses the CPU, waits for another rank, or is blocked in the kernel by a disk: a
+shared file system may be unavailable for minutes and come back. A rank that is stopped, or hangs
+anywhere else, does none of these. The beat goes through the rendezvous store, so it is the same
+under gloo and NCCL.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _WHERE_RANKS_WAIT = (
     str(Path(dist.__file__).parent),
 )
 _TASKS = Path("/proc/self/task")
-# Of the CPU between two beats: more than the interpreter's own housekeeping takes.
+# CPU time between two beats that counts as working: more than the interpreter's housekeeping takes.
 _IDLE_SECONDS = 1e-3
 _LAST_WORDS_SECONDS = 2.0
 
 
 class LastWords(NamedTuple):
-    """The last step that a rank had taken at its last beat, and file and line of where it was."""
+    """What a rank said with its last beat: its last step, and the file and line it was at."""
 
     step: str
     place: str
@@ -57,7 +57,7 @@ class Heartbeat:
 
     Args:
         layout: This rank's groups.
-        timeout_seconds: A rank that has done nothing for so long ends the job.
+        timeout_seconds: The job ends if a rank does nothing for this long.
 
     Attributes:
         last_step: Returns this rank's last optimizer step.
@@ -85,7 +85,7 @@ class Heartbeat:
         self._leaving.set()
         self._thread.join()
         if isinstance(error, SystemExit):
-            # As a success it would be waited for by the launcher, and by the ranks it has left.
+            # With exit code 0 the launcher and the other ranks would wait for the rest of the job.
             raise SystemExit(int(ExitCode.RANK_DIED)) from error
 
     def _own_exit(self, error: SystemExit) -> None:
@@ -119,7 +119,7 @@ class Heartbeat:
                     if text != _LEFT and time.monotonic() - since > self._timeout_seconds:
                         self._end(rank, text)
         except RuntimeError as error:
-            # Without the store the launcher is gone, and nobody else would end this rank.
+            # If the store is gone, so is the launcher, and nothing else would end this rank.
             if not self._leaving.is_set():
                 self._end_with(f"the rendezvous store of the job is gone: {error}", "")
 
@@ -144,7 +144,7 @@ class Heartbeat:
 
 
 def _all_said(store: PrefixStore, ranks: Iterable[int]) -> dict[int, str]:
-    """Return what these ranks have last said, by two requests once all of them have."""
+    """Return the last beat of each rank that has sent one; two requests once all ranks have."""
     known = list(ranks)
     if not store.check([str(rank) for rank in known]):
         known = [rank for rank in known if store.check([str(rank)])]
@@ -153,9 +153,9 @@ def _all_said(store: PrefixStore, ranks: Iterable[int]) -> dict[int, str]:
 
 
 def last_words(environment: Mapping[str, str]) -> LastWords | None:
-    """Return what a rank, given by its environment, has last said; None if that is not known.
+    """Return the last beat of a rank, given by its environment; None if it is not known.
 
-    For the process that started the ranks, while the store is there.
+    Called by the process that started the ranks, as long as the store is there.
     """
     key = environment["RANK"]
     try:
@@ -193,29 +193,29 @@ class _MainThread:
         self._used_seconds = 0.0
 
     def works(self) -> bool:
-        """Whether it has used the CPU since the last call, or waits for another rank or a disk."""
+        """Return whether it has used the CPU since the last call, or waits for a rank or a disk."""
         before, self._used_seconds = self._used_seconds, time.clock_gettime(self._clock)
         waits = any(f.f_code.co_filename.startswith(_WHERE_RANKS_WAIT) for f in self._frames())
-        others_work = self._disk_or_reader_works()  # each time: it compares with the last
+        others_work = self._disk_or_reader_works()  # always called: it compares with the last call
         return waits or self._used_seconds - before > _IDLE_SECONDS or others_work
 
     def _disk_or_reader_works(self) -> bool:
-        """Whether any thread sleeps uninterruptibly, as in fsync, or one that reads ahead computes.
+        """Return whether a thread is blocked in the kernel, as in fsync, or a reader computes.
 
         Source: proc_pid_stat(5), after the name in parentheses; a process that is stopped is T.
         """
         readers = {t.native_id for t in threading.enumerate() if t.name.startswith(READER)}
         before, self._read_ticks = self._read_ticks, []
         is_in_kernel = False
-        for task in _TASKS.glob("*"):  # none where this is not Linux
-            with contextlib.suppress(OSError):  # a thread that has just ended
+        for task in _TASKS.glob("*"):  # only Linux has these
+            with contextlib.suppress(OSError):  # the thread has just ended
                 fields = (task / "stat").read_bytes().rpartition(b") ")[2].split()
                 is_in_kernel |= fields[0] == b"D"
                 self._read_ticks += fields[11:13] if int(task.name) in readers else []
         return is_in_kernel or self._read_ticks != before
 
     def place(self) -> str:
-        """Return file and line of where it is, outside of torch and of Python's library."""
+        """Return the file and line that it is at, outside of torch and of Python's library."""
         for frame in self._frames():
             path = frame.f_code.co_filename
             is_of_python = path.startswith(_PYTHON) and "site-packages" not in path

@@ -1,8 +1,8 @@
-"""Logits of a model that need not fit in memory: one layer at a time is mapped, applied, forgotten.
+"""Logits of a model that need not fit in memory: one layer at a time is mapped, applied, dropped.
 
-What a merge is proved with. Attention, norms and activations are the trainer's own modules, in
-fp32. The weights of its linears stay in their own type, where they lie: each is widened a few rows
-at a time, in a core's cache, where they are multiplied at once.
+A merge is verified by them. Attention, norms and activations are the trainer's own modules, in
+fp32. The weights of the linears stay in the file, in their own type: a few rows at a time are
+widened and multiplied while they are in a core's cache.
 
 S tokens, H input features, F output features, R LoRA rank, V vocabulary.
 """
@@ -24,18 +24,19 @@ from nemotron.steps._formats.as_megatron import AsMegatron
 from nemotron.steps._formats.lora import LoraAdapter, fused_factors
 from nemotron.steps._formats.weight_files import one_torch_thread
 from nemotron.steps._formats.weights import Weights
-from nemotron.steps._models.attention import PackedDocuments, Rotary, rotary_tables
+from nemotron.steps._models.attention import PackedDocuments, rotary_tables
 from nemotron.steps._models.gpt import Split, TransformerLayer
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from nemotron.steps._tensor_parallel.prologue import Prologue, RMSNormPrologue, rms_norm
 from nemotron.steps._training.base_model import load_attention_extras
 
-# Of the documents, tokens: one whose only token attends to itself, and two in which positions and
-# attention matter. A difference in a weight goes unseen only where all inputs are orthogonal to it:
-# after 8 of them, and 8 V logits of which the largest difference counts, more prove no more.
+# Tokens of each document: one document whose only token attends to itself, and two in which
+# positions and attention matter. A wrong weight goes unseen only if every input is orthogonal to
+# the difference. With 8 tokens and 8 V logits, of which the largest difference counts, that does
+# not happen; more tokens would prove no more.
 _LENGTHS = (1, 2, 5)
-_NUM_COLUMNS = 16  # at least: BLAS takes as long, or longer, for fewer
+_NUM_COLUMNS = 16  # at least: for fewer columns BLAS takes as long or longer
 _ELEMENTS_AT_A_TIME = 1 << 19  # of a weight, widened: 2 MiB, as much as a core's cache holds
 
 
@@ -45,11 +46,12 @@ class LogitComparison:
 
     Attributes:
         num_tokens: Tokens compared.
-        largest_change: Largest difference that the adapter makes to the base's logits.
-        largest_difference: Largest difference between base with adapter and merged.
-        tolerance: What rounding the merged weights to their type is expected to make of it at most.
-        rounded_difference: Where it is more, the largest difference between merged and a base to
-            whose fused weights the adapter is added here, rounded to their type; else None.
+        largest_change: Largest change that the adapter makes to a logit of the base.
+        largest_difference: Largest difference between base with adapter and merged weights.
+        tolerance: Largest difference that rounding the merged weights to their type may cause.
+        rounded_difference: If ``largest_difference`` is above ``tolerance``: the largest difference
+            between the merged weights and a base to whose weights the adapter is added here, with
+            the same rounding. Otherwise None.
     """
 
     num_tokens: int
@@ -60,7 +62,7 @@ class LogitComparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether the merged weights do what base and adapter do, as far as their type allows."""
+        """Whether the merged weights compute what base and adapter do, but for their rounding."""
         difference = self.rounded_difference
         return (self.largest_difference if difference is None else difference) <= self.tolerance
 
@@ -70,8 +72,8 @@ def compare_merged(base: Weights, adapter: LoraAdapter, merged: Weights) -> Logi
 
     Every tensor of ``merged`` is read once, a tied embedding twice, in a thread of its own.
     """
-    # Before there are two threads: of two that ask torch for their first cosine at the same time,
-    # one may get it in fast mode, off by 1e-4 (MKL's vector functions; 6 of 13,000 processes).
+    # Before the second thread starts: of two threads that call torch's first cosine at the same
+    # time, one may get MKL's fast mode, which is off by 1e-4 (seen in 6 of 13,000 processes).
     documents = fixed_documents(base)
     stopped = Event()
     follow = partial(logits, merged, documents, stopped=stopped)
@@ -82,7 +84,7 @@ def compare_merged(base: Weights, adapter: LoraAdapter, merged: Weights) -> Logi
             without, wanted = logits(base, documents, adapter=adapter).chunk(2)
             got = of_merged.result()
         finally:
-            stopped.set()  # whoever is told to stop waits for one more layer at most
+            stopped.set()  # an interrupted comparison then waits for one more layer at most
     eps = torch.finfo(base.dtype("model.layers.0.mlp.down_proj.weight")).eps
     spread = wanted.std().item() * math.sqrt(2.0 * base.config.num_layers)
     difference, tolerance = _largest(wanted - got), _tolerance(spread, eps)
@@ -101,29 +103,28 @@ def compare_merged(base: Weights, adapter: LoraAdapter, merged: Weights) -> Logi
 
 @dataclass(frozen=True)
 class Documents:
-    """Tokens, [S] int64, of documents one after the other, and the angles of their positions."""
+    """Tokens, [S] int64, of documents one after the other, and where each document lies."""
 
     tokens: Tensor
-    cu_seqlens: list[int]
-    rotary: Rotary
+    packed: PackedDocuments
 
     def twice(self) -> Documents:
-        """Return all documents and, after them, all of them again."""
-        end = self.cu_seqlens[-1]
-        cos, sin = (table.repeat(2, 1, 1, 1) for table in self.rotary)
-        again = [end + bound for bound in self.cu_seqlens[1:]]
-        return Documents(self.tokens.repeat(2), self.cu_seqlens + again, (cos, sin))
+        """Return all documents followed by the same documents once more."""
+        bounds = self.packed.cu_seqlens
+        cos, sin = (table.repeat(2, 1, 1, 1) for table in self.packed.rotary)
+        again = [bounds[-1] + bound for bound in bounds[1:]]
+        return Documents(self.tokens.repeat(2), PackedDocuments([*bounds, *again], (cos, sin)))
 
 
 def fixed_documents(weights: Weights) -> Documents:
-    """Return the documents that models are compared on; the same for a vocabulary."""
+    """Return the documents that models are compared on; they depend on the vocabulary's size."""
     config = weights.config
     generator = torch.Generator().manual_seed(20)
     tokens_S = torch.randint(0, config.vocab_size, (sum(_LENGTHS),), generator=generator)
     cu_seqlens = [sum(_LENGTHS[:count]) for count in range(len(_LENGTHS) + 1)]
     dtype = _computing_dtype(weights)
     rotary = rotary_tables(config, cu_seqlens, dtype=dtype, device=tokens_S.device)
-    return Documents(tokens_S, cu_seqlens, rotary)
+    return Documents(tokens_S, PackedDocuments(cu_seqlens, rotary))
 
 
 @torch.no_grad()
@@ -140,23 +141,22 @@ def logits(
     Args:
         weights: The model; one layer of it is held at a time.
         documents: Of ``fixed_documents``.
-        adapter: If given, two rows come for a token: all without it, then all with it, [2 S, V]. So
-            each weight is widened once for both.
-        in_weights: The adapter is added to the weights, which are rounded to their type, and there
-            is one row a token.
-        stopped: Ends this with ``CancelledError`` once it is set.
+        adapter: If given, there are two rows per token, [2 S, V]: all tokens without the adapter,
+            then all with it, so that each weight is widened once for both.
+        in_weights: Add the adapter to the weights and round the sum to their type; then there is
+            one row per token.
+        stopped: Once it is set, this ends with ``CancelledError``.
     """
     config, dtype = weights.config, _computing_dtype(weights)
     if adapter is not None and not in_weights:
         documents = documents.twice()
     hidden_SH = weights.read("model.embed_tokens.weight")[documents.tokens].to(dtype)
-    packed = PackedDocuments(documents.cu_seqlens, documents.rotary)
     for index in range(config.num_layers):
         if stopped is not None and stopped.is_set():
             raise CancelledError
         layer = _load_layer(weights, index, dtype, adapter, in_weights=in_weights)
-        hidden_SH = layer(hidden_SH, packed, None)
-        del layer  # before the next one is there
+        hidden_SH = layer(hidden_SH, documents.packed, None)
+        del layer  # before the next one is loaded
     norm_H = weights.read("model.norm.weight").to(dtype)
     hidden_SH = rms_norm(hidden_SH, norm_H, config.layernorm_epsilon)
     is_tied = config.share_embeddings_and_output_weights
@@ -173,13 +173,13 @@ def _largest(difference: Tensor) -> float:
 
 
 def _tolerance(spread: float, eps: float) -> float:
-    """Return how far rounding may move a logit.
+    """Return how far rounding the weights may move a logit.
 
-    Each weight is off by up to eps / 2 of itself, uniformly; the errors of the 2 L branches add up
-    as a random walk, which is in ``spread``; 8 of its standard deviations. Adapters larger than
-    their base can make up to 90 of it; where the sums are rounded alike, 0.4. On top the rounding
-    of fp32, which adds up likewise: a random adapter of large factors made 1e-5 of the logits'
-    spread with two layers.
+    Each weight is off by up to eps / 2 of itself, uniformly distributed. The errors of the 2 L
+    branches add up as a random walk, whose length is part of ``spread``; 8 standard deviations of
+    the sum are allowed. Adapters that are larger than their base can reach 90 of them; with both
+    sums rounded alike 0.4 was the most. The rounding of fp32 itself adds up likewise and comes on
+    top: a random adapter with large factors made 1e-5 of the logits' spread with two layers.
     """
     return spread * (8.0 * eps / math.sqrt(12.0) + 2e-5)
 
@@ -197,7 +197,7 @@ def _load_layer(
     split = Split(group=ProcessGroup(), dtype=dtype, sequence_parallel=False)
     layer = TransformerLayer(index, weights.config, None, split)
     load_attention_extras(layer.self_attention, index, reader)
-    # Its linears' own weights go before anything is written there, and have taken no memory.
+    # The linears' own weights are dropped before anything is written there: they took no memory.
     factors = fused_factors(adapter, index) if adapter is not None else {}
     for block in (layer.self_attention, layer.mlp):
         for name, linear in list(block.named_children()):
@@ -226,16 +226,16 @@ def _in_place(
     assert linear.norm_epsilon is not None
     norm_H = reader.read(f"{on_disk}.layer_norm_weight", layer=layer).to(dtype)
     norm = RMSNormPrologue(norm_H, linear.norm_epsilon)
-    # Segments apart: gate and up need not be put together.
+    # One part per segment: gate and up need not be concatenated.
     parts = [read(rows=rows) for rows in linear.local_rows()]
     return _ColumnLinear(norm, parts, factors, in_weights=in_weights)
 
 
 class _Linear(nn.Module):
-    """What a linear of the trainer computes, ``W x + B A x``, with W where it lies.
+    """Computes what a linear of the trainer does, ``W x + B A x``, with W left in its file.
 
-    A and B, where there are any, act on the second half of the tokens; or ``in_weights``, where
-    ``W + B A`` is rounded to W's type.
+    A and B, if there are any, act on the second half of the tokens only. With ``in_weights`` all
+    tokens are multiplied by ``W + B A`` instead, rounded to W's type.
     """
 
     def __init__(
@@ -284,13 +284,13 @@ class _RowLinear(_Linear):
 def _product(
     x_SH: Tensor, parts: Sequence[Tensor], added: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """Return ``x W^T``, [S, F], of the parts of W, [F, H], one below the other in any type.
+    """Return ``x W^T``, [S, F], where ``parts`` are the rows of W, [F, H], in order, of any type.
 
-    With A and B of ``added`` it is ``W + B A``, rounded to the type of W.
+    With ``added``, the factors A and B, ``W + B A`` rounded to W's type takes the place of W.
     """
     num_rows = max(1, _ELEMENTS_AT_A_TIME // x_SH.shape[1])
     wide = x_SH.new_empty(num_rows, x_SH.shape[1])
-    # As W x^T, which a CPU computes faster for so few tokens, and faster yet with x^T in a piece.
+    # As W x^T: a CPU computes it faster for so few tokens, and faster yet with x^T contiguous.
     x_HS = x_SH.new_zeros(x_SH.shape[1], max(len(x_SH), _NUM_COLUMNS))
     x_HS[:, : len(x_SH)] = x_SH.T
     y_FS = x_SH.new_empty(sum(map(len, parts)), x_HS.shape[1])

@@ -1,7 +1,7 @@
-"""The training loop: batches in, one optimizer step after the other, losses and adapters out.
+"""The training loop: one optimizer step after another, with evaluations and saves in between.
 
-The loss of an iteration is the sum over the supervised tokens of the global batch divided by their
-number, and every gradient is its gradient, however the batch and the model are split over ranks.
+The loss of an iteration is the mean over the supervised tokens of the global batch, and the
+gradients are those of this loss, however batch and model are split over the ranks.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class NothingToValidateError(ValueError):
 class BatchSettings:
     """Batch sizes in packed rows, and how the loss of a global batch is normalised.
 
-    ``calculate_per_token_loss``: over all its supervised tokens; otherwise the mean over its micro
-    batches of each one's mean.
+    With ``calculate_per_token_loss`` it is the mean over all supervised tokens of the global batch;
+    without, each micro batch's mean is taken first and then the mean over the micro batches.
     """
 
     global_batch_size: int
@@ -61,7 +61,7 @@ class BatchSettings:
 class AdamSettings:
     """AdamW with decoupled weight decay, and the bound on the global gradient norm (0: none).
 
-    ``lora_plus_lr_ratio``: learning rate of lora_b over that of lora_a.
+    ``lora_plus_lr_ratio`` is the learning rate of lora_b divided by that of lora_a.
     """
 
     adam_beta1: float
@@ -85,6 +85,14 @@ class Intervals:
     eval_iters: int
     save_interval: int
 
+    def is_saved(self, iteration: int) -> bool:
+        """Return whether a save is due after this step."""
+        return iteration == self.train_iters or iteration % self.save_interval == 0
+
+    def is_evaluated(self, iteration: int) -> bool:
+        """Return whether an evaluation is due after this step."""
+        return self.is_saved(iteration) or iteration % self.eval_interval == 0
+
 
 class StepTotals(NamedTuple):
     """Sums over the global batch of a step."""
@@ -101,9 +109,9 @@ class Progress:
 
     Attributes:
         iteration: Optimizer steps taken.
-        before: Evaluation before the first step, where there is a valid split.
-        now: Evaluation at this iteration, where one was due and finished.
-        is_evaluated: Whether no evaluation is due at this iteration any more.
+        before: Evaluation before the first step; None without a valid split.
+        now: Evaluation at this iteration; None unless one was due and was finished.
+        is_evaluated: Whether this iteration needs no evaluation any more.
     """
 
     iteration: int = 0
@@ -172,9 +180,6 @@ class Trainer:
     ) -> Progress:
         """Train from ``start`` to the end, or to the boundary at which the ranks agree to stop.
 
-        A run that was stopped after its last step, before that was evaluated, is evaluated and
-        saved again.
-
         Args:
             intervals: Length of the run, and when it evaluates and saves.
             save: Called at every save on every rank.
@@ -192,9 +197,8 @@ class Trainer:
         self._check_replicas()
         progress = start
         if not start.is_evaluated:
-            now = self._validate(start.iteration, intervals.eval_iters, stop)
-            before = start.before if start.iteration else now
-            progress = Progress(start.iteration, before, now, not stop.is_agreed)
+            progress = self._evaluate_start(start, intervals, stop)
+            # A run that was stopped between its last step and that step's evaluation.
             if 0 < start.iteration == intervals.train_iters and not stop.is_agreed:
                 save(progress)
         while progress.iteration < intervals.train_iters and not stop.is_agreed:
@@ -202,14 +206,13 @@ class Trainer:
             self.step(iteration, has_next=iteration < intervals.train_iters)
             # Here, and before each batch of an evaluation: whatever is agreed on is saved below.
             stop.agree()
-            is_save = iteration == intervals.train_iters or iteration % intervals.save_interval == 0
-            is_due = is_save or iteration % intervals.eval_interval == 0
+            is_due = intervals.is_evaluated(iteration)
             now = None
             if is_due and not stop.is_agreed:
                 now = self._validate(iteration, intervals.eval_iters, stop)
             is_evaluated = not (is_due and stop.is_agreed)
             progress = Progress(iteration, progress.before, now, is_evaluated)
-            if is_save or stop.is_agreed:
+            if intervals.is_saved(iteration) or stop.is_agreed:
                 self._check_replicas()
                 save(progress)
         return progress
@@ -217,7 +220,7 @@ class Trainer:
     def step(self, iteration: int, *, has_next: bool = False) -> None:
         """Take one optimizer step; ``iteration`` counts from 1.
 
-        Where it ``has_next``, that one's rows are read meanwhile.
+        With ``has_next``, the next step's rows are read in the meantime.
         """
         started = time.perf_counter()
         self.adapter.zero_gradients()
@@ -245,6 +248,12 @@ class Trainer:
     def load_moments(self, directory: Path, iteration: int) -> None:
         """Set AdamW's state to what was saved at ``iteration``."""
         load_moments(directory, self.model, self.adapter, self.optimizer, iteration=iteration)
+
+    def _evaluate_start(self, start: Progress, intervals: Intervals, stop: StopRequest) -> Progress:
+        """Make the evaluation that is due before the first step: at 0 that of the base alone."""
+        now = self._validate(start.iteration, intervals.eval_iters, stop)
+        before = start.before if start.iteration else now
+        return Progress(start.iteration, before, now, not stop.is_agreed)
 
     def _accumulate_gradients(self, iteration: int, has_next: bool) -> tuple[Tensor, StepTotals]:
         """Return this rank's loss sum, fp64, and the sums over the global batch."""
@@ -291,7 +300,7 @@ class Trainer:
         return all_reduce(all_reduce(totals, self.layout.data), self.layout.pipeline)
 
     def _throughput(self, iteration: int, totals: StepTotals, seconds: float) -> dict[str, Any]:
-        """Return what a step worked on and how fast; where it is shown also the memory it takes."""
+        """Return what a step worked on and how fast; also the peak memory, if the step is shown."""
         values: dict[str, Any] = {
             "consumed_samples": iteration * self.batch.global_batch_size,
             "tokens": int(totals.tokens),
@@ -301,18 +310,18 @@ class Trainer:
             "supervised_tokens_per_second": totals.supervised_tokens / seconds,
             "tflops_per_rank": totals.flops / seconds / self.layout.world.size / 1e12,
         }
-        if self.metrics.is_shown(iteration):  # not always: the largest of all ranks is a collective
+        if self.metrics.is_shown(iteration):  # not at every step: this is a collective
             own = torch.tensor(peak_memory_bytes(self.layout.device), device=self.layout.device)
             values["peak_memory_bytes"] = int(all_gather(own, self.layout.world).max())
         return values
 
     def _not_finite_on(self, own: Tensor) -> list[int]:
-        """Return the ranks whose own sums, before gradients were exchanged, are not finite."""
+        """Return the ranks whose own sums, taken before any exchange, are not finite."""
         finite = all_gather(own.isfinite().all().int(), self.layout.world).tolist()
         return [rank for rank, is_finite in enumerate(finite) if not is_finite]
 
     def _update(self, iteration: int, grad_norm: float) -> float:
-        """Clip, step the optimizer; return the learning rate used."""
+        """Clip the gradients and step the optimizer; return the learning rate that was used."""
         if self.adam.clip_grad:
             coefficient = self.adam.clip_grad / (grad_norm + 1e-6)
             self.adapter.gradients.mul_(min(1.0, coefficient))
@@ -324,11 +333,11 @@ class Trainer:
     def _validate(self, iteration: int, eval_iters: int, stop: StopRequest) -> Validation | None:
         """Return the loss on at most ``eval_iters`` global batches of the valid split.
 
-        None where there is no valid split, or the ranks agreed to stop meanwhile.
+        None if there is no valid split, or if the ranks agreed to stop in the meantime.
 
         Raises:
-            LossNotFiniteError: Before anything is saved of an adapter that computes no loss.
-            NothingToValidateError: A loss of 0 would be the best for ever.
+            LossNotFiniteError: The loss is not finite; nothing of such an adapter must be saved.
+            NothingToValidateError: No token is supervised; a loss of 0 would stay the best forever.
         """
         if self.valid_rows is None:
             return None

@@ -1,10 +1,9 @@
-"""What a run says: ``metrics.jsonl``, the truth, and a line now and then for people."""
+"""The record of a run: every event goes to ``metrics.jsonl``, and some are printed."""
 
 from __future__ import annotations
 
 import json
 import math
-import resource
 import secrets
 import sys
 import time
@@ -16,12 +15,13 @@ from typing import Any, Self
 import torch
 
 from nemotron.artifacts import write_text
+from nemotron.processes import peak_host_memory_bytes
 from nemotron.steps._entry import PreemptedError
 from nemotron.steps._training.mirror_process import MirrorProcesses, MirrorSettings
 from nemotron.steps._training.printer import Clock, Printer
 from nemotron.steps._training.run_directory import METRICS_FILE
 
-# How long a run waits at its end for mirrors: for an upload, or hardly where it has failed itself.
+# How long a run waits for its mirrors at the end: for an upload, or briefly if the run has failed.
 _PATIENCE_SECONDS, _PATIENCE_OF_FAILED_SECONDS = 30.0, 2.0
 
 
@@ -31,11 +31,12 @@ class MetricsLog:
     Every event has its ``event``, ``iteration`` (optimizer steps taken) and Unix ``time``.
 
     Args:
-        directory: Where ``metrics.jsonl`` goes; None on ranks that stay silent.
+        directory: Where ``metrics.jsonl`` goes; None on ranks that record nothing.
         train_iters: Iterations of the run, for the printed line.
         log_interval: Iterations between printed lines.
-        config: What the run was asked for, written down where it starts.
-        mirrors: Where the events go as well. Use the log as a context, so that they end with it.
+        config: The run's config, recorded when the run starts.
+        mirrors: Trackers that also get the events. Use the log as a context, so that they end
+            with it.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class MetricsLog:
         self._begin({"event": "started", "iteration": 0}, run=secrets.token_hex(4))
 
     def resume(self, iteration: int, directory: Path) -> None:
-        """Record that a run goes on from the save of ``iteration`` in ``directory``.
+        """Record that a run resumes from the save of ``iteration`` in ``directory``.
 
-        What was recorded after that iteration is dropped, and with it a line that a killed process
-        left half written.
+        Events after that iteration are dropped, and so is a line that a killed process has left
+        incomplete.
         """
         self.iteration = iteration
         self._clock = Clock(iteration, self._train_iters)
@@ -91,7 +92,7 @@ class MetricsLog:
         self._begin(event, run=run)
 
     def _begin(self, event: dict[str, Any], *, run: str) -> None:
-        """Record a beginning of the run with this id, which mirrors know it by, and start them."""
+        """Record a start of the run, with the id that trackers know it by; start the mirrors."""
         if self._path is None:
             return
         offset = self._path.stat().st_size if self._path.exists() else 0
@@ -136,7 +137,7 @@ class MetricsLog:
         self._print(f"saved adapter: {directory}")
 
     def save_failed(self, iteration: int, problem: str) -> None:
-        """Record that nothing was saved at ``iteration``; training goes on."""
+        """Record that nothing was saved at ``iteration``; training continues."""
         self._append({"event": "save_failed", "iteration": iteration, "problem": problem})
         self._print(f"nothing saved at iteration {iteration}: {problem}; earlier saves are whole")
 
@@ -145,7 +146,7 @@ class MetricsLog:
         self._append({"event": "stopped", "iteration": iteration})
 
     def _append(self, event: dict[str, Any]) -> None:
-        """Write an event, after those that a full disk has kept back so far."""
+        """Write an event, after those that a full disk has kept from being written so far."""
         if self._path is None:
             return
         self._pending += json.dumps(event | {"time": round(time.time(), 3)}) + "\n"
@@ -164,15 +165,14 @@ class MetricsLog:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that this process has held so far, on its GPU or else in the host."""
+    """Return the peak memory of this process so far, on its GPU or otherwise on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak_host_memory_bytes()
 
 
 def _write(stream: FileIO, text: bytes) -> int:
-    """Return how many bytes were written: all of them, or less where the disk is full."""
+    """Return how many bytes were written: all of them, or fewer if the disk is full."""
     written = 0
     while written < len(text):
         try:

@@ -1,10 +1,11 @@
-"""Copies what ``metrics.jsonl`` gets to TensorBoard or Weights & Biases, from a process of its own.
+"""Copies the events in ``metrics.jsonl`` to TensorBoard or Weights & Biases, in its own process.
 
     python -m nemotron.steps._training.mirror --metrics FILE --offset N --every K tensorboard DIR
 
-A tracker may be missing, refuse a value, hang in a connection, or crash its interpreter: here it
-takes nothing with it. The run has only started this process and holds the other end of its stdin;
-when that closes, the run is over, the rest of the file is copied, and this process ends.
+A tracker may be missing, refuse a value, hang in a connection, or crash its interpreter; in a
+process of its own it cannot harm the run. The run has only started this process and holds the other
+end of its stdin: when that closes, the run is over, the rest of the file is copied, and this
+process ends.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _LAST_SECONDS = 60
 
 
 class Tracker(Protocol):
-    """Where values go."""
+    """A service that keeps the values of a run."""
 
     def start(self, event: Mapping[str, Any]) -> None:
         """Begin with the ``started`` or ``resumed`` event of the run."""
@@ -70,7 +71,7 @@ class TensorBoard:
         self._writer = EventFileWriter(directory, flush_secs=10)
 
     def start(self, event: Mapping[str, Any]) -> None:
-        # What an earlier life of the run wrote beyond its last save is not shown any more.
+        # From this step on, values of the run before it was resumed are no longer shown.
         kinds = self._events.SessionLog
         start = self._events.Event(
             step=event["iteration"] + 1,
@@ -90,7 +91,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of a project, gone on with by the resumed ones; nothing but metrics and config.
+    """One run of a project, continued when the run is resumed; gets nothing but metrics and config.
 
     Raises:
         ImportError: wandb is not installed.
@@ -106,7 +107,7 @@ class WeightsAndBiases:
         self._run: Any = None
 
     def start(self, event: Mapping[str, Any]) -> None:
-        # Neither code nor command line nor host: what is uploaded is what is said here.
+        # No code, command line or host: nothing is uploaded but what is passed here.
         settings = self._wandb.Settings(
             console="off",
             silent=True,
@@ -123,7 +124,7 @@ class WeightsAndBiases:
             config=event["config"],
             settings=settings,
         )
-        # wandb's own step never goes back, an iteration does when a run goes on from a save.
+        # wandb's own step cannot go back, but the iteration does when a run resumes from a save.
         self._run.define_metric("*", step_metric="iteration")
 
     def write(self, iteration: int, seconds: float, values: Mapping[str, float]) -> None:
@@ -147,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         wandb.add_argument(option)
     arguments = parser.parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # they tell the run to stop; its end stops this
-    threading.excepthook = lambda _: None  # a tracker's thread fails: its next call says so
+        signal.signal(number, signal.SIG_IGN)  # meant for the run, whose end also ends this process
+    threading.excepthook = lambda _: None  # if a tracker's thread fails, its next call says so
     try:
         tracker = _tracker(arguments)
         copy(
@@ -162,12 +163,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # not through exit handlers, in which a tracker may wait for its connection
+        os._exit(1)  # without exit handlers, in which a tracker may wait for its connection
     return 0
 
 
 def copy(events: Iterator[dict[str, Any]], tracker: Tracker, every: int) -> None:
-    """Write the values of events, of steps the first and each ``every``-th; close at the end."""
+    """Write the values of events, of steps only the first and every ``every``-th; then close."""
     for event in events:
         iteration = event["iteration"]
         is_passed_over = event["event"] == "step" and iteration % every and iteration != 1
@@ -179,7 +180,7 @@ def copy(events: Iterator[dict[str, Any]], tracker: Tracker, every: int) -> None
 
 
 def values_of(event: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a tracker gets of an event, by tag."""
+    """Return the values of an event that a tracker gets, by tag."""
     if event["event"] == "validation":
         loss = event["lm_loss"]
         return {"lm loss validation": loss, "lm loss validation ppl": math.exp(min(loss, 700.0))}
@@ -215,7 +216,7 @@ def _follow(path: Path, offset: int, wait: Callable[[float], bool]) -> Iterator[
 
 
 def _end_of_stdin() -> Callable[[float], bool]:
-    """Return what waits for the end of stdin, for so many seconds, and returns whether it came."""
+    """Return a function that waits for the end of stdin and returns whether it came in time."""
     over = threading.Event()
 
     def read() -> None:

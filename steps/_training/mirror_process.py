@@ -1,4 +1,4 @@
-"""The processes that mirror a run's metrics: started with it, and never waited for long."""
+"""Starts the processes that mirror a run's metrics, and ends them with the run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MirrorProcesses:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, metrics: Path, offset: int) -> None:
-        """Let mirrors copy what a file gets after its first ``offset`` bytes."""
+        """Start the mirrors, which copy a file as it grows, from the byte ``offset`` on."""
         every = self._settings.tensorboard_log_interval
         command = [sys.executable, "-m", "nemotron.steps._training.mirror"]
         command += [f"--metrics={metrics}", f"--offset={offset}", f"--every={every}"]
@@ -71,7 +71,7 @@ class MirrorProcesses:
                 _warn(f"{arguments[0]} could not be started: {error}")
 
     def close(self, seconds: float) -> None:
-        """Tell the mirrors that the run is over; end those that are not done in this time."""
+        """Tell the mirrors that the run is over; kill those that are not done in this time."""
         deadline = time.monotonic() + seconds
         for process in self._running.values():
             assert process.stdin is not None  # opened as a pipe

@@ -1,9 +1,9 @@
-"""A pipeline stage: the model parts that this rank holds, and micro batches going through them.
+"""A pipeline stage: the model parts that this rank holds, and the micro batches that pass through.
 
-A micro batch's activations go from stage to stage and its gradients come back, in the order of
-``pipeline_schedule``. All ranks of a replica read the same rows, so each knows the shape of what it
-receives and nothing but activations and gradients is sent: rows are never padded to a common length
-and micro batches of any size follow each other. One stage alone is the same code and sends nothing.
+The activations of a micro batch go from stage to stage and its gradients come back, in the order of
+``pipeline_schedule``. All ranks of a replica read the same rows. So each rank knows the shape of
+what it receives, only activations and gradients are sent, rows need no padding to a common length,
+and micro batches may have any sizes. A single stage runs the same code and sends nothing.
 
 S tokens, H hidden, T tensor-parallel size, P stages.
 """
@@ -27,8 +27,8 @@ from nemotron.steps._tensor_parallel.linear import ColumnParallelLinear, RowPara
 from nemotron.steps._training.batches import MicroBatch
 from nemotron.steps._training.pipeline_schedule import Action, Tick, timetable
 
-# Sends that may be under way before a rank waits for the oldest: one in each direction, twice.
-# Bounds what a fast first stage holds when nothing comes back, as in an evaluation.
+# Sends that may be in flight before a rank waits for the oldest: two in each direction. It bounds
+# what a fast first stage holds when nothing comes back to it, as in an evaluation.
 _SENDS_AT_ONCE = 4
 
 
@@ -46,8 +46,8 @@ class PipelineStage:
 
     Args:
         chunks: One model part, or several that alternate with those of the other stages.
-        group: The ranks that hold the other parts of this replica, in the order of the stages.
-        device: Where activations are received.
+        group: The ranks of this replica's stages, in the order of the stages.
+        device: Device on which activations are received.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PipelineStage:
     ) -> None:
         self.chunks, self.group, self.device = chunks, group, device
         self.config, self.lora = chunks[0].config, chunks[0].lora
-        # NCCL wants all ranks of a group in its first operation; later ones have two each.
+        # NCCL wants all ranks of a group in its first operation; later ones are between two ranks.
         all_reduce(torch.zeros(1, device=device), group)
 
     def adapted_linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
@@ -63,7 +63,7 @@ class PipelineStage:
         return [linear for chunk in self.chunks for linear in chunk.adapted_linears()]
 
     def train(self, batches: Sequence[WeightedBatch]) -> Tensor:
-        """Add the gradients of ``sum(weight * loss)`` to the adapters' of all stages.
+        """Add the gradients of ``sum(weight * loss)`` to those of all stages' adapters.
 
         Returns:
             The unweighted sum of the losses, fp64; zero on all stages but the last.
@@ -76,7 +76,8 @@ class PipelineStage:
         return self._run([WeightedBatch(micro) for micro in batches], has_backward=False)
 
     def _run(self, batches: Sequence[WeightedBatch], *, has_backward: bool) -> Tensor:
-        # All stages see the same rows, so all leave out those that train nothing.
+        # All stages see the same rows, so all of them leave out the same ones: those without a
+        # supervised token.
         batches = [batch for batch in batches if len(batch.micro.supervised)]
         stage = self.group.rank
         ticks = timetable(
@@ -99,14 +100,14 @@ class PipelineStage:
 
 
 class _Graph(NamedTuple):
-    """A forward's input, and its result in the graph."""
+    """The input of a forward, and where its result is in the autograd graph."""
 
     received: Tensor | None
     edge: GradientEdge | None
 
 
 class _Work:
-    """The actions of one schedule, and what a forward leaves for its backward."""
+    """Performs the actions of one schedule; keeps what a forward leaves for its backward."""
 
     def __init__(
         self, stage: PipelineStage, batches: Sequence[WeightedBatch], *, has_backward: bool
@@ -127,26 +128,26 @@ class _Work:
             self.loss_sum += loss_K.detach().double().sum()
             out = loss_K.sum().mul(batch.weight)
         if self._has_backward:
-            # The edge, not the tensor: backward needs the graph only, so what was sent is freed.
+            # The edge, not the tensor: backward only needs the graph, and what was sent is freed.
             edge = get_gradient_edge(out) if out.requires_grad else None
             self._graphs[action.chunk, action.micro_batch] = _Graph(received_SH, edge)
         return None if model.is_last else out.detach()
 
     def backward(self, action: Action, received_SH: Tensor | None) -> Tensor | None:
-        """Return the gradient that the stage before gets; None before the first.
+        """Return the gradient that the previous stage gets; None on the first stage.
 
-        The last one receives none: its result is the loss.
+        The last stage receives no gradient: its result is the loss.
         """
         graph = self._graphs.pop((action.chunk, action.micro_batch))
         if graph.edge is not None:  # a first stage without adapters has nothing to do
-            # In this thread on a GPU as well: the heartbeat looks at what this thread does.
+            # In this thread, also on a GPU: the heartbeat watches what this thread does.
             with torch.autograd.set_multithreading_enabled(False):
                 torch.autograd.backward([graph.edge], [received_SH])
         return None if graph.received is None else graph.received.grad
 
 
 class _Message(NamedTuple):
-    """Where a result goes: the stage that receives it, and what that does with it."""
+    """The destination of a result: the stage that receives it, and the action that needs it."""
 
     stage: int
     action: Action
@@ -162,7 +163,7 @@ class _Exchange:
         self._sends: deque[tuple[Tensor, list[dist.Work]]] = deque()
 
     def take(self, action: Action) -> Tensor | None:
-        """Return what an action works on, once it is here; None if nobody sends it anything."""
+        """Return the input of an action once it has arrived; None if it gets none from a stage."""
         if action not in self._inbox:
             return None
         tensor, works = self._inbox.pop(action)
@@ -170,7 +171,7 @@ class _Exchange:
         return tensor
 
     def start(self, tick: Tick, result: Tensor | None) -> None:
-        """Post the transfers of a tick: this rank's result, and what is on its way to it."""
+        """Start the transfers of a tick: this rank's result, and what is sent to this rank."""
         operations: list[dist.P2POp] = []
         outgoing, incoming = None, {}
         for sender, message in self._messages(tick):

@@ -1,7 +1,7 @@
-"""Who does what when under pipeline parallelism: layers of every stage, and order of the work.
+"""Pipeline parallelism: which layers each stage has, and in which order it works.
 
-Plain Python over small integers, without torch: the same functions plan the job's ranks, answer the
-checks before a job, and are tested exhaustively.
+Plain Python over small integers, without torch: the ranks of a job and the checks before it use the
+same functions, and the tests try all small sizes.
 
 P stages (ranks of a pipeline), C chunks of layers per stage (1, or more when interleaved), M micro
 batches. Chunk c of stage p is virtual stage v = c P + p: a micro batch visits 0, 1, ..., C P - 1.
@@ -24,7 +24,7 @@ class Action:
     micro_batch: int
 
 
-# What every stage does in one tick, None where it waits.
+# The action of every stage in one tick; None if the stage waits.
 Tick = tuple[Action | None, ...]
 
 
@@ -33,7 +33,8 @@ def split_layers(
 ) -> list[range]:
     """Return the layers of every (virtual) stage, as even as possible.
 
-    Earlier stages get the layers that are left over, because the last has the output layer too.
+    Layers that are left over go to the earlier stages, because the last one also has the output
+    layer.
 
     Args:
         num_layers: Layers of the model.
@@ -99,10 +100,11 @@ def forward_only(*, num_stages: int, num_micro_batches: int, num_chunks: int = 1
 
 
 def _groups(num_micro_batches: int, num_stages: int) -> list[range]:
-    """Return the micro batches in groups that go through a chunk one after the other.
+    """Return the micro batches in groups; a group passes one chunk of all stages, then the next.
 
-    Groups of less than P would come back to the first stage before the last has sent them on, and
-    stall it; so the rest of M / P is spread over the groups instead of being one of its own.
+    A group of fewer than P micro batches would be due at the first stage again before the last
+    stage has finished with it, and stall the first stage. So the remainder of M / P is spread over
+    the groups instead of being a short group of its own.
     """
     num_groups = max(1, num_micro_batches // num_stages)
     bounds = (num_micro_batches * group // num_groups for group in range(num_groups + 1))
@@ -113,11 +115,11 @@ def _groups(num_micro_batches: int, num_stages: int) -> list[range]:
 def timetable(
     *, num_stages: int, num_micro_batches: int, num_chunks: int = 1, has_backward: bool = True
 ) -> tuple[Tick, ...]:
-    """Return what all stages do, tick by tick, if every action took one tick.
+    """Return what all stages do, tick by tick, as if every action took one tick.
 
-    An action's result is sent at the end of its tick. Ranks that exchange what each tick says, in
-    the order of the ticks, post sends and receives in the same order on both sides, so they cannot
-    wait for each other in a circle, however long an action really takes.
+    An action's result is sent at the end of its tick. If all ranks exchange what each tick says, in
+    the order of the ticks, then both sides of every pair post their sends and receives in the same
+    order. So no ranks can wait for each other in a circle, however long an action really takes.
     """
     sizes = {"num_stages": num_stages, "num_micro_batches": num_micro_batches}
     queues = [

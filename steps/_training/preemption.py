@@ -1,4 +1,4 @@
-"""Stop requests from outside: SIGTERM or SIGUSR1 on any rank stops all at one boundary."""
+"""Stop requests: SIGTERM or SIGUSR1 to any rank stops all ranks at the same boundary."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Turns both signals into a flag on which the ranks agree; use it as a context.
 
-    A second signal changes nothing: schedulers send theirs to all processes of a job, and torchrun
-    passes on what it gets, so a rank often gets two for one request.
+    A second signal changes nothing. Schedulers send signals to all processes of a job, and torchrun
+    passes on those that it gets, so that a rank often gets two for one request.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -36,9 +36,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agree(self) -> bool:
-        """Return whether a rank has been asked to stop; a collective of all ranks, until one was.
+        """Return whether any rank has been asked to stop; a collective until that is agreed on.
 
-        The ranks must ask at the same places.
+        All ranks must call this at the same places.
         """
         if not self.is_agreed:
             self.is_agreed = self._layout.any_rank(self._is_received)

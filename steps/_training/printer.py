@@ -1,4 +1,4 @@
-"""What a run prints: lines, and on a terminal one more that is rewritten as the run goes on."""
+"""Prints a run's lines, and on a terminal a line of progress that is rewritten all the time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Printer:
         self._shows_progress = False
 
     def progress(self, text: str) -> None:
-        """Show a line until the next one; for a terminal."""
+        """Show a line that the next one replaces; for a terminal."""
         columns = shutil.get_terminal_size().columns
-        self._print(text[: columns - 1])  # one that wraps could not be erased
+        self._print(text[: columns - 1])  # a line that wraps could not be erased
         self._shows_progress = True
 
     def close(self) -> None:
-        """Leave the last progress to be read."""
+        """Leave the last progress on the screen."""
         if self._shows_progress:
             self._stream.write("\n")
             self._stream.flush()
@@ -42,13 +42,13 @@ class Printer:
 
 
 class Clock:
-    """Tells when a run will be done, by how fast it has gone since it started here."""
+    """Estimates when a run will be done, from its speed since it was started or resumed."""
 
     def __init__(self, iteration: int, train_iters: int) -> None:
         self._first, self._train_iters = iteration, train_iters
         self._started = time.monotonic()
 
     def eta(self, iteration: int) -> timedelta:
-        """Return the time from now to the end, once an iteration is done; whole seconds."""
+        """Return the time that is left once an iteration is done, in whole seconds."""
         seconds = (time.monotonic() - self._started) / (iteration - self._first)
         return timedelta(seconds=round(seconds * (self._train_iters - iteration)))

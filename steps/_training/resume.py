@@ -1,8 +1,8 @@
-"""Where a run starts: afresh, or at the newest save that is whole and of the same run.
+"""Where a run starts: afresh, or from the newest save that is whole and belongs to the same run.
 
-Torch-free, because the launcher asks before it starts anything. A save is resumed only by a run
-that would have come to the same save: what the result depends on is stored in it, as ``identity``
-(dotted config keys and digests of the inputs), and compared.
+Torch-free, because the launcher asks before it starts anything. A run resumes only from a save
+that it would have written itself: every save stores what its result depends on, its ``identity``
+(dotted config keys and digests of the inputs), and that must equal the run's own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +59,35 @@ class SavedRun:
 
 
 @dataclass(frozen=True)
-class Start:
-    """How a run starts.
+class _FoundSave:
+    """The newest whole save in a directory, and the saves that were passed over to find it.
 
     Attributes:
-        saved: The save to go on from; None: afresh.
-        is_in_place: Whether the run goes on in the directory that it saves to.
-        damaged: Saves of that directory that cannot be used.
+        saved: The save; None if no save in the directory is whole.
+        damaged: Newer saves that cannot be used.
+        notes: A line for each save that was passed over.
+    """
+
+    saved: SavedRun | None
+    damaged: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The decision how a run starts.
+
+    Attributes:
+        saved: The save to resume from; None to start afresh.
+        is_in_place: Whether the run continues in the directory that it saves to.
+        damaged: Saves in that directory that must be set aside first.
         notes: Lines to print.
     """
 
     saved: SavedRun | None = None
     is_in_place: bool = False
-    damaged: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    damaged: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def choose_start(
@@ -84,40 +99,42 @@ def choose_start(
     identity: Mapping[str, Any],
     digests: bool = True,
 ) -> Start:
-    """Return where a run into ``output`` starts.
+    """Decide where a run that saves to ``output`` starts.
 
-    Its own unfinished run goes first, so that a requeued job goes on where it was stopped; then
-    ``load``. A finished run goes on only if ``train_iters`` was raised and nothing else changed.
+    An unfinished run in ``output`` comes first, so that a requeued job continues where it was
+    stopped; ``load`` comes second. A finished run in ``output`` is continued only if
+    ``train_iters`` was raised and nothing else has changed.
 
     Args:
         output: Directory that the run saves to.
-        load: Directory of another run to go on from, in a directory of its own; None: none.
-        ckpt_step: The iteration of ``load`` to take; None: its newest whole save.
+        load: Directory of another run to resume from, or None.
+        ckpt_step: The iteration of ``load`` to resume from; None for its newest whole save.
         train_iters: Optimizer steps of the run.
         identity: What the run's result depends on.
-        digests: Whether to hash the files of a save before it counts as whole.
+        digests: Whether the files of a save must have their recorded digests for it to be whole.
 
     Raises:
-        ResumeMismatchError: The save to go on from is of a run with other values.
-        NoSaveToLoadError: ``load`` has no save, or not that of ``ckpt_step``.
+        ResumeMismatchError: The save to resume from belongs to a run with other values.
+        NoSaveToLoadError: ``load`` has no whole save, or none of ``ckpt_step``.
     """
-    start = _newest(output, digests=digests)
-    if start.saved is not None:
-        changes = differences(start.saved.identity, identity)
-        if not start.saved.is_finished:
-            changes += _nothing_to_do(start.saved, train_iters)
+    own = _newest_whole_save(output, digests=digests)
+    notes = own.notes
+    if own.saved is not None:
+        changes = differences(own.saved.identity, identity)
+        in_place = Start(own.saved, is_in_place=True, damaged=own.damaged, notes=notes)
+        if not own.saved.is_finished:
+            changes += _nothing_to_do(own.saved, train_iters)
             if changes:
-                raise _mismatch(start.saved, f"{output} holds an unfinished run", changes)
-            return start
-        if train_iters > start.saved.iteration:
+                raise _mismatch(own.saved, f"{output} holds an unfinished run", changes)
+            return in_place
+        if train_iters > own.saved.iteration:
             if not changes:
-                return start
-            start.notes.append(
-                f"the finished run in {output} is not continued, since {'; '.join(changes)}"
-            )
+                return in_place
+            reason = "; ".join(changes)
+            notes += (f"the finished run in {output} is not continued, since {reason}",)
     if load is None:
-        return Start(notes=start.notes)
-    return _loaded(load, ckpt_step, train_iters, identity, digests)
+        return Start(notes=notes)
+    return _start_from(load, ckpt_step, train_iters, identity, digests)
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -189,29 +206,30 @@ def verify_save(directory: Path, *, digests: bool = True) -> None:
     verify_files(directory, read_artifact(directory, "checkpoint_lora"), digests=digests)
 
 
-def _loaded(
+def _start_from(
     load: Path,
     ckpt_step: int | None,
     train_iters: int,
     identity: Mapping[str, Any],
     digests: bool,
 ) -> Start:
-    start = _newest(load, ckpt_step=ckpt_step, digests=digests)
-    saved = start.saved
+    """Return a fresh start from a save of another run."""
+    found = _newest_whole_save(load, ckpt_step=ckpt_step, digests=digests)
+    saved = found.saved
     if saved is None:
         which = "whole save" if ckpt_step is None else f"whole save of iteration {ckpt_step}"
-        raise NoSaveToLoadError("; ".join([f"{load} has no {which} to resume from", *start.notes]))
-    # Where a run came from is a matter of the run, not of the save that it came from.
+        raise NoSaveToLoadError("; ".join([f"{load} has no {which} to resume from", *found.notes]))
+    # checkpoint.* says where this run comes from; the save's own says where that run came from.
     own = {key: value for key, value in identity.items() if not key.startswith("checkpoint.")}
     theirs = {k: value for k, value in saved.identity.items() if not k.startswith("checkpoint.")}
     changes = differences(theirs, own) + _nothing_to_do(saved, train_iters)
     if changes:
         raise _mismatch(saved, f"{saved.directory} is of another run", changes)
-    return Start(saved, notes=start.notes)
+    return Start(saved, notes=found.notes)
 
 
 def _nothing_to_do(saved: SavedRun, train_iters: int) -> list[str]:
-    """Return what is wrong with a run that would end before it began."""
+    """Return why a run resumed from a save would have nothing left to do; empty if it has."""
     is_left = train_iters == saved.iteration and not saved.is_evaluated
     if train_iters > saved.iteration or is_left:
         return []
@@ -225,8 +243,16 @@ def _mismatch(saved: SavedRun, what: str, changes: list[str]) -> ResumeMismatchE
     )
 
 
-def _newest(directory: Path, *, digests: bool, ckpt_step: int | None = None) -> Start:
-    """Return a start at the newest whole save; those passed over are named in its notes."""
+def _newest_whole_save(
+    directory: Path, *, digests: bool, ckpt_step: int | None = None
+) -> _FoundSave:
+    """Return the newest whole save of a run, or the one of iteration ``ckpt_step``.
+
+    Args:
+        directory: Directory that the run saves to.
+        digests: Whether the files of a save must have their recorded digests for it to be whole.
+        ckpt_step: The only iteration to look at; None for all.
+    """
     notes, damaged = [], []
     for iteration, path in list_saves(directory):
         if ckpt_step not in (None, iteration):
@@ -241,5 +267,5 @@ def _newest(directory: Path, *, digests: bool, ckpt_step: int | None = None) -> 
             damaged.append(path)
             notes.append(f"{path} is damaged and passed over: {error.args[0]}")
             continue
-        return Start(saved, is_in_place=True, damaged=damaged, notes=notes)
-    return Start(notes=notes)
+        return _FoundSave(saved, tuple(damaged), tuple(notes))
+    return _FoundSave(None, tuple(damaged), tuple(notes))

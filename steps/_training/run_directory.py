@@ -1,4 +1,4 @@
-"""The directory that a run saves to: whose it is, made ready for a run, kept within bounds.
+"""The directory that a run saves to: prepares it, moves an earlier run aside, deletes old saves.
 
 Torch-free, because the launcher asks before it starts anything.
 """
@@ -19,19 +19,20 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def room_for(directory: Path, *, load: Path | None) -> Path | None:
-    """Return where the earlier run in ``directory`` goes when another starts; None: none is there.
+    """Return where the earlier run in ``directory`` is moved when a new one starts; None if empty.
 
-    It is kept beside it, as ``NAME.previous``: what it took hours to train is not overwritten by a
-    rerun. One is kept, and one as ``NAME.unsaved`` that ended before its first save: a job that is
-    preempted there and started again does not cost the run before.
+    It is kept beside the new run as ``NAME.previous``, so that a rerun does not overwrite what took
+    hours to train. Only one is kept. A run that ended before its first save is kept as
+    ``NAME.unsaved`` instead: if a job is preempted that early and starts again, the run before it
+    is not lost.
 
     Args:
         directory: Where a run is to start.
-        load: Directory of the run that it goes on from, or None.
+        load: Directory of the run that it resumes from, or None.
 
     Raises:
-        NemotronError: ``output_not_ours``: what would be moved or deleted is no run, or is the
-            working directory. ``output_path_overlaps_inputs``: it is what the run goes on from.
+        NemotronError: ``output_not_ours``: what would be moved or deleted is not a run, or is the
+            working directory. ``output_path_overlaps_inputs``: it is what the run resumes from.
     """
     directory = directory.absolute()  # "." has no name
     if directory.resolve() == Path.cwd():
@@ -49,7 +50,7 @@ def room_for(directory: Path, *, load: Path | None) -> Path | None:
 
 
 def start_directory(directory: Path, *, load: Path | None) -> Path | None:
-    """Make an empty directory for a run; return where the earlier run there went, see ``room_for``.
+    """Make an empty directory for a run; return where the earlier run was moved, see ``room_for``.
 
     Raises:
         NemotronError: As ``room_for``.
@@ -63,9 +64,9 @@ def start_directory(directory: Path, *, load: Path | None) -> Path | None:
 
 
 def resume_directory(directory: Path, iteration: int, damaged: Sequence[Path]) -> None:
-    """Make a run's directory ready to go on: damaged saves aside, leftovers of killed saves gone.
+    """Prepare a directory for resuming: rename damaged saves, delete leftovers of killed ones.
 
-    A damaged save is kept as ``damaged_iter_NNNNNNN``: what is left of it may be worth something.
+    A damaged save is kept as ``damaged_iter_NNNNNNN``, since parts of it may still be of use.
     """
     for save in damaged:
         aside = save.with_name(f"damaged_{save.name}")
@@ -78,12 +79,12 @@ def resume_directory(directory: Path, iteration: int, damaged: Sequence[Path]) -
 
 
 def retain_newest(directory: Path, most_recent_k: int, *, until: int) -> None:
-    """Delete saves beyond the newest ``most_recent_k`` that are whole; damaged ones do not count.
+    """Delete all saves but the newest ``most_recent_k`` whole ones and the ``best_save``.
 
-    Neither do those after the iteration ``until``, which the run has reached: they are of the time
-    before it went back. Those that are kept are hashed first, so that what is deleted is never the
-    last whole one. The ``best_save`` stays as well: of a run that has begun to overfit it is the
-    one that is wanted.
+    Damaged saves do not count, nor do those after the iteration ``until`` that the run has reached:
+    they are from before it went back. The saves that are kept are verified first, so that the last
+    whole one is never deleted. The best save is kept because it is the one that is wanted once the
+    run has begun to overfit.
 
     Raises:
         OSError: A save cannot be deleted.
@@ -99,7 +100,7 @@ def retain_newest(directory: Path, most_recent_k: int, *, until: int) -> None:
             continue
         if save == best:
             continue
-        # Under a hidden name first: a save that is there is whole, also while it is deleted.
+        # Renamed first, so that under its own name a save is whole even while it is being deleted.
         gone = save.with_name(f".{save.name}.deleted")
         save.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -107,7 +108,7 @@ def retain_newest(directory: Path, most_recent_k: int, *, until: int) -> None:
 
 
 def best_save(directory: Path, *, until: int) -> Path | None:
-    """Return the save with the lowest validation loss, none after ``until``; None: none has one."""
+    """Return the save up to ``until`` with the lowest validation loss; None if none has a loss."""
     losses: dict[Path, float] = {}
     for iteration, save in list_saves(directory):
         with contextlib.suppress(NemotronError, OSError):
@@ -122,7 +123,7 @@ def _holds_anything(directory: Path) -> bool:
 
 
 def _is_run(directory: Path) -> bool:
-    """Return whether a run began there: it writes its metrics first, and then only saves."""
+    """Return whether a run has been there: it writes its metrics first, and then only saves."""
     if (directory / METRICS_FILE).is_file() or any(directory.glob(".iter_*")):
         return True
     return any((save / "adapter_config.json").is_file() for _, save in list_saves(directory))

@@ -1,9 +1,10 @@
-"""What a save holds beside the adapter, so that training goes on as if it had never stopped.
+"""What a save holds beside the adapter, so that training continues as if it had never stopped.
 
-The adapter file is the fp32 masters. ``trainer_state.safetensors`` holds AdamW's two moments, each
-whole and by name of its factor, hence readable at every layout. ``trainer_state.json`` holds the
-position in the run and what the run's result depends on. There is no state of random generators:
-initial values, row order and dropout are functions of the seed, the iteration and the row.
+The adapter file has the fp32 masters. ``trainer_state.safetensors`` has AdamW's two moments, whole
+tensors under the names of their factors, so that every layout can read them.
+``trainer_state.json`` has the position in the run and what the run's result depends on. There is no
+state of random generators: initial values, row order and dropout are functions of the seed, the
+iteration and the row.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MOMENTS_FILE = "trainer_state.safetensors"
 def gather_moments(
     model: PipelineStage, adapter: FlatAdapter, optimizer: FlatAdamW, layout: Layout
 ) -> dict[str, Tensor]:
-    """Return AdamW's moments, such as ``exp_avg/decoder...linear_qkv.lora_a``; see gather_whole."""
+    """Return AdamW's moments under names such as ``exp_avg/decoder...lora_a``; see gather_whole."""
     moments: dict[str, Tensor] = {}
     for kind, moment in optimizer.moments.items():
         whole = gather_whole(model, adapter.views(moment), layout)
@@ -41,14 +42,14 @@ def gather_moments(
 def gather_whole(
     model: PipelineStage, shards: Mapping[str, Tensor], layout: Layout
 ) -> dict[str, Tensor]:
-    """Return whole tensors of all stages, on the CPU of the first rank; elsewhere nothing.
+    """Return whole tensors of all stages on the CPU of the first rank, and {} on other ranks.
 
-    A collective of the first rank's replica, in which one linear at a time is whole on the device.
-    Ranks of other replicas take no part: theirs are the same.
+    A collective of the first replica's ranks, in which one linear at a time is whole on the device.
+    The ranks of other replicas take no part, since they have the same.
 
     Args:
         model: This rank's layers.
-        shards: What is shaped as this rank's factors, by the factors' names.
+        shards: Tensors shaped as this rank's factors, by the factors' names.
         layout: This rank's groups.
     """
     if layout.data.rank > 0:

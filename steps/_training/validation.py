@@ -1,4 +1,4 @@
-"""What an evaluation on the valid split found, as it is kept in saves."""
+"""The results of evaluations on the valid split, as saves keep them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean loss per supervised token of the valid split, and over how many tokens."""
+    """Mean loss per supervised token of the valid split, and the number of these tokens."""
 
     lm_loss: float
     supervised_tokens: int
@@ -17,8 +17,8 @@ class Validation:
 class Best:
     """The lowest loss on the valid split so far, and after how many steps; 0 is the base alone.
 
-    Losses compare over the same rows: with another ``eval_iters``, or number of
-    ``supervised_tokens`` for that, the search begins anew.
+    Losses are comparable only over the same rows. Where ``supervised_tokens`` differs, as with
+    another ``eval_iters``, the search for the best starts over.
     """
 
     iteration: int
@@ -26,6 +26,6 @@ class Best:
     supervised_tokens: int
 
     def is_beaten_by(self, result: Validation) -> bool:
-        """Return whether an evaluation is better, or one of other rows."""
+        """Return whether an evaluation is better than this one, or was made on other rows."""
         is_other = result.supervised_tokens != self.supervised_tokens
         return is_other or result.lm_loss < self.lm_loss

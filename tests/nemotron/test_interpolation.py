@@ -47,7 +47,9 @@ def resolved(text: str) -> object:
         ("${oc.env:COUNT}", 32),
     ],
 )
-def test_references_are_resolved(text: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_becomes_the_value_that_it_stands_for(
+    text: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLOUR", "green")
     monkeypatch.setenv("COUNT", "32")
     monkeypatch.setenv("EMPTY", "")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,9 @@ from nemotron.processes import (
     _parents,
     _parents_from_ps,
     _start_from_ps,
+    available_cores,
     descendants,
+    peak_host_memory_bytes,
     runs,
     start_of,
 )
@@ -25,6 +28,23 @@ def wait_until_zombie(pid: int) -> None:
     while start_of(pid) is not None:
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_cores_are_counted_where_the_system_does_not_bind_processes_to_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # as on macOS
+    assert available_cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_in_whatever_unit_the_system_counts(
+    platform: str, unit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(ru_maxrss=7)
+    monkeypatch.setattr("resource.getrusage", lambda who: usage)
+    monkeypatch.setattr("sys.platform", platform)
+    assert peak_host_memory_bytes() == 7 * unit
 
 
 def test_a_process_is_told_from_another_with_its_pid() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ VARIANTS = LoraTargets(
     rank_pattern={"linear_qkv": 2, "*.layers.1.*": 3},
     alpha_pattern={"*.mlp.linear_fc1": 5.0},
 )
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 CU_SEQLENS = (0, 11, 12, 40)
 
 
@@ -38,8 +41,23 @@ def pair(
 ) -> tuple[GPTModel, PeftModel]:
     """Our model with a random adapter, and PEFT's around transformers' with the same."""
     root = tmp_path_factory.mktemp("pair")
+    base = random_llama(
+        root / "hf",
+        is_tied=request.param == "tied",
+        rope=LLAMA31_ROPE if request.param == "llama-3.1 rope" else DEFAULT_ROPE,
+    )
+    ours = our_model_of(root, VARIANTS if request.param == "variants" else TARGETS)
+    for linear in ours.adapted_linears():
+        linear.load_lora(
+            torch.randn_like(linear.lora_a) * 0.1, torch.randn_like(linear.lora_b) * 0.1
+        )
+    save_adapter_of(ours, root / "adapter")
+    return ours, PeftModel.from_pretrained(base, root / "adapter", is_trainable=True)
+
+
+def random_llama(directory: Path, *, is_tied: bool, rope: dict[str, Any]) -> LlamaForCausalLM:
+    """Return a random Llama that is saved in ``directory``."""
     torch.manual_seed(0)
-    default_rope = {"rope_type": "default", "rope_theta": 10000.0}
     sizes = {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -48,35 +66,40 @@ def pair(
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
-        "tie_word_embeddings": request.param == "tied",
+        "tie_word_embeddings": is_tied,
         "initializer_range": 0.2,
-        "rope_parameters": LLAMA31_ROPE if request.param == "llama-3.1 rope" else default_rope,
+        "rope_parameters": rope,
     }
-    base = LlamaForCausalLM(LlamaConfig(**spelt_as_installed(sizes)))
-    base.save_pretrained(root / "hf")
+    model = LlamaForCausalLM(LlamaConfig(**spelt_as_installed(sizes)))
+    model.save_pretrained(directory)
+    return model
+
+
+def our_model_of(root: Path, targets: LoraTargets) -> GPTModel:
+    """Return our model of the checkpoint in ``root/hf``, by way of a Megatron checkpoint."""
     (root / "base").mkdir()
     write_megatron(
         root / "base", HuggingFaceCheckpoint(root / "hf"), source=root / "hf", source_name="x"
     )
-    ours = load_base_model(
+    return load_base_model(
         open_megatron(root / "base"),
-        lora=VARIANTS if request.param == "variants" else TARGETS,
+        lora=targets,
         group=ProcessGroup(),
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    factors = {}
-    for linear in ours.adapted_linears():
-        linear.load_lora(
-            torch.randn_like(linear.lora_a) * 0.1, torch.randn_like(linear.lora_b) * 0.1
-        )
-        factors[linear.name] = linear.full_lora()
+
+
+def save_adapter_of(ours: GPTModel, directory: Path) -> None:
     assert ours.lora is not None
     spec = ours.lora.spec
-    (root / "adapter").mkdir()
+    directory.mkdir()
     write_adapter(
-        root / "adapter",
-        factors,
+        directory,
+        {
+            each.name: (each.lora_a.detach(), each.lora_b.detach())
+            for each in ours.adapted_linears()
+        },
         config=ours.config,
         dim=spec.dim,
         alpha=spec.alpha,
@@ -85,7 +108,6 @@ def pair(
         use_rslora=spec.use_rslora,
         alphas={each.name: each.lora.alpha for each in ours.adapted_linears() if each.lora},
     )
-    return ours, PeftModel.from_pretrained(base, root / "adapter", is_trainable=True)
 
 
 def tokens() -> Tensor:

@@ -1,9 +1,10 @@
 """Artifacts: what a step leaves behind, and what the next step checks before it works.
 
-Every artifact is a directory with an ``artifact.json``: its type, what produced it, from which
+Every artifact is a directory with an ``artifact.json``, which records its type, its producer and
 inputs, the size and BLAKE3 of each file, and the properties that consumers must match (tokenizer
 digest, pack_size, base fingerprint, ...). A directory gets its final name only when it is complete:
-``publish`` writes it aside, fsyncs it and renames it, so that a killed step leaves no half output.
+``publish`` writes it aside, fsyncs it and renames it, so that a killed step leaves no partial
+output.
 """
 
 from nemotron.artifacts.digests import Pieces, blake3_file, sha256_json

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 from blake3 import blake3
 
-_NUM_THREADS = min(8, os.cpu_count() or 1)  # that hash; BLAKE3 works outside of Python's lock
-_BLOCK_BYTES = 1 << 18  # that are read and hashed at once
+_NUM_THREADS = min(8, os.cpu_count() or 1)  # for hashing: BLAKE3 releases Python's lock
+_BLOCK_BYTES = 1 << 18  # read and hashed at once
 
 # Size in bytes and BLAKE3 of each piece of a file, from its beginning to its end.
 Pieces = tuple[tuple[int, str], ...]
 
 
 class FilePart(NamedTuple):
-    """A piece of a file: its first byte, size and digest; ``place`` says which, in words."""
+    """A piece of a file: its first byte, size and digest; ``place`` names it in messages."""
 
     file: str
     start: int
@@ -35,11 +35,11 @@ def blake3_file(path: Path, start: int = 0, size_bytes: int = sys.maxsize) -> st
 
     Args:
         path: The file.
-        start: Where the piece begins.
-        size_bytes: Bytes of the piece; as far as there are any.
+        start: First byte of the piece.
+        size_bytes: Size of the piece; it ends with the file at the latest.
     """
     digest, block = blake3(), memoryview(bytearray(_BLOCK_BYTES))
-    # Not mapped: that is SIGBUS where the file is cut meanwhile.
+    # Not mapped: if the file is cut meanwhile, reading a map of it is a SIGBUS.
     with path.open("rb", buffering=0) as stream:
         stream.seek(start)
         while count := stream.readinto(block[:size_bytes]):
@@ -49,10 +49,10 @@ def blake3_file(path: Path, start: int = 0, size_bytes: int = sys.maxsize) -> st
 
 
 def blake3_parts(directory: Path, parts: Sequence[FilePart]) -> list[str]:
-    """Return the digest of each part, hashed by several threads, of which the calling one is one.
+    """Return the digest of each part, hashed by several threads, of which the caller's is one.
 
-    It begins with the largest: a rank whose main thread only waited for the others, minutes for a
-    large base, would be taken for one that hangs.
+    The caller's thread hashes too, first of all the largest part: a rank whose main thread only
+    waited, for minutes with a large base, would be taken for one that hangs.
     """
     digests = [""] * len(parts)
 

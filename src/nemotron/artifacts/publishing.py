@@ -1,7 +1,7 @@
-"""How an output directory gets its name: complete, or not at all.
+"""Gives an output directory its name once it is complete, and never before.
 
-It is written aside, fsynced and renamed, under a lock, so that a killed step leaves no half output
-and two steps do not write the same one.
+The directory is written aside, fsynced and renamed, under a lock, so that a killed step leaves no
+partial output and no two runs write the same one.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from nemotron.errors import ExitCode, NemotronError, writing
 from nemotron.files import write_atomically
 
 MANIFEST = "artifact.json"
-RESUME_DIR = ".resume"  # in a partial directory: what the next run needs to go on with it
+RESUME_DIR = ".resume"  # in a partial directory: what the next run needs to continue it
 _KEY_FILE = "key"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some parallel file systems
 
 
 @contextlib.contextmanager
 def publish(directory: Path, *, step: str, resume_key: str | None = None) -> Iterator[Path]:
-    """Yield a directory beside ``directory``; give it that name when the block ended well.
+    """Yield a directory beside ``directory``, and rename it to that when the block ends well.
 
     An earlier artifact of the same ``step`` under that name stays readable until the swap and is
-    then removed; when the block raises, or the process is killed, it is untouched. Killed in the
-    midst of the swap, which is two renames, it leaves the earlier one as ``.NAME.old``: the next
-    ``publish`` puts it back.
+    removed afterwards; if the block raises or the process is killed, it is left alone. The swap is
+    two renames: if the process is killed between them, the earlier artifact is left as
+    ``.NAME.old``, and the next ``publish`` puts it back.
 
-    The directory is empty, unless ``resume_key`` is given and an earlier run with that key was
-    killed: then it holds what that run left, and ``RESUME_DIR`` in it what the block noted there.
-    With a key, only a ``NemotronError`` takes the work away: going on would meet it again.
+    The directory is empty, unless ``resume_key`` is given and an earlier run with the same key was
+    killed: then it holds what that run left, with the block's own notes in ``RESUME_DIR``. With a
+    key, the work is only removed after a ``NemotronError``, which a resumed run would meet again.
 
     Raises:
         NemotronError: ``output_not_ours`` (the directory holds something that this step did not
@@ -68,7 +68,7 @@ def publish(directory: Path, *, step: str, resume_key: str | None = None) -> Ite
 
 @contextlib.contextmanager
 def hold(directory: Path) -> Iterator[None]:
-    """Hold the writer's lock of an output directory; the kernel frees it when the holder dies.
+    """Hold the writer's lock of an output directory; if the holder dies, the kernel releases it.
 
     Raises:
         NemotronError: ``output_locked``: another process is writing the same output.
@@ -118,21 +118,21 @@ def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it appears complete or not at all; writers may overlap."""
+    """Write a file so that it appears completely or not at all; several may write it at once."""
     write_atomically(path, text)
 
 
 @cache
 def _say_unlocked() -> None:
-    """Say it once: a training takes a lock for every save."""
+    """Say that there are no locks, but once: a training takes a lock for every save."""
     text = "note: the file system of the output has no locks; no other run may write there"
     print(text, file=sys.stderr)
 
 
 def _prepare(partial: Path, notes: Path, resume_key: str | None) -> None:
-    """Make the directory, or keep it as it is where it was left by a run with the same key.
+    """Make the directory, or keep it if a run with the same key has left it.
 
-    Of a run that was killed when all was done but the name, the notes lie beside the directory.
+    If that run was killed just before the final rename, its notes lie beside the directory.
     """
     if partial.is_dir() and notes.is_dir() and not (partial / RESUME_DIR).exists():
         notes.rename(partial / RESUME_DIR)
@@ -168,7 +168,7 @@ def _refuse_foreign(directory: Path, step: str) -> None:
 
 
 def _held_beside(directory: Path, step: str) -> str:
-    """Return what a directory holds beside an artifact of ``step``; "": nothing."""
+    """Return what a directory holds beside an artifact of ``step``, in words; "" for nothing."""
     if not (directory / MANIFEST).is_file():
         return "holds files that no step of nemotron wrote"
     try:
@@ -176,7 +176,7 @@ def _held_beside(directory: Path, step: str) -> str:
         writer = artifact["produced_by"]["step"]
         written = {MANIFEST, *(entry["path"] for entry in artifact["files"])}
     except (ValueError, KeyError, TypeError):
-        return ""  # a damaged one, which this step is to write again
+        return ""  # a damaged artifact, which this step is to write again
     if writer != step:
         return f"is what {writer} wrote"
     found = sorted(path for path in directory.rglob("*") if path.is_file())
@@ -186,9 +186,9 @@ def _held_beside(directory: Path, step: str) -> str:
 
 
 def _make_durable(directory: Path) -> None:
-    """Fsync every file and directory, with the permissions that the umask asks for.
+    """Fsync every file and directory, and set the permissions that the umask asks for.
 
-    safetensors writes 0600 whatever the umask, which hides an adapter on shared storage.
+    safetensors writes files with 0600 whatever the umask is, which hides them on shared storage.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -224,5 +224,5 @@ def _swap(partial: Path, directory: Path) -> None:
 
 
 def _aside(directory: Path) -> Path:
-    """Return where the earlier artifact lies while another takes its name."""
+    """Return where the earlier artifact lies while the new one takes its name."""
     return directory.with_name(f".{directory.name}.old")

@@ -1,4 +1,4 @@
-"""``artifact.json``: what it says, how it is written, and how files are checked against it."""
+"""``artifact.json``: its content, how it is written, and how files are verified against it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class _Frozen(BaseModel):
 class FileEntry(_Frozen):
     """One file of an artifact: path relative to its directory, size, and digest or digests.
 
-    A file of weights has one of each tensor, which its writer had taken anyway and several threads
-    can check.
+    A file of weights has a digest per tensor: its writer has taken them anyway, and several threads
+    can verify the file.
     """
 
     path: str
@@ -44,12 +44,12 @@ class FileEntry(_Frozen):
 
     @property
     def pieces(self) -> Pieces:
-        """The file in pieces: itself where it has one digest."""
+        """The pieces of the file: the file itself if it has one digest."""
         return ((self.size_bytes, self.blake3),) if isinstance(self.blake3, str) else self.blake3
 
 
 class Producer(_Frozen):
-    """What wrote an artifact: step id, digest of its config, version of the code."""
+    """The producer of an artifact: step id, digest of its config, version of the code."""
 
     step: str
     config_sha256: str
@@ -91,7 +91,7 @@ def is_a(artifact_type: str, wanted: str) -> bool:
 
 
 def describe_input(artifact_type: str, path: Path) -> Input:
-    """Return the lineage entry of an input; its digest is None where it carries no manifest."""
+    """Return the lineage entry of an input; its digest is None if it has no manifest."""
     manifest = path / MANIFEST
     digest = blake3_file(manifest) if manifest.is_file() else None
     return Input(type=artifact_type, path=str(path), blake3=digest)
@@ -135,7 +135,7 @@ def read_artifact(directory: Path, wanted: str) -> Artifact:
 
 
 def verify_files(directory: Path, artifact: Artifact, *, digests: bool = True) -> None:
-    """Check that every file of an artifact is there with its size and, unless told not to, digest.
+    """Check that every file of an artifact exists with its size and, if ``digests``, its digest.
 
     Raises:
         NemotronError: ``artifact_damaged``, naming the first file that differs.
@@ -191,10 +191,10 @@ def write_artifact(
     properties: Mapping[str, Any] | None = None,
     digests: Mapping[str, str | Pieces] | None = None,
 ) -> Artifact:
-    """Write ``artifact.json`` over all files now in ``directory``; call it last, in ``publish``.
+    """Write the ``artifact.json`` of all files now in ``directory``; call it last in ``publish``.
 
-    ``digests`` has the BLAKE3 of those files, by relative path, or of their pieces, whose writer
-    took it from the bytes that it wrote; they are not read again.
+    ``digests`` has the BLAKE3, by relative path, of files whose writer took it from the bytes that
+    it wrote, or that of their pieces; these files are not read again.
 
     Raises:
         ValueError: ``artifact_type`` is not in ``steps/types.toml``.

@@ -16,6 +16,7 @@ import yaml
 
 from nemotron.cli.options import Debug, Json
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.launch.ending import reported_error
 
 app = typer.Typer(
     help="LoRA adapters: verify, compare, write in another layout.",
@@ -82,12 +83,12 @@ def _run(command: str, values: dict[str, Any], *, as_json: bool) -> int:
         done = subprocess.run(
             argv,
             env={**os.environ, "NEMOTRON_ERROR_FILE": str(error)},
-            # A reader that leaves early is an error only where it is known to be none.
+            # A reader that leaves early would be an error to the process; main() knows it is none.
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if as_json else None,
             check=False,
         )
-        reported = _reported(error)
+        reported = reported_error(error)
     death = None if reported else _death(done)
     if not (death and as_json):  # one document, not half of another before it
         print(done.stdout.decode(errors="replace"), end="", flush=True)
@@ -98,20 +99,15 @@ def _run(command: str, values: dict[str, Any], *, as_json: bool) -> int:
     return done.returncode if done.returncode >= 0 else int(ExitCode.FAILED)
 
 
-def _reported(error_file: Path) -> dict[str, Any] | None:
-    """Return the error that the process left; None if it left none, or died while writing it."""
-    try:
-        return json.loads(error_file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 def _death(done: subprocess.CompletedProcess[bytes]) -> NemotronError | None:
-    """Return why a process ended that has not reported it; None if it was told, or is no error."""
+    """Return the error of a process that failed without reporting one; None if it did not fail.
+
+    None as well where the process has printed on the terminal what went wrong.
+    """
     code, is_seen = done.returncode, done.stderr is None
     if code in (ExitCode.OK, ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         return None
-    if code > 0 and is_seen:  # what it printed went to the terminal; a kill prints nothing
+    if code > 0 and is_seen:  # only a killed process has printed nothing
         return None
     said = "" if is_seen else done.stderr.decode(errors="replace").strip()
     if code < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
@@ -17,12 +16,6 @@ from nemotron.cli import adapter, data, doctor, jobs, profiles, steps
 from nemotron.cli.invocation import Invocation
 from nemotron.cli.terminal import forget_reader, say
 from nemotron.errors import NO_ROOM, ExitCode, NemotronError, system_refusal
-
-COMMANDS = (
-    *("steps", "jobs", "data", "profiles", "adapter", "doctor"),
-    *("list", "show", "run", "status", "logs", "cancel", "wait", "report"),
-    *("init", "check", "stats", "inspect", "verify", "diff", "export"),
-)
 
 app = typer.Typer(
     help=nemotron.__doc__,
@@ -94,31 +87,29 @@ def _fail(error: Exception, invocation: Invocation) -> int:
     """Print an error and return its exit code."""
     if invocation.is_debug:
         traceback.print_exception(error)
-    if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: its text is the help
+    if type(error).__name__ == "NoArgsIsHelpError":  # its text is the help
         print(error, file=sys.stderr)
         return int(ExitCode.USAGE)
     if not isinstance(error, NemotronError):
-        # typer's own errors, whatever module its version keeps them in.
+        # By duck typing: typer keeps its error classes in different modules in different versions.
         is_usage = hasattr(error, "format_message")
         error = _usage_error(error, invocation) if is_usage else _unexpected(error)
     if invocation.is_json:
         try:
             print(json.dumps({"error": error.to_dict()}, indent=2), flush=True)
             return int(error.exit_code)
-        except OSError:  # where it should go may be what failed
+        except OSError:  # stdout may be what has failed
             forget_reader(sys.stdout)
     say(str(error))
     return int(error.exit_code)
 
 
 def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
-    """Return typer's complaint about the command line in our words."""
-    names = itertools.takewhile(lambda word: word in COMMANDS, invocation.words)
-    command = " ".join(["nemotron", *names])
+    """Return typer's error about the command line as one of ours."""
+    command, is_group = _named_command(invocation.words)
     if type(error).__name__ != "NoSuchOption":
         return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
-    groups = ("steps", "jobs", "data", "profiles", "adapter")
-    if command in ("nemotron", *(f"nemotron {group}" for group in groups)):
+    if is_group:
         fix = "options stand after the command: nemotron steps run STEP -c NAME"
     else:
         fix = f"{command} --help"
@@ -127,6 +118,19 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
         if command.endswith("run"):
             fix += " (values are key=value; what is for the run module stands after --)"
     return NemotronError("unknown_option", f"{command} has no option {error.option_name}", fix=fix)
+
+
+def _named_command(words: Sequence[str]) -> tuple[str, bool]:
+    """Return the command that the first words name, and whether it is a group of commands."""
+    command: Any = typer.main.get_command(app)
+    names = ["nemotron"]
+    for word in words:
+        inner = getattr(command, "commands", {}).get(word)
+        if inner is None:
+            break
+        command = inner
+        names.append(word)
+    return " ".join(names), hasattr(command, "commands")
 
 
 def _unexpected(error: Exception) -> NemotronError:
@@ -142,7 +146,7 @@ def _unexpected(error: Exception) -> NemotronError:
 
 
 def _origin(error: OSError) -> str:
-    """Return what an error of the system is about that names no path."""
+    """Return what a system error is about that names no path, as far as that can be told."""
     try:
         os.getcwd()  # noqa: PTH109 - the question is whether there is one
     except OSError:

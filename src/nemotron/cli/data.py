@@ -134,5 +134,5 @@ def _marked(run: packs.Run, *, has_colours: bool) -> str:
 
 
 def _escaped(char: str) -> str:
-    """Data must not move the cursor of whoever looks at it."""
+    """Escape a control character: data must not move the reader's cursor."""
     return char.encode("unicode_escape").decode()

@@ -13,12 +13,12 @@ class Invocation:
 
     @property
     def words(self) -> list[str]:
-        """What we read: everything before ``--``."""
+        """The part that nemotron itself reads: everything before ``--``."""
         return self.argv[: self._end]
 
     @property
     def passthrough(self) -> list[str]:
-        """What goes to the run module verbatim: everything after ``--``."""
+        """The part that goes to the run module verbatim: everything after ``--``."""
         return self.argv[self._end + 1 :]
 
     @property

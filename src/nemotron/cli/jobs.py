@@ -33,7 +33,7 @@ def list_jobs(as_json: Json = False, debug: Debug = False) -> None:
     """List the jobs, the newest last, as their schedulers see them."""
     found: list[jobs.Job] = []
     for path in jobs.job_directories():
-        # One record that is damaged, or cluster that does not answer, must not hide other jobs.
+        # A damaged record, or a cluster that does not answer, must not hide the other jobs.
         try:
             found.append(jobs.read_job(path))
             found[-1] = launch.refresh(found[-1])

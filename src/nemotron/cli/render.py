@@ -97,9 +97,8 @@ def step_page(step: Step) -> str:
         *_section(
             "Parameters",
             [
-                (_parameter_head(parameter.name, parameter.default, parameter.choices), text)
-                for parameter in manifest.parameters
-                for text in [parameter.description]
+                (_parameter_head(each.name, each.default, each.choices), each.description)
+                for each in manifest.parameters
             ],
         ),
         *_section(
@@ -281,7 +280,7 @@ def _placement(record: JobRecord) -> str:
 
 
 def _inherited(table: Mapping[str, Any], key: str, tables: Mapping[str, Node]) -> Any:
-    """Return a key of a profile or of the profiles that it extends, as far as they are there."""
+    """Return a key of a profile, or of the nearest profile that it extends which has the key."""
     seen: set[str] = set()
     while key not in table and isinstance(parent := table.get("extends"), str):
         if parent in seen or parent not in tables:
@@ -292,7 +291,7 @@ def _inherited(table: Mapping[str, Any], key: str, tables: Mapping[str, Node]) -
 
 
 def _overridden(plan: JobPlan) -> dict[str, str]:
-    """Return where a value comes from, for each that replaced another or came from outside."""
+    """Return the origin of each value that replaced another, or is from outside of the step."""
     directory = f"{display(plan.config_path.parent)}/"
     shown: dict[str, str] = {}
     for key, origin in plan.origins.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -108,11 +109,18 @@ def run_step(
     )
     if dry_run:
         return _print_plan(job, as_json)
+    return _submit(job, ["nemotron", *invocation.argv], on_interrupt, as_json)
+
+
+def _submit(
+    job: plan.JobPlan, argv: Sequence[str], on_interrupt: OnInterrupt, as_json: bool
+) -> int:
+    """Run a plan and return the job's exit code; 0 for one that runs on, detached."""
     for note in job.notes:
         say(f"note: {note}")
     # With --json, stdout holds the record alone.
     stdout = sys.stderr if as_json else sys.stdout
-    with job_console(["nemotron", *invocation.argv], stdout=stdout) as console:
+    with job_console(argv, stdout=stdout) as console:
         submission = launch.submit(job, console, on_interrupt=on_interrupt)
     if as_json:
         show(submission.job.record.model_dump_json(indent=2))
@@ -122,7 +130,8 @@ def run_step(
 
 
 def _print_plan(job: plan.JobPlan, as_json: bool) -> int:
-    launch.refuse_secrets_in_plan(job)  # before anything of it is printed
+    """Print a plan, its checks and its scripts; return 0, or the exit code of a failed check."""
+    launch.refuse_secrets_in_plan(job)  # before anything of the plan is printed
     checks = preflight.check(job, dry_run=True)
     failures = preflight.failures(checks)
     scripts = {} if failures else launch.preview(job)

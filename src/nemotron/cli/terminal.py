@@ -1,10 +1,11 @@
-"""What is shown of a job while it runs: its output, its progress, and what the launcher says.
+"""Shows a job while it runs: its output, its progress, and the launcher's own messages.
 
-A job must not end because whoever read of it has left (``| head``, a closed terminal): what is left
-to be shown goes nowhere then, and the exit code is the job's.
+A job must not end because its reader has left (``| head``, a closed terminal): what is left to show
+is discarded then, and the exit code is still the job's.
 
-A job writes lines, since they go to its log too. Where the launcher's own output is a terminal, a
-line of progress is shortened and takes the place of the one before; everything else passes through.
+A job writes whole lines, because they also go to its log. If the launcher's own output is a
+terminal, a line of progress is shortened and replaces the one before; everything else is passed
+through.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, TextIO, cast
+from typing import Protocol, TextIO
 
-from nemotron.launch import Console
+from nemotron.launch import Console, Output
 
 _ERASE = b"\r\x1b[K"
 # As the trainer prints it: "iteration 10/60 | lm loss 2.3412 | ... | ETA 0:01:20".
@@ -28,7 +29,7 @@ _KEPT = re.compile(rb"iteration .*|lm loss .*|.* tokens/s|ETA .*")
 
 @contextlib.contextmanager
 def job_console(argv: Sequence[str], *, stdout: TextIO) -> Iterator[Console]:
-    """Yield where a job is shown while it runs, and outlasts who reads it.
+    """Yield the console that shows a job while it runs, whether or not somebody still reads it.
 
     Args:
         argv: The command line, as the job's record has it.
@@ -38,13 +39,21 @@ def job_console(argv: Sequence[str], *, stdout: TextIO) -> Iterator[Console]:
         yield Console(argv, say, out, err)
 
 
-def lasting(stream: TextIO) -> BinaryIO:
-    """Return what a job's output is written to: ``stream``, for as long as it takes any."""
-    return cast(BinaryIO, _Lasting(stream))
+class TerminalOutput(Output, Protocol):
+    """A stream that knows whether it is a terminal."""
+
+    def isatty(self) -> bool:
+        """Return whether it is."""
+        ...
+
+
+def lasting(stream: TextIO) -> TerminalOutput:
+    """Return a stream that passes a job's output to ``stream`` until that fails, then drops it."""
+    return _Lasting(stream)
 
 
 def say(text: str) -> None:
-    """Tell the user something on stderr, if there still is one."""
+    """Tell the user something on stderr, if it can still be written."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -52,7 +61,7 @@ def say(text: str) -> None:
 
 
 def show(text: str) -> None:
-    """Print the result of a command whose exit code says something else than that it was read."""
+    """Print the result of a command whose exit code must not depend on whether it was read."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -60,33 +69,32 @@ def show(text: str) -> None:
 
 
 def forget_reader(stream: TextIO) -> None:
-    """Let what is left for a stream go nowhere, also what Python writes at its own end."""
+    """Discard all further output of a stream, also what Python flushes when it exits."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
-def last_lines(stream: BinaryIO, count: int) -> BinaryIO:
-    """Return a stream that passes on the last lines of the first block, and all that follows."""
-    return cast(BinaryIO, _LastLines(stream, count))
+def last_lines(stream: Output, count: int) -> Output:
+    """Return a stream that passes on the last lines of the first block, and all later blocks."""
+    return _LastLines(stream, count)
 
 
 @contextlib.contextmanager
-def rewriting(stdout: BinaryIO, stderr: BinaryIO) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yield what a job's stdout and stderr are written to; both as given where no terminal is."""
+def rewriting(stdout: TerminalOutput, stderr: Output) -> Iterator[tuple[Output, Output]]:
+    """Yield streams for a job's stdout and stderr; the given ones if stdout is no terminal."""
     if not stdout.isatty():
         yield stdout, stderr
         return
     progress = _Progress(stdout)
     try:
-        # A job's output is written and flushed, which is all that these can do.
-        yield cast(BinaryIO, progress), cast(BinaryIO, _Beside(progress, stderr))
+        yield progress, _Beside(progress, stderr)
     finally:
         progress.close()
 
 
 class _Lasting:
-    """Writes bytes, which is all that is done with a job's output, and never fails."""
+    """An output that never raises."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -111,9 +119,9 @@ class _Lasting:
 
 
 class _LastLines:
-    """Stdout of a log, which comes in one block as far as it is written."""
+    """Stdout of ``jobs logs``: what is in the log so far comes as the first block."""
 
-    def __init__(self, stream: BinaryIO, count: int) -> None:
+    def __init__(self, stream: Output, count: int) -> None:
         self._stream = stream
         self._count: int | None = count
 
@@ -129,9 +137,9 @@ class _LastLines:
 
 
 class _Progress:
-    """Stdout, line by line."""
+    """Stdout on a terminal: lines of progress replace each other."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: Output) -> None:
         self._stream = stream
         self._is_shown = False
         self._rest = b""
@@ -153,13 +161,13 @@ class _Progress:
         self._stream.flush()
 
     def erase(self) -> None:
-        """Take the progress away, so that something else can stand there."""
+        """Erase the progress, so that something else can be written there."""
         if self._is_shown:
             self._stream.write(_ERASE)
         self._is_shown = False
 
     def close(self) -> None:
-        """Leave the last progress to be read, and what came without a newline at its end."""
+        """Leave the last progress on the screen, and write what came without a newline."""
         if self._is_shown:
             self._stream.write(b"\n")
         self._stream.write(self._rest)
@@ -175,9 +183,9 @@ class _Progress:
 
 
 class _Beside:
-    """Stderr, on the same terminal."""
+    """Stderr on the same terminal: erases the progress before it writes."""
 
-    def __init__(self, progress: _Progress, stream: BinaryIO) -> None:
+    def __init__(self, progress: _Progress, stream: Output) -> None:
         self._progress, self._stream = progress, stream
 
     def write(self, block: bytes) -> None:

@@ -1,8 +1,8 @@
-"""Starting jobs and following them: one backend per executor, chosen by the plan or the record."""
+"""Starts jobs and follows them, by one backend per executor, which plan or record chooses."""
 
 from __future__ import annotations
 
-from nemotron.launch.base import Console, Submission
+from nemotron.launch.base import Console, Output, Submission
 from nemotron.launch.check import check_profile
 from nemotron.launch.coming_back import cancel, logs, refresh, wait
 from nemotron.launch.local import submit_local
@@ -14,6 +14,7 @@ from nemotron.plan import JobPlan
 __all__ = [
     "Console",
     "OnInterrupt",
+    "Output",
     "Submission",
     "cancel",
     "check_profile",

@@ -1,7 +1,7 @@
 """The code that a remote job runs: the installed package as one archive, the same bytes every time.
 
-It is taken from the package that runs here, a checkout or a wheel alike, with links followed, so
-that a job runs what its user has on disk, changes that are not committed included.
+The archive is made from the package that runs here, whether from a checkout or a wheel, and links
+are followed. So a job runs what its user has on disk, uncommitted changes included.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a profile would work: what can be asked of its cluster without submitting anything."""
+"""Checks whether a profile would work, as far as its cluster tells without a submission."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemotron.profile import Profile
 
 
 def check_profile(profile: Profile) -> list[Check]:
-    """Return what holds and what does not, all of it."""
+    """Return the results of all checks, passed or failed."""
     found = [Check("ok", f"{profile.name} is a valid {profile.executor} profile")]
     try:
         found += _check(profile.execution)

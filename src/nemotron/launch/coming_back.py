@@ -1,4 +1,4 @@
-"""Coming back to a job from its record: its state, its log, its end, wherever it runs."""
+"""Returns to a job from its record: shows its state and log, waits for it, or cancels it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def handle_of(job: Job) -> Handle:
 
 
 def refresh(job: Job) -> Job:
-    """Return a job with what its scheduler says of it now."""
+    """Return a job as its scheduler sees it now."""
     if job.record.placement is None or job.record.status in jobs.ENDED:
         return jobs.read_job(job.path)
     note(job, handle_of(job).state())
@@ -44,7 +44,7 @@ def logs(job: Job, console: Console, *, is_followed: bool, on_interrupt: OnInter
         The job's exit code where it was followed to its end.
 
     Raises:
-        NemotronError: ``job_lost``: it was followed, and nothing will ever say how it ended.
+        NemotronError: ``job_lost``: it was followed, and how it ended cannot be known.
     """
     if job.record.placement is None:
         return _local_log(job, console, is_followed, on_interrupt)
@@ -62,7 +62,7 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
     """Return the exit code of a job, once it has ended.
 
     Raises:
-        NemotronError: ``job_lost``: nothing will ever say how it ended.
+        NemotronError: ``job_lost``: how it ended cannot be known.
     """
     num_failed, handle = 0, None
     while True:
@@ -73,7 +73,7 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
                 handle = handle or handle_of(job)
                 note(job, handle.state())
             num_failed = 0
-        except NemotronError as error:  # as where it is followed
+        except NemotronError as error:  # as in follow()
             num_failed += 1
             if num_failed >= MOST_FAILED_POLLS or error.code in FINAL:
                 raise
@@ -85,7 +85,7 @@ def wait(job: Job, pause: Callable[[float], None] = time.sleep) -> int:
 
 
 def cancel(job: Job, pause: Callable[[float], None] = time.sleep) -> Job:
-    """Ask for the end of a job; return it as it is then.
+    """Cancel a job and return it as it is afterwards; one that has ended stays as it is.
 
     Raises:
         NemotronError: ``job_elsewhere``, and what reaching its scheduler raises.
@@ -107,12 +107,12 @@ def _cancel_local(job: Job, pause: Callable[[float], None]) -> Job:
             f"{record.id} runs on {record.host}",
             fix=f"run this there: nemotron jobs cancel {record.id}",
         )
-    with contextlib.suppress(OSError):  # a full disk keeps no job alive
+    with contextlib.suppress(OSError):  # a full disk must not keep the job from being cancelled
         job.update(is_cancelled=True)
     _interrupt(record)
     asked = time.monotonic()
     while (job := jobs.read_job(job.path)).record.status not in jobs.ENDED:
-        if job.record.placement is not None:  # it was being handed over
+        if job.record.placement is not None:  # it has been handed to a scheduler meanwhile
             return cancel(job, pause)
         if time.monotonic() - asked > _KILL_AFTER_SECONDS:
             _interrupt(record)  # the second one kills the ranks
@@ -122,7 +122,7 @@ def _cancel_local(job: Job, pause: Callable[[float], None]) -> Job:
 
 
 def _interrupt(record: JobRecord) -> None:
-    # Once more, and last: it may have ended since the record was read, and its pid be another's.
+    # Checked at the last moment: the launcher may have ended, and its pid be another process's.
     if runs(record.pid, record.pid_start):
         with contextlib.suppress(ProcessLookupError):
             os.kill(record.pid, signal.SIGINT)
@@ -133,14 +133,15 @@ def _local_log(
 ) -> int | None:
     with job.log.open("rb") as log:
         while True:
-            # The record first: what is logged before the job ends is read after that.
+            # The record is read before the log: once it says that the job has ended, the log that
+            # is read next is complete.
             job = jobs.read_job(job.path)
             record = job.record
             console.stdout.write(log.read())
             console.stdout.flush()
             if not is_followed:
                 return None
-            if record.placement is not None:  # it was being handed over
+            if record.placement is not None:  # it has been handed to a scheduler meanwhile
                 return logs(job, console, is_followed=True, on_interrupt=on_interrupt)
             _refuse_lost(record)
             if record.status in jobs.ENDED:

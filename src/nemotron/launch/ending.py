@@ -1,13 +1,15 @@
-"""What an exit means: one answer for jobs of this host, of Slurm and of Lepton.
+"""What an exit code means, for jobs on this host, on Slurm and on Lepton alike.
 
 A job tells how it ended by its exit code and by the error that it reported. Whoever told it to stop
-knows a third thing: that a signal which ended it was no accident.
+knows one thing more: that the signal which ended it was no accident.
 """
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemotron.errors import ExitCode, NemotronError
@@ -39,19 +41,30 @@ def ending(
     if code == ExitCode.OK:
         return Ending(code)
     is_stopped = code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
-    # What stopping ranks make of each other's leaving is no error of the job.
+    # A rank that stops breaks the others' connections; their complaints are no error of the job.
     if reported is not None and not (is_stopped and reported["code"] == "unexpected"):
         return Ending(int(reported["exit_code"]), reported)
     if is_stopped:
         return Ending(code)
     number = -code if code < 0 else code - 128
-    # The second Ctrl-C kills.
+    # The second Ctrl-C kills the ranks.
     if number in told_by or (number == signal.SIGKILL and told_by.count(signal.SIGINT) > 1):
         return stopped(told_by)
-    # An interpreter that gets Ctrl-C before it comes to the step ends with 1.
+    # Python ends with 1 if Ctrl-C comes while it still imports what the step needs.
     if signal.SIGINT in told_by and code == 1:
         return stopped(told_by)
     return _killed(number, log) if 0 < number < signal.NSIG else _failed(code, log)
+
+
+def reported_error(file: Path) -> dict[str, Any] | None:
+    """Return the error that a process left in ``NEMOTRON_ERROR_FILE``.
+
+    None if it left none, or died while it was writing it.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def stopped(told_by: Sequence[int]) -> Ending:
@@ -73,7 +86,7 @@ def _killed(number: int, log: str) -> Ending:
 
 
 def _failed(code: int, log: str) -> Ending:
-    """A step has only codes of ours; any other is that of a command before it, and stays."""
+    """Keep the exit code: one that is none of a step's own comes from a command before the step."""
     error = NemotronError(
         "job_failed",
         f"the job ended with exit code {code} and reported no error",

@@ -1,6 +1,7 @@
-"""Running commands where a scheduler is: on this machine, or on a login node through ``ssh``.
+"""Running the commands of a scheduler: on this machine, or on a login node through ``ssh``.
 
-The system's ``ssh`` is used, with the user's configuration, agent and known hosts; it never asks.
+The system's ``ssh`` is used, with the user's configuration, agent and known hosts. It runs in batch
+mode: where it would ask a question it fails.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _SSH_FAILED = 255
 
 @dataclass(frozen=True)
 class Host:
-    """This machine; where ``name`` is given, a machine that ``ssh`` reaches."""
+    """A machine that ``ssh`` reaches by ``name``; this machine if there is no name."""
 
     name: str | None = None
     user: str | None = None
@@ -38,19 +39,19 @@ class Host:
         stdin: bytes = b"",
         timeout: float = _TIMEOUT_SECONDS,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command and return what it said; its exit code is the caller's to judge.
+        """Run a command and return its output and exit code, whatever that is.
 
         Args:
-            command: The words of the command; none is read by a shell.
-            stdin: What it reads.
-            timeout: Seconds.
+            command: The words of the command; no shell interprets them.
+            stdin: What the command reads.
+            timeout: Seconds after which it is given up.
 
         Raises:
             NemotronError: ``host_unreachable``, ``command_missing``, ``host_silent``.
         """
         argv = list(command) if self.is_local else [*self._ssh(), shlex.join(command)]
         try:
-            # In a session of its own: what Ctrl-C of the terminal ends is decided by the launcher.
+            # In a session of its own: the launcher decides what a Ctrl-C in the terminal ends.
             done = subprocess.run(
                 argv,
                 input=stdin,
@@ -62,20 +63,9 @@ class Host:
         except FileNotFoundError:
             raise _missing(argv[0]) from None
         except subprocess.TimeoutExpired:
-            raise NemotronError(
-                "host_silent",
-                f"{command[0]} on {self.name or 'this host'} did not answer in {timeout:.0f} s",
-                fix="try again; the scheduler may be busy",
-                exit_code=ExitCode.SUBMISSION,
-            ) from None
+            raise self._silent(command[0], timeout) from None
         if not self.is_local and done.returncode == _SSH_FAILED:
-            said = done.stderr.decode(errors="replace").strip().splitlines()
-            raise NemotronError(
-                "host_unreachable",
-                f"ssh to {self.name} failed: {said[-1] if said else 'it said nothing'}",
-                fix=f"make this work without a question: {shlex.join(self._ssh())} true",
-                exit_code=ExitCode.SUBMISSION,
-            )
+            raise self._unreachable(done.stderr)
         return done
 
     def require(
@@ -99,7 +89,7 @@ class Host:
         return done.stdout
 
     def read_from(self, path: str, offset: int) -> bytes:
-        """Return what a file holds from a byte on; nothing if it is not there."""
+        """Return the content of a file from byte ``offset`` on; nothing if there is no file."""
         if self.is_local:
             try:
                 with Path(path).open("rb") as stream:
@@ -109,6 +99,23 @@ class Host:
                 return b""
         done = self.run(["tail", "-c", f"+{offset + 1}", "--", path])
         return done.stdout if done.returncode == 0 else b""
+
+    def _silent(self, program: str, timeout: float) -> NemotronError:
+        return NemotronError(
+            "host_silent",
+            f"{program} on {self.name or 'this host'} did not answer in {timeout:.0f} s",
+            fix="try again; the scheduler may be busy",
+            exit_code=ExitCode.SUBMISSION,
+        )
+
+    def _unreachable(self, stderr: bytes) -> NemotronError:
+        said = stderr.decode(errors="replace").strip().splitlines()
+        return NemotronError(
+            "host_unreachable",
+            f"ssh to {self.name} failed: {said[-1] if said else 'it said nothing'}",
+            fix=f"make this work without a question: {shlex.join(self._ssh())} true",
+            exit_code=ExitCode.SUBMISSION,
+        )
 
     def _ssh(self) -> list[str]:
         assert self.name is not None  # noqa: S101 - not this machine

@@ -1,4 +1,4 @@
-"""The way to nemo-run for both backends: its import takes seconds, so it waits for a submission."""
+"""Imports nemo-run for both backends, only at a submission: the import takes seconds."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Lepton: from a plan to a job of a workspace, submitted through nemo-run.
+"""Lepton: makes a job of a workspace from a plan, and submits it through nemo-run.
 
-``launch.sh`` and the config reach the workspace's storage through nemo-run's helper job, whose
-command line holds them; the code archive comes in environment variables of the job itself, because
-one argument of a program holds 128 KiB and no more. Secrets are secrets of the workspace, by name.
+``launch.sh`` and the config reach the workspace's storage through a helper job of nemo-run, which
+has them in its command line. The code archive comes in environment variables of the job itself,
+because one argument of a program can hold no more than 128 KiB. Secrets are named; their values are
+in the workspace.
 """
 
 from __future__ import annotations
@@ -75,11 +76,11 @@ def files(plan: JobPlan, job_id: str) -> LeptonFiles:
 
 
 def require_inputs(plan: JobPlan) -> None:
-    """Let the job look for its inputs: only jobs see the storage of a workspace."""
+    """Do nothing: only jobs see the storage of a workspace, so the job looks for its inputs."""
 
 
 def preview(plan: JobPlan) -> dict[str, str]:
-    """Return the job's script, and what nemo-run's executor is told, without values of secrets."""
+    """Return the job's script, and the fields of nemo-run's executor without values of secrets."""
     shipped = files(plan, script.JOB)
     options = _options(plan, shipped)
     options["env_vars"] = sorted(options["env_vars"])
@@ -118,7 +119,7 @@ def submit(
 def _submit_in_turn(
     nemo: ModuleType, plan: JobPlan, shipped: LeptonFiles, job_id: str, name: str
 ) -> str:
-    """Submit, again where another submission of this second has nemo-run's helper job."""
+    """Submit; try again if another submission in the same second holds nemo-run's helper job."""
     for attempt in range(1, _MOVER_TRIES):
         try:
             return _submit_once(nemo, plan, shipped, job_id, name)
@@ -131,10 +132,10 @@ def _submit_in_turn(
 
 
 def _taken_after_all(name: str, refused: NemotronError) -> str:
-    """Return the id of a job that the workspace has taken, and only its answer was lost.
+    """Return the id of a job that was taken although its submission failed: the answer was lost.
 
     Raises:
-        NemotronError: ``refused``; it says so where nobody knows whether there is a job.
+        NemotronError: ``refused``, with a note if the workspace cannot be asked for the job.
     """
     try:
         if lepton_jobs.has_job(name):
@@ -181,7 +182,7 @@ def _nemo_run_dir(plan: JobPlan) -> str:
 
 
 def _check_extra(execution: LeptonExecution) -> None:
-    """Refuse what nemo-run's executor would not take, or what has a name of its own here."""
+    """Refuse keys of ``extra`` that nemo-run's executor lacks, or that have a key of their own."""
     if not execution.extra:
         return
     known = load_nemo().lepton_fields()
@@ -243,7 +244,7 @@ def _chunks(archive: Archive) -> tuple[str, ...]:
 
 
 def _check_size(*texts: str) -> None:
-    """Refuse what nemo-run's helper job could not be started with."""
+    """Refuse files that are too long for the command line of nemo-run's helper job."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for index, text in enumerate(texts):

@@ -1,7 +1,7 @@
-"""What a Lepton workspace says about a job, asked through its own client.
+"""The state of a Lepton job, asked of its workspace through Lepton's own client.
 
-Lepton knows whether a job failed, not with which exit code: ``launch.sh`` prints that as its last
-line, and the step's error with it.
+Lepton knows that a job failed, but not with which exit code: ``launch.sh`` prints the exit code as
+its last line, and the step's error above it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class LeptonHandle:
                 yield self._printed.get_nowait()
 
     def _read(self, replica: str) -> None:
-        """Put a node's log into the queue, from its start to its end, over lost connections."""
+        """Put a node's whole log into the queue; connections that are lost are opened again."""
         seen = 0
         while True:
             is_last = self._has_ended.is_set()
@@ -201,7 +201,7 @@ def require_node_group(execution: LeptonExecution) -> None:
 
 
 def check_workspace(execution: LeptonExecution) -> Iterator[Check]:
-    """Yield what can be said about a profile from its workspace."""
+    """Yield the checks of a profile that its workspace can answer."""
     require_node_group(execution)
     yield Check("ok", f"the workspace answers; node group {execution.node_group} is there")
     wanted = dict.fromkeys((*execution.secrets, *execution.secret_vars.values()))
@@ -225,7 +225,7 @@ def check_workspace(execution: LeptonExecution) -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _asking() -> Iterator[None]:
-    """Turn what the client raises into errors of ours; never with a token in them."""
+    """Turn what the client raises into errors of ours, which never contain a token."""
     try:
         yield
     except NemotronError:

@@ -1,14 +1,13 @@
-"""Runs on this host: spawn the job, tee what it prints, record how it ends.
+"""Runs jobs on this host: starts the job, copies its output to the log, records how it ends.
 
-A job runs in a process group of its own, so that a Ctrl-C in the terminal reaches the launcher
-alone, which then passes it on to all ranks and records the interruption.
+A job runs in a process group of its own, so that a Ctrl-C in the terminal reaches only the
+launcher, which passes it on to all ranks and records the interruption.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import selectors
 import signal
@@ -17,13 +16,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nemotron import jobs, preflight
 from nemotron.errors import ExitCode, NemotronError, raise_all
 from nemotron.jobs import Job
 from nemotron.launch.base import Console, Submission, create_job
-from nemotron.launch.ending import Ending, ending, stopped
+from nemotron.launch.ending import Ending, ending, reported_error, stopped
 from nemotron.launch.secrets import refuse_secrets_in_plan
 from nemotron.launch.signals import SignalForwarder, kill, kill_orphans, signal_group
 from nemotron.plan import JobPlan
@@ -34,18 +32,18 @@ _GRACE_SECONDS = 2.0  # how long pipes may stay silent once the job has ended
 
 
 def submit_local(plan: JobPlan, console: Console) -> Submission:
-    """Run a plan here; produce the inputs first that are missing and have a producer.
+    """Run a plan here, after the producers of those inputs that are missing and have one.
 
     Raises:
         NemotronError: A check failed; nothing was started.
     """
-    refuse_secrets_in_plan(plan)  # first: what checks find is told with the values
+    refuse_secrets_in_plan(plan)  # first: what the checks report has the config's values in it
     raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
     with SignalForwarder() as signals:
         job = _record(plan, console)
         if plan.is_detached:
             _detach(job, lambda quiet: _run(plan, job, quiet, signals), console)
-            return Submission(jobs.read_job(job.path), None)  # the pid is its own
+            return Submission(jobs.read_job(job.path), None)  # with the pid of the new launcher
         return Submission(job, _run(plan, job, console, signals))
 
 
@@ -65,13 +63,14 @@ def _run(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder) ->
 
 
 def _produce_inputs(plan: JobPlan, console: Console, signals: SignalForwarder) -> Ending | None:
-    """Run one producer after the other until no input is missing that has one.
+    """Run one producer after another until every input that has a producer is there.
 
     Returns:
-        How the plan ended if it cannot run, because one failed or was told to stop.
+        None; or how the plan ends without being run, if a producer failed or was told to stop.
 
     Raises:
-        NemotronError: ``producer_output_missing``: it ended well, but the input is not there.
+        NemotronError: ``producer_output_missing``: a producer ended well, but its output is
+            missing.
     """
     done: set[str] = set()
     while True:
@@ -102,7 +101,7 @@ def _produce_inputs(plan: JobPlan, console: Console, signals: SignalForwarder) -
 
 
 def _execute(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder) -> Ending:
-    """Run the command of a plan; return how it ended, and say why if the step did not say it."""
+    """Run the command of a plan and return how it ended; say why if the step has not said it."""
     if signals.received:
         console.say(f"told to stop before {preflight.label(plan)} was started")
         return stopped(signals.received)
@@ -111,7 +110,7 @@ def _execute(plan: JobPlan, job: Job, console: Console, signals: SignalForwarder
     end = ending(
         code,
         told_by=signals.received,
-        reported=_reported(job.path / jobs.ERROR),
+        reported=reported_error(job.path / jobs.ERROR),
         log=_relative(job.log),
     )
     news = "interrupted" if end.exit_code == ExitCode.INTERRUPTED else end.news
@@ -141,16 +140,8 @@ def _run_command(plan: JobPlan, job: Job, console: Console, signals: SignalForwa
                 raise
 
 
-def _reported(error_file: Path) -> dict[str, Any] | None:
-    """Return the error that the step left; None if it left none, or died while writing it."""
-    try:
-        return json.loads(error_file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 def _note(change: Callable[[], None], console: Console) -> None:
-    """Change a job's record; a disk that is full must not cost the job."""
+    """Change a job's record; a full disk must not end the job."""
     try:
         change()
     except OSError as error:
@@ -158,7 +149,7 @@ def _note(change: Callable[[], None], console: Console) -> None:
 
 
 class _Log:
-    """The log of a job; what a full disk does not take of it is lost, which is said once."""
+    """The log of a job; what cannot be written on a full disk is lost, which is said once."""
 
     def __init__(self, stream: io.FileIO, console: Console) -> None:
         self._stream, self._console = stream, console
@@ -185,7 +176,7 @@ def _tee(process: subprocess.Popen[bytes], job_id: str, log: _Log, console: Cons
             ready = selector.select(timeout=_GRACE_SECONDS)
             if not ready and process.poll() is not None:
                 signal_group(process, signal.SIGKILL)  # a stray rank holds the pipes open
-                if process.returncode:  # a job that ended well may leave others for later
+                if process.returncode:  # processes left by a job that succeeded may be intended
                     kill_orphans(process, job_id)
                 return
             for key, _ in ready:
@@ -199,9 +190,10 @@ def _tee(process: subprocess.Popen[bytes], job_id: str, log: _Log, console: Cons
 
 
 def _detach(job: Job, run: Callable[[Console], int], console: Console) -> None:
-    """Run in a session of its own, with no terminal; what it says goes to the job's log.
+    """Run in a new session, without a terminal; messages go to the job's log.
 
-    Forks twice: the process that runs is nobody's child, hence no zombie, and no terminal's.
+    Forks twice, so that the process that runs is not our child, hence never a zombie, and can get
+    no terminal.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -210,7 +202,7 @@ def _detach(job: Job, run: Callable[[Console], int], console: Console) -> None:
     if first:
         os.close(tell)
         os.waitpid(first, 0)
-        os.read(ready, 1)  # until the record names the process that will end it
+        os.read(ready, 1)  # returns once the record names the process that will end the job
         os.close(ready)
         return
     os.setsid()

@@ -1,7 +1,7 @@
-"""The one place that imports nemo-run: it ships a job's files and submits them, nothing else.
+"""The only module that imports nemo-run, which ships a job's files and submits them.
 
-What a job runs is in the files that are handed in; nemo-run writes the directives around them,
-copies them to where the job runs and calls the scheduler. Following, cancelling and exit codes are
+What a job runs is in the files that are handed in. nemo-run writes the directives around them,
+copies them to where the job runs, and calls the scheduler. Following, cancelling and exit codes are
 ours: nemo-run returns 0 for a job that failed, and loses track of jobs without slurmdbd.
 """
 
@@ -34,7 +34,7 @@ from nemotron.executors import LeptonExecution
 from nemotron.launch.host import Host
 
 TITLE = "nemotron"
-# A controller that is busy takes a job late, and a slow line its files; none is lost over it.
+# Long, because a busy controller may take minutes to accept a job, and a slow line to copy files.
 _SBATCH_SECONDS = 600
 
 
@@ -52,19 +52,20 @@ class ShippedFiles(run.Packager):
 
 @dataclass(kw_only=True)
 class Login(LocalTunnel):
-    """Runs ``sbatch`` on a machine; on another one than this, where the job's files come first.
+    """Runs ``sbatch`` on a machine; if that is not this one, copies the job's files there first.
 
-    nemo-run's own tunnel has a client of its own, which does not read ``~/.ssh/config``.
+    nemo-run's own tunnel has an ssh client of its own, which does not read ``~/.ssh/config``.
     """
 
     machine: Host
     pre_command: str | None = None
 
     def run(self, command: str, hide: bool = True, warn: bool = False, **options: Any) -> Any:
-        """Run a line of shell; return a result of which nemo-run reads ``stdout``.
+        """Run a line of shell; return a result of which nemo-run reads only ``stdout``.
 
         Raises:
-            NemotronError: ``submission_failed``, with what it said, and what reaching it raises.
+            NemotronError: ``submission_failed``, with the command's stderr, and what reaching the
+                machine raises.
         """
         if not self.machine.is_local:
             self._send()
@@ -169,7 +170,7 @@ def submit(executor: Executor, *, job_id: str, task: str, base: Path) -> str:
     """
     refused, handle = "", ""
     with _quiet(base):
-        # The error itself must not outlive this block: its frames hold open files.
+        # Only the error's text is kept: the frames of its traceback hold open files.
         try:
             with _experiment(executor, job_id, base) as experiment:
                 experiment.add(run.Script(path="launch.sh", entrypoint="bash"), name=task)
@@ -188,7 +189,7 @@ def submit(executor: Executor, *, job_id: str, task: str, base: Path) -> str:
 
 
 def _said(error: BaseException) -> str:
-    """Return an error's own words, in one line if it is ours."""
+    """Return the text of an error; only the problem if the error is ours."""
     said = error.problem if isinstance(error, NemotronError) else str(error)
     return said.strip()[-1000:] or type(error).__name__
 
@@ -209,11 +210,11 @@ def _experiment(executor: Executor, job_id: str, base: Path) -> run.Experiment:
 
 @contextlib.contextmanager
 def _quiet(base: Path) -> Iterator[None]:
-    """Keep nemo-run's records below ``base``, its chatter off the terminal, and our input ours."""
+    """Keep nemo-run's records below ``base``, and keep it from our terminal's output and input."""
     home, level, stdin = get_nemorun_home(), logging.root.level, sys.stdin
     logging.disable(logging.WARNING)
     set_nemorun_home(str(base))
-    # Its lists of all jobs of a user, kept for commands of its own; ours have their own records.
+    # Its lists of a user's jobs are for its own commands; our jobs have records of their own.
     lepton.LEPTON_JOB_DIRS = str(base / ".lepton_jobs.json")
     slurm.SLURM_JOB_DIRS = str(base / ".slurm_jobs")
     try:
@@ -224,10 +225,10 @@ def _quiet(base: Path) -> Iterator[None]:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            # Its commands would be fed from the terminal, or from what is piped into us.
+            # Its commands would otherwise read from the terminal, or what is piped into us.
             sys.stdin = nothing
             yield
-            gc.collect()  # it leaves files and pipes open; they are closed, and said so, here
+            gc.collect()  # closes the files and pipes that it leaves open, with warnings hidden
     finally:
         sys.stdin = stdin
         set_nemorun_home(home)

@@ -1,8 +1,8 @@
-"""What jobs of other machines share: their record, following them, and leaving them.
+"""What is the same for the jobs of all schedulers: recording, following and leaving them.
 
-A handle asks a scheduler; everything here is the same for all of them. A job belongs to its
-scheduler, not to the launcher: the launcher can go at any time, and another one, in another
-terminal, goes on from the record.
+A handle asks one scheduler; everything here works with any handle. A job belongs to its scheduler,
+not to the launcher: the launcher may end at any time, and another one, in another terminal, can
+continue from the record.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemotron.launch.base import Console
 from nemotron.launch.ending import ending
 
 OnInterrupt = Literal["ask", "cancel", "leave"]
-# What was written on another machine may show up here a moment later.
+# A file that was written on another machine may become visible here a moment later.
 _SETTLE_SECONDS = 0.3
 MOST_FAILED_POLLS = 20
 FINAL = ("workspace_refused", "workspace_unknown")
@@ -77,7 +77,7 @@ class Handle(Protocol):
 
 
 def note(job: Job, state: State) -> None:
-    """Write a state into the job's record, if it says something new; an end that is there stays."""
+    """Write a state into the job's record if it is news; a recorded end is never changed."""
     if state.exit_code is not None:
         job.end(state.exit_code, state.error, state.status, restarts=state.restarts)
         return
@@ -105,10 +105,10 @@ def follow(
 
     Args:
         job: The job.
-        handle: How to ask about it.
+        handle: Asks its scheduler.
         console: Where to show it.
         on_interrupt: What the first Ctrl-C does; the second one leaves the job in any case.
-        num_interrupts: How many came before, while the job was submitted.
+        num_interrupts: Ctrl-Cs that came already, while the job was submitted.
     """
     with _CtrlC(num_interrupts) as interrupts:
         for state in _states(job, handle, console):
@@ -121,7 +121,7 @@ def follow(
 
 
 def _states(job: Job, handle: Handle, console: Console) -> Iterator[State]:
-    """Yield the job's states for ever; show its output and keep its record on the way."""
+    """Yield the job's states without end; on the way show its output and update its record."""
     num_failed, restarts = 0, job.record.restarts
     said = ""
     while True:
@@ -130,7 +130,7 @@ def _states(job: Job, handle: Handle, console: Console) -> Iterator[State]:
             _show(console, handle.new_output())
             num_failed = 0
         except NemotronError as error:
-            # Schedulers and networks hiccup; a job must not be lost over it.
+            # Schedulers and networks have hiccups, which must not end the following of a job.
             num_failed += 1
             if num_failed == 1:
                 console.say(f"{error.problem}; trying again")
@@ -167,7 +167,7 @@ def _shall_leave(
     on_interrupt: OnInterrupt,
     interrupts: _CtrlC,
 ) -> bool:
-    """Do what the first Ctrl-C asks for; return whether to leave the job to itself."""
+    """Do what the first Ctrl-C asks for; return whether to stop following the job."""
     choice = on_interrupt
     if choice == "ask":
         is_terminal = sys.stdin is not None and sys.stdin.isatty()
@@ -181,7 +181,7 @@ def _shall_leave(
 
 
 def leave(job: Job, console: Console) -> None:
-    """Say how to come back to a job that goes on."""
+    """Say how to come back to a job that keeps running."""
     console.say(f"{job.record.id} goes on; come back with: nemotron jobs logs -f {job.record.id}")
 
 
@@ -202,7 +202,7 @@ def _show(console: Console, block: bytes) -> None:
 
 
 class _CtrlC:
-    """Counts Ctrl-C, and raises it only while asking, never in the middle of a record."""
+    """Counts Ctrl-Cs; raises KeyboardInterrupt only during the question, never elsewhere."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -222,9 +222,9 @@ class _CtrlC:
             signal.signal(signal.SIGINT, self._previous)
 
     def came_within(self, seconds: float) -> bool:
-        """Return whether one has come since the last call; wait for it so long."""
+        """Wait at most this long for a Ctrl-C; return whether one has come since the last call."""
         came = self._event.wait(seconds)
-        if came:  # else one may come just now
+        if came:  # otherwise one that comes just now would be cleared unseen
             self._event.clear()
         return came
 
@@ -234,4 +234,4 @@ class _CtrlC:
             raise KeyboardInterrupt
         self._event.set()
         if self.count > 2:
-            os._exit(int(ExitCode.INTERRUPTED))  # a scheduler that does not answer
+            os._exit(int(ExitCode.INTERRUPTED))  # the scheduler may not answer

@@ -1,9 +1,9 @@
-"""The shell of a remote job, all that there is: ``launch.sh``, and what Slurm's batch shell adds.
+"""All the shell code of a remote job: ``launch.sh``, and what Slurm's batch shell does around it.
 
-Pure text from a plan: the same for ``--dry-run`` and for a submission. Every value is quoted; what
-a profile gives as shell code (``startup_commands``, ``setup_lines``, ``run_command``) stays code.
-Ranks meet without a service of their own: the first node of the job is rank 0 and keeps the store
-(torchrun's static rendezvous), at a port that follows from the job's number.
+The text follows from the plan alone, so that ``--dry-run`` shows what a submission uses. Every
+value is quoted; what a profile gives as shell code (``startup_commands``, ``setup_lines``,
+``run_command``) stays code. The ranks need no service to meet: the first node of the job is rank 0
+and keeps the store (torchrun's static rendezvous), at a port derived from the job's number.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nemotron.plan import JOB_DIRECTORY, JobPlan
 LAUNCH, CONFIG = "launch.sh", "train.yaml"
 # Stands for the job's id in a preview; safe in a path, so that nothing is quoted otherwise.
 JOB = "JOB"
-# What the batch shell prints before anything of ours; what stands above it is nemo-run's own trace.
+# The first line of ours in the batch shell's output; above it is the trace of nemo-run's script.
 BATCH_MARK = "nemotron: job"
-# What a node of a Lepton job prints last: its exit code, and the error that the step reported.
+# The last lines that a node of a Lepton job prints: the error of its step, and its exit code.
 END_MARK, ERROR_MARK = "nemotron: exit", "nemotron: error "
-# Which variables say a node's place in the job, and where rank 0 is.
+# Variables that hold a node's number, the address and port of rank 0, and the number of restarts.
 _PLACES = {
     "slurm": (
         "SLURM_NODEID",
@@ -35,9 +35,9 @@ _PLACES = {
     "lepton": ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LEPTON_RESTART_COUNT"),
 }
 
-# What ends a shell that does not listen for it; bash would then call its EXIT trap with 0.
+# Signals that end a shell without a trap for them; bash would then run its EXIT trap with code 0.
 _FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-# What asks a job to stop; a shell says 128 + N of a command that signal N killed.
+# Signals that ask a job to stop. A shell reports 128 + N for a command that signal N killed.
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
 _PYTHONPATH = 'export PYTHONPATH="$nemotron_package${PYTHONPATH:+:$PYTHONPATH}"'
 _SILENT_FAILURE = (
@@ -70,33 +70,13 @@ def launch_script(plan: JobPlan, *, job_id: str, archive: str | None, chunks: in
         "set -euo pipefail",
         'nemotron_here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"',
         f'nemotron_node="${{{node}:-0}}" nemotron_restart="${{{restart}:-0}}"',
-        'export NEMOTRON_ERROR_FILE="$nemotron_here/error.$nemotron_restart.json"',
-        f"export NEMOTRON_JOB={shlex.quote(job_id)}",
-        # So that a rank which sees none of them does not compute on the CPU instead.
-        f"export NEMOTRON_GPUS_PER_NODE={plan.gpus_per_node}",
-        *(
-            f"export {name}={shlex.quote(value)}"
-            for name, value in sorted(plan.environment.items())
-        ),
+        *_environment(plan, job_id),
         *_code(plan.execution, job_id, archive, chunks),
         *_rendezvous(plan, address, port),
         *_enter(plan),
         *plan.execution.startup_commands,
         *_threads(plan.nproc_per_node),
-        "set +e",
-        "# The ranks are told to stop as well; this shell waits for what they make of it.",
-        "nemotron_told=",
-        *(f"trap nemotron_told={128 + number} {number.name[3:]}" for number in _STOP),
-        "trap : INT",
-        _run_line(plan),
-        "nemotron_code=$?",
-        *(() if plan.execution.run_command else _SILENT_FAILURE),
-        "# What a signal to stop killed could not listen yet.",
-        f'if [ "$nemotron_code" -eq {int(ExitCode.PREEMPTED)} ] ||',
-        '    [ "$nemotron_code" = "$nemotron_told" ]; then',
-        "    # Not a failure that would end the other nodes before they have stopped as well.",
-        f'    : > "$nemotron_here/stopped.$nemotron_restart"; nemotron_code={_stopped_code(plan)}',
-        "fi",
+        *_run(plan),
         *(_LAST_WORDS if plan.executor == "lepton" else ()),
         'exit "$nemotron_code"',
     ]
@@ -167,6 +147,40 @@ def _leave_end(limit: int) -> list[str]:
     ]
 
 
+def _environment(plan: JobPlan, job_id: str) -> list[str]:
+    """Return the lines that export what the job reads from its environment."""
+    return [
+        'export NEMOTRON_ERROR_FILE="$nemotron_here/error.$nemotron_restart.json"',
+        f"export NEMOTRON_JOB={shlex.quote(job_id)}",
+        # So that a rank which sees no GPU fails instead of computing on the CPU.
+        f"export NEMOTRON_GPUS_PER_NODE={plan.gpus_per_node}",
+        *(
+            f"export {name}={shlex.quote(value)}"
+            for name, value in sorted(plan.environment.items())
+        ),
+    ]
+
+
+def _run(plan: JobPlan) -> list[str]:
+    """Return the lines that run the step and set ``nemotron_code`` to how it ended."""
+    return [
+        "set +e",
+        "# The ranks are told to stop as well; this shell waits for what they make of it.",
+        "nemotron_told=",
+        *(f"trap nemotron_told={128 + number} {number.name[3:]}" for number in _STOP),
+        "trap : INT",
+        _run_line(plan),
+        "nemotron_code=$?",
+        *(() if plan.execution.run_command else _SILENT_FAILURE),
+        "# What a signal to stop killed could not listen yet.",
+        f'if [ "$nemotron_code" -eq {int(ExitCode.PREEMPTED)} ] ||',
+        '    [ "$nemotron_code" = "$nemotron_told" ]; then',
+        "    # Not a failure that would end the other nodes before they have stopped as well.",
+        f'    : > "$nemotron_here/stopped.$nemotron_restart"; nemotron_code={_stopped_code(plan)}',
+        "fi",
+    ]
+
+
 def _code(execution: Execution, job_id: str, archive: str | None, chunks: int) -> list[str]:
     """Return the lines that put the package nemotron before all others."""
     assert isinstance(execution, RemoteExecution)  # noqa: S101 - a plan for another machine
@@ -228,6 +242,7 @@ def _threads(num_ranks: int) -> list[str]:
 
 
 def _run_line(plan: JobPlan) -> str:
+    """Return the command of the step, or the profile's ``run_command`` filled in."""
     config = f'"$nemotron_here"/{CONFIG}'
     words = [
         config if word == f"{JOB_DIRECTORY}/{CONFIG}" else shlex.quote(word)
@@ -239,7 +254,7 @@ def _run_line(plan: JobPlan) -> str:
         return command
     module = f"nemotron/steps/{plan.step.id}/step.py"
     values = {"command": command, "config": config, "script": f'"$nemotron_package"/{module}'}
-    # In one pass: an argument of the job may itself say {config}.
+    # In one pass: an argument of the job may itself contain {config}.
     return re.sub(r"\{(command|config|script)\}", lambda found: values[found[1]], template)
 
 

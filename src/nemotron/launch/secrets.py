@@ -1,4 +1,4 @@
-"""Refusing plans whose files would hold a secret, wherever they run."""
+"""Refuses plans whose files would hold a secret, whichever backend runs them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from nemotron.errors import NemotronError
 from nemotron.plan import JobPlan
 from nemotron.redaction import redact_argv, redact_text, secret_values
 
-# Names of secrets, and what plan.environment says already.
+# Fields with names of secrets, not values; env_vars is checked as plan.environment.
 _NOT_VALUES = {"secrets", "secret_vars", "image_pull_secrets", "env_vars"}
 
 
 def refuse_secrets_in_plan(plan: JobPlan) -> None:
-    """Refuse a plan whose files would hold a secret; a job's files are written to disk and shown.
+    """Refuse a plan whose files would hold a secret: a job's files are written to disk and shown.
 
     Raises:
         NemotronError: ``secret_in_job``.
@@ -30,10 +30,10 @@ def refuse_secrets_in_plan(plan: JobPlan) -> None:
 
 
 def _texts(plan: JobPlan) -> Iterator[tuple[str, str]]:
-    """Yield all else that is written for a job, and where it comes from."""
+    """Yield every other text that is written for a job, with the key that it comes from."""
     yield from _leaves(plan.values)
     yield from ((f"env_vars.{name}", value) for name, value in plan.environment.items())
-    # A default is nobody's secret, even where its word is somebody's password.
+    # A default is no secret, even if somebody's password is the same word.
     said = plan.execution.model_dump(by_alias=True, exclude_defaults=True, exclude=_NOT_VALUES)
     yield from _leaves(said)
     yield "the config", plan.config_text
@@ -51,7 +51,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _refusal(what: str, where: str, text: str, known: frozenset[str]) -> NemotronError:
-    # The name helps where an ordinary word is somebody's password; the value must not be told.
+    # The variable's name helps if its value is an ordinary word; the value must not be shown.
     names = [name for name, value in os.environ.items() if value in known and value in text]
     return NemotronError(
         "secret_in_job",

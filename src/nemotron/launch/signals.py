@@ -1,4 +1,4 @@
-"""What asks a launcher to stop: a job of this host is told, handing one over is finished first."""
+"""Signals to the launcher: passed on to a job of this host, kept while one is handed over."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nemotron.processes import descendants
 
 
 class SignalForwarder:
-    """Passes what asks this process to stop on to the job's process group, and remembers it.
+    """Passes signals that ask this process to stop on to the job's process group; remembers them.
 
-    SIGHUP, of a terminal that was closed, is passed on as SIGTERM, at which jobs save; where it is
-    ignored (``nohup``) it stays so.
+    SIGHUP, from a terminal that was closed, is passed on as SIGTERM, on which jobs save. If SIGHUP
+    is ignored (``nohup``), it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class SignalForwarder:
 
     @contextlib.contextmanager
     def forwarding_to(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
-        """Pass signals on to a job as long as it runs; those that have come, now."""
+        """Pass signals on to a job during the block; first those that have come already."""
         self._process = process
         for number in self.received:
             signal_group(process, number)
@@ -54,8 +54,8 @@ class SignalForwarder:
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         number = signal.SIGTERM if number == signal.SIGHUP else number
-        # The second Ctrl-C of an impatient user ends ranks that hang. Other signals may be said
-        # twice by who means them once, such as the kernel and the shell of a closed terminal.
+        # The second Ctrl-C of an impatient user ends ranks that hang. Other signals may come twice
+        # for one reason: from the kernel and from the shell of a closed terminal, say.
         is_impatient = number == signal.SIGINT and number in self.received
         self.received.append(number)
         if self._process is not None and is_impatient:
@@ -65,11 +65,11 @@ class SignalForwarder:
 
 
 class Interrupts:
-    """Makes SIGTERM and SIGHUP act like Ctrl-C, so that what was made is removed; or keeps all.
+    """Makes SIGTERM and SIGHUP raise as Ctrl-C does, so that cleanup runs; can keep them instead.
 
-    Other people's code is not made for an exception in its middle: Python drops one that meets a
-    destructor, gives it another type where a class is made, and a job that a scheduler has taken
-    would be recorded as nowhere.
+    Signals are kept while other people's code runs, which is not prepared for an exception at any
+    place: Python drops one that is raised in a destructor, and changes its type where a class is
+    being made. And a job that the scheduler has just taken would be recorded as not submitted.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def blamed_for_failures(self) -> Iterator[None]:
-        """Take a failure of the block for what a signal that was kept did to it.
+        """Treat a failure of the block as an interrupt if a signal was kept.
 
         Raises:
             KeyboardInterrupt: The block failed, and a signal had come.
@@ -115,7 +115,7 @@ class Interrupts:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_second = number in self.received
         self.received.append(number)
-        # Other signals may be said twice by who means them once, as above.
+        # Other signals may come twice for one reason, as above.
         if (number == signal.SIGINT) if is_second else not self._is_kept:
             raise KeyboardInterrupt
 
@@ -128,7 +128,7 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a job at once, with its ranks: torchrun has put these into sessions of their own."""
+    """Kill a job with its ranks, which torchrun has put into sessions of their own."""
     ranks = descendants(process.pid)  # before their parent is gone
     signal_group(process, signal.SIGKILL)
     for pid in ranks:
@@ -137,11 +137,11 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_orphans(process: subprocess.Popen[bytes], job_id: str) -> None:
-    """End what a job that failed has left in sessions of its own: ranks whose torchrun was killed.
+    """Kill what a failed job has left in other sessions: ranks whose torchrun was killed.
 
-    They are nobody's descendants, but have the job's id in what they were started with, and hold
-    its output. What has an output of its own was meant to stay: a launcher of another job, say.
-    No launcher is found either, as a job's id is younger than what its launcher was started with.
+    They are no descendants any more, but they have the job's id in their initial environment, and
+    the job's pipes open. A process with an output of its own was meant to stay, such as a launcher
+    of another job. The job's own launcher is not found: it was started before the id existed.
 
     Args:
         process: The job's process, which has ended; its pipes are open here.
@@ -150,7 +150,7 @@ def kill_orphans(process: subprocess.Popen[bytes], job_id: str) -> None:
     entry = f"NEMOTRON_JOB={job_id}".encode()
     pipes = [pipe.fileno() for pipe in (process.stdout, process.stderr) if pipe]
     held = {f"pipe:[{os.fstat(descriptor).st_ino}]" for descriptor in pipes}
-    for path in Path("/proc").glob("[0-9]*"):  # none elsewhere than on Linux
+    for path in Path("/proc").glob("[0-9]*"):  # only Linux has these
         with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
             is_of_job = entry in (path / "environ").read_bytes().split(b"\0")
             if is_of_job and held & _open_files(path):

@@ -1,8 +1,8 @@
-"""Slurm: from a plan to the files and directives of a job, submitted through nemo-run.
+"""Slurm: makes the files and directives of a job from a plan, and submits it through nemo-run.
 
-The job is ``launch.sh`` on each node, from ``launch/script.py``. Secrets go by the environment of
-``sbatch``, which Slurm hands on; over ssh they pass through a file of the user alone that is there
-only while ``sbatch`` runs.
+The job runs ``launch.sh``, from ``launch/script.py``, on each node. Secrets are in the environment
+of ``sbatch``, which Slurm hands on to the job. Over ssh they get there through a file that only the
+user can read and that exists only while ``sbatch`` runs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ _SAME_NAME = (
 )
 # Directives that it has no field for.
 _DIRECTIVES = ("reservation", "dependency", "nodelist")
-# What Slurm's commands read from the environment: options, which come before all directives.
+# Options that Slurm's commands read from the environment; they take precedence over directives.
 _OPTIONS = ("SLURM_", "SBATCH_", "SRUN_")
-_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")  # and who asks
+# Those among them that say which cluster is meant, and on whose behalf.
+_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True)
 class SlurmFiles:
-    """What a job ships, by name, and the batch shell's lines around it."""
+    """The files that a job ships, and the lines of the batch shell around them."""
 
     launch: str
     config: str
@@ -81,17 +82,17 @@ def files(plan: JobPlan, job_id: str) -> SlurmFiles:
 
 
 def require_inputs(plan: JobPlan) -> None:
-    """Refuse a job over ssh whose inputs are not on the cluster; elsewhere preflight has looked.
+    """Refuse a job over ssh whose inputs are not on the cluster; otherwise preflight has looked.
 
     Raises:
-        NemotronError: The error of each input that is not there; what reaching the cluster raises.
+        NemotronError: An input is missing, all of them at once; what reaching the cluster raises.
     """
     host = host_of(_execution(plan))
     places = [(item, preflight.place_elsewhere(plan, item)) for item in plan.inputs]
     wanted = [(item, place) for item, place in places if place]
     if host.is_local or not wanted:
         return
-    # A pattern is not split into words, and stays what it is where nothing fits it.
+    # With an empty IFS a pattern is not split into words; one without a match stays as it is.
     look = """IFS=; for p; do set -- $p; [ -e "$1" ] || { echo; continue; }
 if [ -d "$1" ] && [ -z "$(ls -A -- "$1")" ]; then echo; else echo there; fi; done"""
     command = ["sh", "-c", look, "sh", *(str(place) for _, place in wanted)]
@@ -143,7 +144,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="nemotron-") as name, _private_umask():
         source = Path(name) / "ship"
         _write(shipped, source)
-        # On a login node nemo-run's own directory is the job's; over ssh it is copied there.
+        # On a login node nemo-run writes the job's directory in place; over ssh it is copied there.
         base = Path(job_root(execution)) if host.is_local else Path(name)
         base.mkdir(parents=True, exist_ok=True)
         with _secrets(plan, host, job_id, console) as pre_command:
@@ -151,6 +152,18 @@ def submit(
             interrupts.keep_from_now_on()
             with interrupts.blamed_for_failures():
                 number = nemo.submit(executor, job_id=job_id, task=task_name(plan), base=base)
+    return _placement(plan, host, job_id, number)
+
+
+def host_of(execution: SlurmExecution) -> Host:
+    """Return the machine on which Slurm's commands run."""
+    if execution.tunnel == "local":
+        return Host()
+    return Host(execution.host, execution.user, execution.port, execution.identity)
+
+
+def _placement(plan: JobPlan, host: Host, job_id: str, number: str) -> Placement:
+    """Return where a job is that ``sbatch`` has answered with ``number``."""
     if not number.isdigit():
         raise NemotronError(
             "submission_failed",
@@ -160,20 +173,13 @@ def submit(
     return Placement(
         executor="slurm",
         id=number,
-        name=f"{execution.job_name_prefix}{task_name(plan)}",
+        name=f"{_execution(plan).job_name_prefix}{task_name(plan)}",
         directory=str(job_directory(plan, job_id)),
         host=host.name,
         user=host.user,
         port=host.port,
         identity=host.identity,
     )
-
-
-def host_of(execution: SlurmExecution) -> Host:
-    """Return the machine on which Slurm's commands run."""
-    if execution.tunnel == "local":
-        return Host()
-    return Host(execution.host, execution.user, execution.port, execution.identity)
 
 
 def _execution(plan: JobPlan) -> SlurmExecution:
@@ -212,7 +218,7 @@ _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./@+=-"
 def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
     """Return the fields of nemo-run's executor.
 
-    It quotes directives itself, and nothing of the line that starts ``srun``.
+    nemo-run quotes the directives itself, but nothing in the line that starts ``srun``.
 
     Raises:
         NemotronError: ``path_unsuitable``.
@@ -244,7 +250,7 @@ def executor_options(plan: JobPlan, prologue: str) -> dict[str, Any]:
 
 def _quoted_mounts(plan: JobPlan) -> list[str]:
     for mount in plan.mounts:
-        # pyxis splits at both; a profile's paths have none, the directory of this run may.
+        # pyxis splits at both. Paths in a profile cannot have them; the working directory may.
         if "," in mount or mount.count(":") > 2:
             raise NemotronError(
                 "path_unsuitable",
@@ -256,7 +262,7 @@ def _quoted_mounts(plan: JobPlan) -> list[str]:
 
 
 def _container_env(plan: JobPlan) -> list[str]:
-    """Return the variables of the host that an image must not replace by its own."""
+    """Return the variables of the host that an image must not override."""
     execution = _execution(plan)
     names = ("NEMOTRON_MASTER_ADDR", "NEMOTRON_MASTER_PORT", "NEMOTRON_KEY")
     ours = names if plan.nodes > 1 else ()
@@ -264,10 +270,10 @@ def _container_env(plan: JobPlan) -> list[str]:
 
 
 def _drop_options_of_others() -> None:
-    """Remove options in the environment: they would change the job, and be handed on to it.
+    """Remove Slurm's options from the environment: they would change the job.
 
-    A job around this process has its own, such as the one core that its step is bound to; only what
-    says which cluster is asked stays.
+    Inside another job there are some, such as the one core that its step is bound to. Only the
+    variables that say which cluster is meant stay.
     """
     for name in [name for name in os.environ if name.startswith(_OPTIONS)]:
         if name not in _CLUSTER:
@@ -289,13 +295,13 @@ def _prepare(host: Host, plan: JobPlan) -> None:
     else:
         host.require(["mkdir", "-p", "-m", "700", "--", job_root(_execution(plan))])
     if plan.image and f"{plan.workspace}:{plan.workspace}" in plan.mounts:
-        # It is mounted before launch.sh, which makes it elsewhere, could run.
+        # Otherwise launch.sh makes the workspace, but this one is mounted before launch.sh runs.
         host.require(["mkdir", "-p", "--", str(plan.workspace)])
 
 
 @contextmanager
 def _secrets(plan: JobPlan, host: Host, job_id: str, console: Console) -> Iterator[str | None]:
-    """Yield what a command over ssh starts with, so that ``sbatch`` has the secrets."""
+    """Yield shell code that gives a command over ssh the secrets; None if it needs none."""
     names = [name for name in plan.execution.secrets if name in os.environ]
     if host.is_local or not names:
         yield None
@@ -315,7 +321,7 @@ def _remove(host: Host, path: str, console: Console) -> None:
     try:
         host.require(["rm", "-f", "--", path])
     except NemotronError as error:
-        # Slurm may have the job by now: that must not look like a job that was not submitted.
+        # Not raised: Slurm may have the job by now, which must not be recorded as not submitted.
         console.say(f"{error.problem}; it holds secrets: remove {path} on {host.name} by hand")
 
 

@@ -1,7 +1,7 @@
-"""What Slurm says about a job, read from ``scontrol`` or ``sacct``, and the files that it writes.
+"""The state of a Slurm job, from ``scontrol`` or ``sacct``, and what the job has printed.
 
-Works without slurmdbd: a finished job is known to ``scontrol`` for some minutes, to ``sacct`` where
-there is accounting, and after that from the file that the job's own batch shell left.
+Works without slurmdbd: ``scontrol`` knows a finished job for some minutes, ``sacct`` knows it where
+there is accounting, and after that the exit code is in a file that the job's own batch shell left.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemotron.launch.script import BATCH_MARK
 
 _QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 _RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
-# How Slurm ends a job that did not end by itself: our exit code, and what to say.
+# How Slurm ends a job that did not end by itself: our exit code, the problem and the fix.
 _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
     "CANCELLED": (ExitCode.INTERRUPTED, "the job was cancelled", ""),
     "TIMEOUT": (
@@ -37,11 +37,11 @@ _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
     "REVOKED": (ExitCode.SUBMISSION, "the job was revoked", "run it again"),
 }
 _READ_EXITS = 'cd -- "$1" 2>/dev/null && grep -s "" exit.* /dev/null'
-# How often a job is asked for before it is lost: a file can show up late on another machine.
+# A job is lost only after this many looks: a file may show up late on another machine.
 _TIMES_LOST = 3
-# How often files are read, and how often at first Slurm is asked.
+# Between two looks at the job's files, and at first between two questions to Slurm.
 POLL_SECONDS, POLL_SECONDS_OVER_SSH = 0.5, 3.0
-MOST_SECONDS = 10.0  # between two questions: a job takes days, and Slurm has other users
+MOST_SECONDS = 10.0  # between two questions later: jobs take days, and Slurm has other users
 
 
 @dataclass
@@ -64,7 +64,9 @@ class SlurmHandle:
         self.poll_seconds = POLL_SECONDS if self._host.is_local else POLL_SECONDS_OVER_SSH
 
     def state(self) -> State:
-        """Return where the job stands: as Slurm said a moment ago, until the job has left its end.
+        """Return where the job stands.
+
+        The last answer of Slurm is reused for a while, unless the job has left its exit code since.
 
         Raises:
             NemotronError: The scheduler does not answer.
@@ -83,7 +85,7 @@ class SlurmHandle:
         return state
 
     def new_output(self, *, is_last: bool = False) -> bytes:
-        """Return what the job has printed since the last call, the batch shell's own words too.
+        """Return what the job has printed since the last call, the batch shell included.
 
         Args:
             is_last: The job has ended: hold nothing back.
@@ -93,12 +95,12 @@ class SlurmHandle:
             self._read(f"{place.directory}/log-{place.name}_{place.id}_{restart}.out")
             for restart in range(self._first_log, self._restarts + 1)
         ]
-        # Slurm counts a restart before it ends the start before, whose last lines are yet to come.
+        # Slurm counts a restart before the earlier start has ended, whose last lines may yet come.
         self._first_log = max(0, self._restarts - 1)
         return b"".join([self._batch_output(is_last), *logs])
 
     def cancel(self) -> None:
-        """Ask Slurm to end the job; one that has ended stays as it is."""
+        """Ask Slurm to end the job; does nothing if it has ended."""
         if self._from_scontrol() != {}:
             self._host.require(["scancel", self.placement.id])
         self._known, self._pause = None, 0.0
@@ -137,14 +139,14 @@ class SlurmHandle:
         if facts:
             self._restarts = int(facts.get("Restarts", self._restarts))
             return self._judged(facts)
-        # A job that Slurm may still know of can have left an end, and be queued again.
+        # Only if Slurm has forgotten the job: one that has left an exit code may be queued again.
         return self._from_files() if is_forgotten else State("unknown", "Slurm does not answer")
 
     def _from_scontrol(self) -> dict[str, str] | None:
-        """Return what Slurm knows of the job: nothing of one that it has forgotten.
+        """Return what Slurm knows of the job: {} if it has forgotten it, None without an answer.
 
-        Numbers begin anew at Slurm's MaxJobId, and each cluster has its own: a job of that number
-        is this one if it writes where this one does.
+        Job numbers start over at Slurm's MaxJobId, and each cluster has its own. A job with the
+        same number is this one if it writes where this one does.
         """
         done = self._host.run(["scontrol", "-o", "show", "job", self.placement.id])
         if done.returncode:
@@ -162,7 +164,7 @@ class SlurmHandle:
         done = self._host.run([*command, "-o", "State,ExitCode,SubmitLine"])
         text = done.stdout.decode(errors="replace")
         found = re.findall(r"^([A-Z_]+)[^|\n]*\|(\d+:\d+)\|(.*)$", text, re.MULTILINE)
-        # Its batch script lies beside the directory of its one task.
+        # A job of the same number is ours if its batch script lies beside our task's directory.
         ours = f"{PurePosixPath(self.placement.directory).parent}/"
         lines = [(state, code) for state, code, line in found if not line or ours in line]
         if done.returncode or not lines:
@@ -172,8 +174,8 @@ class SlurmHandle:
         return {"JobState": state, "ExitCode": code, "Restarts": str(len(lines) - 1)}
 
     def _from_files(self) -> State:
-        """Return how the job ended from what it left; its scheduler has forgotten it."""
-        # One line for each time that the job ran to an end, such as exit.0:143.
+        """Return how a job that Slurm has forgotten ended, from the files that it left."""
+        # One line for each start that ran to an end, such as exit.0:143.
         command = ["sh", "-c", _READ_EXITS, "sh", f"{self.placement.directory}/code"]
         said = self._host.run(command).stdout.decode(errors="replace")
         exits = {int(n): int(code) for n, code in re.findall(r"(?m)^exit\.(\d+):(\d+)$", said)}

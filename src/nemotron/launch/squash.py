@@ -1,4 +1,4 @@
-"""Container images as squashfs files on the cluster: imported once, used by every later job."""
+"""Imports container images as squashfs files on the cluster, once for all later jobs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _IMPORT_SECONDS = 4 * 3600  # with the wait for a node
 
 
 def import_image(plan: JobPlan, host: Host, console: Console) -> None:
-    """Make sure that the plan's squashfs file is there.
+    """Make sure that the plan's squashfs file exists.
 
-    It is imported on a node of the build partition, aside, under a lock, and renamed when it is
-    complete: an import that is killed leaves no file that looks ready, and with ``--force-squash``
-    the earlier file stays in use until the new one is there.
+    A node of the build partition imports it under a lock, writes it aside and renames it when it is
+    complete. So a killed import leaves no file that looks complete, and with ``--force-squash`` the
+    earlier file stays in use until the new one is complete.
 
     Raises:
         NemotronError: ``squash_failed``.
@@ -54,16 +54,16 @@ def registry_uri(image: str) -> str:
 
 
 def _time(execution: SlurmExecution) -> str:
-    """Return the time to ask for: of the job's own partition no more than the job asks for."""
+    """Return the time limit to ask for; on the job's own partition at most that of the job."""
     if execution.build_time is not None:
         return execution.build_time
-    # None of another partition's limits is known; 0 is no limit.
+    # The limits of another partition are not known; 0 stands for no limit.
     longest = _seconds(execution.time) if execution.build_partition is None else 0
     return execution.time if 0 < longest < _seconds(_IMPORT_TIME) else _IMPORT_TIME
 
 
 def _seconds(time: str) -> int:
-    """Return how long a time of Slurm is: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    """Return the seconds of one of Slurm's times: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if not dash and len(parts) < 3:

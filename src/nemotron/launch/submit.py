@@ -1,29 +1,29 @@
-"""Submitting to another machine: checks, the record, the scheduler, and following if attached."""
+"""Submits a job to another machine: checks, records, hands over, and follows it if attached."""
 
 from __future__ import annotations
 
 import signal
-from types import ModuleType
+from typing import Any
 
 from nemotron import jobs, preflight
 from nemotron.errors import ExitCode, raise_all
 from nemotron.jobs import Job
 from nemotron.launch import lepton, script, slurm
-from nemotron.launch.base import Console, Submission, create_job
+from nemotron.launch.base import Console, RemoteBackend, ShippedFiles, Submission, create_job
 from nemotron.launch.coming_back import handle_of
-from nemotron.launch.lepton import LeptonFiles
 from nemotron.launch.remote import OnInterrupt, follow, leave
 from nemotron.launch.secrets import refuse_secrets_in_plan
 from nemotron.launch.signals import Interrupts
-from nemotron.launch.slurm import SlurmFiles
 from nemotron.plan import JobPlan
+
+_BACKENDS: dict[str, RemoteBackend[Any]] = {"slurm": slurm, "lepton": lepton}
 
 
 def preview(plan: JobPlan) -> dict[str, str]:
     """Return the scripts that a submission of the plan would use, by name; none for this host."""
     if plan.executor == "local":
         return {}
-    return _backend(plan).preview(plan)
+    return _BACKENDS[plan.executor].preview(plan)
 
 
 def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt) -> Submission:
@@ -32,9 +32,9 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
     Raises:
         NemotronError: A check failed, or the scheduler did not take the job.
     """
-    refuse_secrets_in_plan(plan)  # first: what checks find is told with the values
+    refuse_secrets_in_plan(plan)  # first: what the checks report has the config's values in it
     raise_all(preflight.failures(preflight.check(plan, dry_run=False)))
-    backend = _backend(plan)
+    backend = _BACKENDS[plan.executor]
     backend.require_inputs(plan)
     directory = jobs.new_directory(plan.step.id)
     shipped = backend.files(plan, directory.name)
@@ -42,7 +42,7 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
     job = create_job(directory, plan, console, command=plan.command("."), code=code)
     jobs.write_private(directory / script.LAUNCH, shipped.launch)
     received = _place(job, plan, backend, shipped, console)
-    # What Ctrl-C means is asked while the job is followed; other signals mean the launcher alone.
+    # What Ctrl-C means is asked while the job is followed; other signals end the launcher alone.
     is_asked_later = set() if plan.is_detached else {signal.SIGINT}
     if set(received) - is_asked_later:
         leave(job, console)
@@ -56,11 +56,11 @@ def submit_remote(plan: JobPlan, console: Console, *, on_interrupt: OnInterrupt)
 def _place(
     job: Job,
     plan: JobPlan,
-    backend: ModuleType,
-    shipped: SlurmFiles | LeptonFiles,
+    backend: RemoteBackend[Any],
+    shipped: ShippedFiles,
     console: Console,
 ) -> list[int]:
-    """Hand the job over; record where it is, or why it is nowhere.
+    """Hand the job over; record where it is, or why it was not taken.
 
     Returns:
         The signals that came while it was handed over.
@@ -73,7 +73,3 @@ def _place(
         job.update(placement=placement, log=f"{placement.host or 'here'}:{placement.directory}")
     console.say(f"{job.record.id} is {plan.executor} job {placement.id}")
     return interrupts.received
-
-
-def _backend(plan: JobPlan) -> ModuleType:
-    return slurm if plan.executor == "slurm" else lepton

@@ -1,4 +1,4 @@
-"""What became of a training run, as data and as a page to look at."""
+"""Reports on a training run: its figures as data, its curves and events as a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TrainingRun", "read_run", "report_data", "write_page"]
 
 
 def report_data(run: TrainingRun, against: TrainingRun | None = None) -> dict[str, Any]:
-    """Return the figures of a run, and of another with what the two were asked for differently."""
+    """Return the figures of a run, or of two runs together with the difference of their configs."""
     difference = {} if against is None else config_difference(run, against)
     return for_json(
         {
@@ -30,7 +30,7 @@ def report_data(run: TrainingRun, against: TrainingRun | None = None) -> dict[st
 
 
 def write_page(run: TrainingRun, against: TrainingRun | None, path: Path | None) -> Path:
-    """Write the page and return where it is: ``path``, or here under the names of the runs.
+    """Write the page and return its path: ``path``, or a file here that is named after the runs.
 
     Raises:
         NemotronError: ``report_not_written``.

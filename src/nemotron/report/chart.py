@@ -14,7 +14,7 @@ from nemotron.report.markup import escape
 
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 34
-_MOST_POINTS = 800  # of a line: more than there are pixels show nothing more
+_MOST_POINTS = 800  # of a line: more points than pixels show nothing more
 _MOST_TITLES = 120
 
 Points = Sequence[tuple[float, float]]
@@ -61,7 +61,7 @@ def number(value: float) -> str:
 
 
 class _Axis:
-    """Values onto pixels; one value alone gets some room around it."""
+    """Maps values to pixels, with some room around the lowest and the highest."""
 
     def __init__(self, low: float, high: float, first: float, last: float) -> None:
         room = (high - low) * 0.03 or abs(high) * 0.1 or 1.0
@@ -117,7 +117,7 @@ def _curve(line: Line, x_axis: _Axis, y_axis: _Axis) -> str:
 
 
 def _thinned(points: Points) -> Points:
-    """Return the lowest and the highest of every part of a curve with more points than pixels."""
+    """Return the lowest and the highest point of every part of a curve that has too many points."""
     if len(points) <= _MOST_POINTS:
         return points
     size = math.ceil(len(points) / (_MOST_POINTS // 2))

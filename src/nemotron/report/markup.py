@@ -1,16 +1,16 @@
-"""Text as HTML that is well-formed XML too, whatever characters a config or a message has."""
+"""Escapes text for HTML that is also well-formed XML, whatever characters it contains."""
 
 from __future__ import annotations
 
 import html
 import re
 
-# No XML document may have them, not even escaped; nor can UTF-8 spell the surrogates among them.
+# XML forbids these, even escaped; and UTF-8 cannot encode the surrogates among them.
 _FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def escape(text: str) -> str:
-    """Return ``text`` for an element or an attribute; a forbidden character as Python spells it."""
+    """Escape ``text`` for an element or attribute; forbidden characters become Python escapes."""
     return html.escape(_FORBIDDEN.sub(_spelled, text))
 
 

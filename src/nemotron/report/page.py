@@ -1,6 +1,6 @@
-"""The report as one HTML file that needs nothing else: style and charts are in it, scripts are not.
+"""The report as one self-contained HTML file: style and charts are inline, and there is no script.
 
-It is well-formed XML too, and its content security policy lets a browser load nothing for it.
+It is also well-formed XML, and its content security policy keeps a browser from loading anything.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _FIGURES = {
 
 
 def report_page(run: TrainingRun, against: TrainingRun | None = None) -> str:
-    """Return the page of a run, or of two with their curves over each other."""
+    """Return the page of a run, or of two runs with their curves in the same charts."""
     runs = [run] if against is None else [run, against]
     title = " against ".join(each.name for each in runs)
     parts = [

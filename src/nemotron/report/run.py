@@ -1,7 +1,7 @@
-"""A training run as its records tell it: ``metrics.jsonl``, and the jobs that wrote it.
+"""Reads a training run from ``metrics.jsonl`` and from the records of the jobs that wrote it.
 
-A run may have been stopped and gone on several times, each by a job of its own; what a killed job
-could not write into ``metrics.jsonl`` any more is in its record.
+A run may have been stopped and resumed several times, each time by another job. A killed job could
+not write its end into ``metrics.jsonl``; that is in the job's record.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from nemotron.redaction import redact_data
 
 METRICS_FILE = "metrics.jsonl"
 Points = list[tuple[int, float]]
-_LARGEST = 1e300  # of a curve: what is beyond it has no place on an axis
+_LARGEST = 1e300  # values beyond it cannot be placed on an axis
 _LAST_TIME = 250_000_000_000  # in the year 9892
 
 
 @dataclass(frozen=True)
 class Happening:
-    """Something that happened to a run: at a Unix time, after so many steps where that is known."""
+    """Something that happened to a run: Unix time, steps taken by then (if known), what it was."""
 
     time: float
     iteration: int | None
@@ -40,13 +40,13 @@ class TrainingRun:
 
     Attributes:
         name: Id of the job that was asked for, or name of the directory.
-        directory: Where ``metrics.jsonl`` is.
-        status: Of its last job; None where no job of this project wrote it.
-        config: Values by dotted key, as the last job had them, secrets hidden.
-        steps: What was recorded of every optimizer step, by iteration; finite numbers alone.
-        validations: Loss on the valid split.
+        directory: Directory of ``metrics.jsonl``.
+        status: Status of the last job; None if there is no record of one.
+        config: The last job's config by dotted key, secrets hidden.
+        steps: The finite values recorded for each optimizer step, by iteration.
+        validations: Iterations with their loss on the valid split.
         saves: Iterations that were saved, with the directory.
-        happenings: Beginnings, ends and failures, in order of time.
+        happenings: Starts, ends and failures, in order of time.
     """
 
     name: str
@@ -59,7 +59,7 @@ class TrainingRun:
     happenings: list[Happening]
 
     def series(self, field: str) -> Points:
-        """Return a recorded value of every step that has it."""
+        """Return iteration and value for every step that recorded this value."""
         return [
             (iteration, float(step[field]))
             for iteration, step in self.steps.items()
@@ -95,7 +95,7 @@ def read_run(target: str, root: Path | None = None) -> TrainingRun:
 
 
 def summary(run: TrainingRun) -> dict[str, Any]:
-    """Return the figures of a run; None where a run has not come to them."""
+    """Return the figures of a run; None for those that it has not reached."""
     losses = run.series("lm_loss")
     seconds = sum(value for _, value in run.series("seconds"))
     tokens = sum(int(value) for _, value in run.series("tokens"))
@@ -175,7 +175,7 @@ def _read(name: str, directory: Path, root: Path | None) -> TrainingRun:
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events; the last line of a run that goes on, or was killed, may be half written."""
+    """Yield the events; a line that is incomplete, as after a kill, is left out."""
     with path.open(encoding="utf-8") as stream:
         for line in stream:
             try:
@@ -218,9 +218,9 @@ def _output_keys() -> dict[str, list[str]]:
 
 
 def _outputs(record: JobRecord, output_keys: Mapping[str, list[str]]) -> list[Path]:
-    """Return the directories that a job's step says it writes, as the job's config names them."""
+    """Return the directories that a job's config names under the output keys of its step."""
     values = dict(_leaves(record.config))
-    # A step may be one that this installation does not have.
+    # The step may be one that this installation does not have.
     paths = [values.get(key) for key in output_keys.get(record.step, ())]
     return [(Path(record.directory) / path).resolve() for path in paths if isinstance(path, str)]
 
@@ -234,7 +234,7 @@ def _unix(time: str) -> float:
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
-    """Return whether a recorded value is a number that can be drawn; a lost loss is null or NaN."""
+    """Return whether a recorded value is a number that can be drawn; a bad loss is null or NaN."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) < _LARGEST

@@ -1,4 +1,4 @@
-"""What can be said about a config of ``convert/hf_to_megatron`` before it runs."""
+"""Checks of a config of ``convert/hf_to_megatron`` before it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps.convert.hf_to_megatron.schema import Config
 
-ID = "convert/hf_to_megatron"
+STEP = "convert/hf_to_megatron"
 
 
 def check(config: Config) -> list[NemotronError]:
@@ -15,5 +15,5 @@ def check(config: Config) -> list[NemotronError]:
     try:
         refuse_overlap(config.output_dir, {"hf_model_path": config.hf_model_path})
     except NemotronError as error:
-        return [step_error(ID, error.code, error.problem, where="output_dir")]
+        return [step_error(STEP, error.code, error.problem, where="output_dir")]
     return []

@@ -10,7 +10,7 @@ from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint
 from nemotron.steps._formats.megatron_writer import publish_megatron
 from nemotron.steps._formats.weight_files import work_key
 from nemotron.steps._models.run_config import megatron_would_misread
-from nemotron.steps.convert.hf_to_megatron.checks import ID, check
+from nemotron.steps.convert.hf_to_megatron.checks import STEP, check
 from nemotron.steps.convert.hf_to_megatron.schema import Config
 
 
@@ -20,7 +20,7 @@ def run(config: Config, producer: Producer) -> None:
         raise error
     source = config.hf_model_path
     if not source.is_dir():
-        raise step_error(ID, "missing_hf_checkpoint", f"{source} does not exist")
+        raise step_error(STEP, "missing_hf_checkpoint", f"{source} does not exist")
     if (source / MANIFEST).is_file():
         verify_files(source, read_artifact(source, "checkpoint_hf"))
     weights = HuggingFaceCheckpoint(source)
@@ -46,7 +46,7 @@ def run(config: Config, producer: Producer) -> None:
 
 def main() -> None:
     """Run the step from its command line."""
-    raise SystemExit(run_step(ID, Config, run))
+    raise SystemExit(run_step(STEP, Config, run))
 
 
 if __name__ == "__main__":

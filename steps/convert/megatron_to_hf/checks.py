@@ -1,4 +1,4 @@
-"""What can be said about a config of ``convert/megatron_to_hf`` before it runs."""
+"""Checks of a config of ``convert/megatron_to_hf`` before it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps.convert.megatron_to_hf.schema import Config
 
-ID = "convert/megatron_to_hf"
+STEP = "convert/megatron_to_hf"
 
 
 def check(config: Config) -> list[NemotronError]:
@@ -18,5 +18,5 @@ def check(config: Config) -> list[NemotronError]:
     try:
         refuse_overlap(config.output_dir, inputs)
     except NemotronError as error:
-        return [step_error(ID, error.code, error.problem, where="output_dir")]
+        return [step_error(STEP, error.code, error.problem, where="output_dir")]
     return []

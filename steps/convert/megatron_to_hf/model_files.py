@@ -1,4 +1,4 @@
-"""Where a Megatron checkpoint's config, tokenizer and chat template come from."""
+"""Finds the config, tokenizer and chat template for a Megatron checkpoint, or makes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from nemotron.steps._entry import step_error
 from nemotron.steps._formats.huggingface import TOKENIZER_FILES, copy_files, describes
 from nemotron.steps._formats.megatron import MegatronCheckpoint
-from nemotron.steps.convert.megatron_to_hf.checks import ID
+from nemotron.steps.convert.megatron_to_hf.checks import STEP
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def model_files(checkpoint: MegatronCheckpoint, hf_model_path: Path | None) -> I
     if given is not None:
         if not describes(given, checkpoint.config):
             problem = f"{given}/config.json describes another model than {checkpoint.root}"
-            raise step_error(ID, "other_model", problem, where="hf_model_path")
+            raise step_error(STEP, "other_model", problem, where="hf_model_path")
         yield given
         return
     with tempfile.TemporaryDirectory() as made:

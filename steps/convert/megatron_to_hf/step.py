@@ -7,7 +7,7 @@ from nemotron.steps._entry import run_step, step_error
 from nemotron.steps._formats.huggingface_writer import publish_huggingface
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
 from nemotron.steps._formats.weight_files import work_key
-from nemotron.steps.convert.megatron_to_hf.checks import ID, check
+from nemotron.steps.convert.megatron_to_hf.checks import STEP, check
 from nemotron.steps.convert.megatron_to_hf.model_files import model_files
 from nemotron.steps.convert.megatron_to_hf.schema import Config
 
@@ -18,7 +18,7 @@ def run(config: Config, producer: Producer) -> None:
         raise error
     if not config.megatron_path.is_dir():
         problem = f"{config.megatron_path} does not exist"
-        raise step_error(ID, "missing_megatron_checkpoint", problem, where="megatron_path")
+        raise step_error(STEP, "missing_megatron_checkpoint", problem, where="megatron_path")
     checkpoint = open_megatron(config.megatron_path)
     if checkpoint.artifact is not None:
         verify_files(checkpoint.root, checkpoint.artifact)
@@ -39,7 +39,7 @@ def run(config: Config, producer: Producer) -> None:
 
 def main() -> None:
     """Run the step from its command line."""
-    raise SystemExit(run_step(ID, Config, run))
+    raise SystemExit(run_step(STEP, Config, run))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What can be said about a config of ``convert/merge_lora`` before it runs, without torch."""
+"""Checks of a config of ``convert/merge_lora`` before it runs, without torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from nemotron.errors import NemotronError
 from nemotron.steps._entry import step_error
 from nemotron.steps.convert.merge_lora.schema import Config
 
-ID = "convert/merge_lora"
+STEP = "convert/merge_lora"
 
 
 def check(config: Config) -> list[NemotronError]:
     """Return the contradictions in a config."""
     errors = [
-        step_error(ID, "contradicting_paths", problem, where=key)
+        step_error(STEP, "contradicting_paths", problem, where=key)
         for key, problem in _contradictions(config).items()
     ]
     return errors + _overlaps(config)
@@ -55,6 +55,6 @@ def _overlaps(config: Config) -> list[NemotronError]:
         try:
             refuse_overlap(output, inputs)
         except NemotronError as error:
-            errors.append(step_error(ID, error.code, error.problem, where=key))
+            errors.append(step_error(STEP, error.code, error.problem, where=key))
         inputs[key] = output
     return errors

@@ -1,9 +1,11 @@
-"""The inputs of a merge: opened and checked, and the chat template that its output gets."""
+"""The inputs of a merge, opened and checked, and the chat template that its output gets."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +18,21 @@ from nemotron.steps._formats.fingerprint import FingerprintedWeights
 from nemotron.steps._formats.huggingface import CHAT_TEMPLATE, read_chat_template
 from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron import open_megatron
-from nemotron.steps.convert.merge_lora.checks import ID
+from nemotron.steps.convert.merge_lora.checks import STEP
 
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """What a merge needs, after all checks.
+    """The inputs of a merge, after all checks.
 
     Args:
         adapter: The adapter.
         base: The weights it was trained on.
-        base_path: Where they lie.
+        base_path: Directory of the base.
         model_files: Directory that config, generation config and tokenizer come from.
-        chat_template: Template that the adapter was trained with where it is not the one in
+        chat_template: Template that the adapter was trained with, if it is not the one in
             ``model_files``; None otherwise.
-        lineage: Goes into the output's ``artifact.json``.
+        lineage: Inputs that the output's ``artifact.json`` names.
     """
 
     adapter: LoraAdapter
@@ -67,11 +69,11 @@ def open_inputs(
     """
     if find_any_adapter(lora_checkpoint) is None:
         problem = f"neither PEFT's nor Megatron-Bridge's adapter files are at {lora_checkpoint}"
-        raise step_error(ID, "missing_adapter", problem, where="lora_checkpoint")
+        raise step_error(STEP, "missing_adapter", problem, where="lora_checkpoint")
     if base is None or not base.is_dir():
-        raise step_error(ID, "missing_base_checkpoint", f"{base} does not exist")
+        raise step_error(STEP, "missing_base_checkpoint", f"{base} does not exist")
     files = model_files or _own_model_files(base, is_megatron=is_megatron_base)
-    try:
+    with _named_as_in_the_manifest():
         opened = open_with_base(
             lora_checkpoint,
             base=base,
@@ -80,10 +82,6 @@ def open_inputs(
             allow_unverified_base=allow_unverified_base,
             allow_unvalidated=allow_unvalidated,
         )
-    except NemotronError as error:
-        if error.code in ("base_model_mismatch", "adapter_not_validated"):
-            raise step_error(ID, error.code, error.problem, where=error.where) from None
-        raise
     if not opened.is_base_verified:
         print(
             f"warning: {opened.adapter.directory} does not record its base: whether it is {base} "
@@ -100,20 +98,31 @@ def open_inputs(
     )
 
 
-def _own_model_files(base: Path, *, is_megatron: bool) -> Path:
-    """Return the directory of a base that has its config and tokenizer.
+@contextlib.contextmanager
+def _named_as_in_the_manifest() -> Iterator[None]:
+    """Give errors that the manifest of this step knows its cause and recovery."""
+    try:
+        yield
+    except NemotronError as error:
+        if error.code in ("base_model_mismatch", "adapter_not_validated"):
+            raise step_error(STEP, error.code, error.problem, where=error.where) from None
+        raise
 
-    That there is none is said here, before the base is hashed, which takes minutes if it is large.
+
+def _own_model_files(base: Path, *, is_megatron: bool) -> Path:
+    """Return the directory that has a base's config and tokenizer.
+
+    It is looked for before the base is hashed, which takes minutes if the base is large.
     """
     files = open_megatron(base).hf_dir if is_megatron else base
     if files is None:
         problem = f"{base} has no hf/config.json, and hf_model_path is null"
-        raise step_error(ID, "missing_model_files", problem, where="hf_model_path")
+        raise step_error(STEP, "missing_model_files", problem, where="hf_model_path")
     return files
 
 
 def _other_chat_template(opened: OpenedAdapter, model_files: Path) -> str | None:
-    """Return the adapter's chat template where it is not the base's own.
+    """Return the adapter's chat template if it is not the base's own.
 
     A model answers as trained only under the template that it was trained with.
     """

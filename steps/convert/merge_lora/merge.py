@@ -1,6 +1,6 @@
-"""Merging: base weights with an adapter added to them, written out and read back.
+"""Merges an adapter into its base, writes the result and verifies it.
 
-merged = W + scale * lora_b @ lora_a, product and sum in fp32, cast once to the type of W.
+merged = W + scale * lora_b @ lora_a, with product and sum in fp32, cast once to the type of W.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemotron.steps._formats.lora import LoraAdapter
 from nemotron.steps._formats.megatron_writer import publish_megatron
 from nemotron.steps._formats.weights import Weights, all_finite, rows_of_a_block
 from nemotron.steps._training.layerwise import compare_merged
-from nemotron.steps.convert.merge_lora.checks import ID
+from nemotron.steps.convert.merge_lora.checks import STEP
 from nemotron.steps.convert.merge_lora.inputs import MergeInputs
 
 
@@ -60,7 +60,7 @@ class MergedWeights:
         for block in blocks:
             if not all_finite(block):
                 problem = f"{name} holds values that are not finite"
-                raise step_error(ID, "merged_not_finite", problem)
+                raise step_error(STEP, "merged_not_finite", problem)
             yield block
 
 
@@ -74,14 +74,15 @@ def add_delta(
 ) -> Iterator[Tensor]:
     """Yield ``weight + scale * lora_b @ lora_a``, [F, H], in the weight's type, block by block.
 
-    However its rows come, the weight is merged in the same blocks of rows: a product's last bits
-    may depend on their number, and a merge should not depend on the base's format.
+    The weight is always merged in the same blocks of rows, whatever blocks it comes in: the last
+    bits of a product may depend on the number of rows, and a merge must not depend on the base's
+    format.
 
     Args:
         blocks: The weight, [F, H], in blocks of its rows.
         lora_a: [R, H].
         lora_b: [F, R].
-        scale: Of the adapter in this module, such as alpha / dim.
+        scale: Scale of the adapter in this module, such as alpha / dim.
         dtype: The weight's type.
     """
     lora_a, lora_b = lora_a.float(), lora_b.float()
@@ -96,7 +97,7 @@ def add_delta(
 
 
 def _filled(wide: Tensor, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield ``wide`` each time that it is full of the blocks' rows, at last as far as it is."""
+    """Yield ``wide`` each time it is full of the blocks' rows, and at the end its filled part."""
     num_filled = 0
     for block in blocks:
         for rows in block.split(len(wide)):
@@ -114,7 +115,7 @@ def _filled(wide: Tensor, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
 def rms_change(lora_a: Tensor, lora_b: Tensor, *, scale: float) -> float:
     """Return the root mean square of ``scale * lora_b @ lora_a``, without computing the product.
 
-    The sum of its squares is that of the elements of ``(B^T B) * (A A^T)``, of which there are R^2.
+    The sum of its squares is the sum of the R^2 elements of ``(B^T B) * (A A^T)``.
     """
     lora_a, lora_b = lora_a.double(), lora_b.double()
     squares = (lora_b.T @ lora_b).mul_(lora_a @ lora_a.T).sum().clamp(min=0.0)
@@ -131,7 +132,7 @@ def publish_merged(
     debug: bool,
     produced_by: Producer,
 ) -> None:
-    """Write the merged checkpoints, each read back and compared before it gets its name.
+    """Write the merged checkpoints; each is read back and compared before it gets its name.
 
     Args:
         inputs: From ``open_inputs``.
@@ -188,7 +189,7 @@ def _verify(inputs: MergeInputs, written: Weights) -> dict[str, Any]:
             f"adapter, and by {found.rounded_difference:.3e} where their sum is rounded alike; "
             f"allowed are {found.tolerance:.3e}"
         )
-        raise step_error(ID, "merged_differs", problem)
+        raise step_error(STEP, "merged_differs", problem)
     print(
         f"logits of base + adapter and of merged differ by {difference:.3e} at most "
         f"({found.num_tokens} tokens; the adapter changes them by up to {change:.3e})"

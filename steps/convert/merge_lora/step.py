@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemotron.artifacts import Producer
 from nemotron.steps._entry import run_step
-from nemotron.steps.convert.merge_lora.checks import ID, check
+from nemotron.steps.convert.merge_lora.checks import STEP, check
 from nemotron.steps.convert.merge_lora.inputs import open_inputs
 from nemotron.steps.convert.merge_lora.merge import publish_merged
 from nemotron.steps.convert.merge_lora.schema import Config
@@ -35,7 +35,7 @@ def run(config: Config, producer: Producer) -> None:
 
 def main() -> None:
     """Run the step from its command line."""
-    raise SystemExit(run_step(ID, Config, run))
+    raise SystemExit(run_step(STEP, Config, run))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class _Rows:
-    """``count`` rows of one content: that of ``before`` and ``copies`` x ``length``."""
+    """``count`` equal rows: each has the content of ``before``, and ``copies`` of ``length``."""
 
     __slots__ = ("before", "copies", "count", "length")
 
@@ -20,9 +20,9 @@ class _Rows:
 def best_fit_decreasing(lengths: np.ndarray, *, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of documents as (lengths row after row, where each row starts).
 
-    The longest document first, each into the fullest row that has room. Documents of one length are
-    placed together: the fullest rows with room take as many as fit, and rows that are equal before
-    are equal after.
+    Documents are placed longest first, each into the fullest row that has room for it. Those of one
+    length are placed together: the fullest rows with room take as many as fit. Rows that are equal
+    are treated as one group.
 
     Args:
         lengths: Tokens of each document, each in [1, capacity].
@@ -74,7 +74,7 @@ def _add(
     length: int,
     copies: int,
 ) -> int:
-    """Put ``count`` rows, each with ``copies`` more documents, where their room says."""
+    """Add ``copies`` documents to each of ``count`` rows, and file them under the room left."""
     if count == 0 or (copies == 0 and before is None):
         return rooms
     if copies == 0 and before is not None:

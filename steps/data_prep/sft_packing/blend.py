@@ -17,7 +17,7 @@ from nemotron.steps._entry import step_error
 
 STEP = "data_prep/sft_packing"
 HUB = "hf://"
-# A blend names files, it holds no conversations: a larger .json is data.
+# A blend names files and holds no conversations: a larger .json is data.
 MAX_BLEND_BYTES = 1 << 20
 CONVERSATION_FIELDS = ("messages", "conversations", "instruction", "prompt")
 
@@ -28,12 +28,12 @@ class Dataset(BaseModel):
     """One source of a blend.
 
     Attributes:
-        name: Names it in reports; different for every source.
+        name: Name in reports; must be unique.
         path: File, directory or glob, relative to the blend file, or ``hf://owner/name``.
         weight: Relative share of the blend; 0 leaves the source out.
-        max_rows: At most this many conversations, chosen by hash before they are rendered: more are
-            a superset of fewer, and fewer are left where some cannot be rendered.
-        repeat: How often the training split sees it; 1.5 repeats half of it, chosen by hash.
+        max_rows: At most this many conversations, chosen by hash before they are rendered. A larger
+            number chooses a superset; fewer are left if some cannot be rendered.
+        repeat: How often the training split has it; 1.5 repeats half of it, chosen by hash.
         messages_field: Field of a conversation.
         tools_field: Field of the tool definitions.
         subset: Of a data set on the hub, only the files of this subset.
@@ -164,8 +164,8 @@ def _resolved(path: str, directory: Path) -> str:
 def _blend_content(path: Path, messages_field: str) -> dict[str, Any] | None:
     """Return the object that a blend file holds, or None where ``path`` is data.
 
-    Both may be called ``.json``. One object that carries no conversation is a blend, so that a
-    misspelt ``datasets`` is an error in the blend and not a data set of one strange row.
+    Both may be called ``.json``. A single object without a conversation is a blend, so that a
+    misspelt ``datasets`` is an error in the blend, and not a data set of one strange row.
     """
     if path.suffix != ".json" or not path.is_file() or path.stat().st_size > MAX_BLEND_BYTES:
         return None

@@ -1,7 +1,7 @@
 """Notes that the nodes of one run leave for each other, in files that all of them see.
 
-Every node appends to one file of its own; nothing is changed and nothing is locked. A file is
-opened anew for every note and every look: that is when network file systems show what others wrote.
+Every node appends to a file of its own; nothing is changed or locked. A file is opened anew for
+every note and every look, because that is when network file systems show what others have written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NoteFile:
         return self._path.exists()
 
     def append(self, **note: Any) -> None:
-        """Leave a note, if the board is still there: once it is gone nobody reads any more."""
+        """Leave a note, unless the board has been removed: then nobody reads it any more."""
         with (
             contextlib.suppress(FileNotFoundError),
             self._path.open("a", encoding="utf-8") as stream,
@@ -34,7 +34,7 @@ class NoteFile:
             stream.write(json.dumps(note) + "\n")
 
     def read_new(self) -> list[Note]:
-        """Return the notes since the last call; a line without its end is on its way."""
+        """Return the notes since the last call; a line without its end is still being written."""
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self._offset)

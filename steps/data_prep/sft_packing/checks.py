@@ -1,4 +1,4 @@
-"""What can be found wrong before the job starts, without torch, pyarrow or a tokenizer."""
+"""Checks that need neither torch nor pyarrow nor a tokenizer, made before the job starts."""
 
 from __future__ import annotations
 

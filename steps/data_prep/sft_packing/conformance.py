@@ -1,7 +1,7 @@
-"""Whether ``kitoken`` may stand in for ``tokenizers``: a trial per tokenizer, its verdict kept.
+"""Tests whether ``kitoken`` may replace ``tokenizers``, once per tokenizer, and keeps the verdict.
 
-The trial encodes ten thousand strings with both: contractions, which pre-tokenizers cut by rules of
-their own, runs of blanks and digits, control tokens, and code points of every script and class.
+The trial encodes ten thousand strings with both: contractions, which pre-tokenizers cut by special
+rules, runs of blanks and digits, control tokens, and code points of every script and class.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ _BLANKS = (" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n", "\u00a0", "\u300
 
 
 def usable_engine(tokenizer: ChatTokenizer, wanted: str) -> str:
-    """Return the engine that is wanted, or ``tokenizers`` where that one fails its trial.
+    """Return the engine that is wanted, or ``tokenizers`` if that fails its trial, and say why.
 
-    Says why where it falls back. The verdict is kept below ``XDG_CACHE_HOME``, under the digest of
-    the tokenizer and the versions of both packages; where it cannot be kept or read, the trial is
-    held again.
+    The verdict is kept below ``XDG_CACHE_HOME``, under a digest of the tokenizer and of both
+    packages' versions. If it cannot be written or read, the trial is made again.
     """
     if wanted != "kitoken":
         return "tokenizers"
@@ -81,7 +80,7 @@ def usable_engine(tokenizer: ChatTokenizer, wanted: str) -> str:
 
 
 def find_difference(tokenizer: ChatTokenizer) -> str | None:
-    """Return on what ``kitoken`` fails or differs from ``tokenizers``, or None if on nothing."""
+    """Return where ``kitoken`` fails or differs from ``tokenizers``; None if it does not."""
     from kitoken import Kitoken
 
     try:

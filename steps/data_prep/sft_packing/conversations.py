@@ -1,8 +1,8 @@
-"""Rows to conversations: four conventions in, the messages that chat templates read out.
+"""Turns rows of four conventions into conversations, as chat templates read them.
 
-OpenAI (``messages`` of role and content), ShareGPT (``conversations`` of from and value), Alpaca
-(``instruction``, ``input``, ``output``) and pairs (``prompt``, ``completion``) that say the same
-give the same messages and the same uid.
+The conventions are OpenAI's (``messages`` of role and content), ShareGPT's (``conversations`` of
+from and value), Alpaca's (``instruction``, ``input``, ``output``) and pairs (``prompt``,
+``completion``). Rows that say the same have the same messages and the same uid.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALPACA_FIELDS = (ALPACA, "input", "output", "history", "system")
 PROMPT, COMPLETION = PAIR_FIELDS = ("prompt", "completion")
 DEFAULT_FIELD = "messages"
 CALL = "function_call"
-# Of both conventions, in lower case: each is met with the names of the other.
+# Roles of OpenAI and ShareGPT, in lower case: data of either uses the names of the other as well.
 ROLES = {
     "system": "system",
     "developer": "developer",
@@ -40,7 +40,7 @@ ROLES = {
     "function": "tool",
 }
 
-# What a message says beside role and content; other fields may differ between copies.
+# Fields beside role and content that are part of what a message says; others may differ in copies.
 MORE_IDENTITY = ("reasoning_content", "tool_calls", "name", "tool_call_id")
 
 
@@ -48,7 +48,7 @@ class Conversation(NamedTuple):
     """One conversation.
 
     Attributes:
-        messages: As chat templates read them: ``role``, ``content`` (text) and what else was there.
+        messages: As chat templates read them: ``role``, ``content`` (text) and any other fields.
         tools: Tool definitions, or None.
         uid: 64-bit hash of what the messages say; equal conversations have equal uids.
     """
@@ -61,9 +61,10 @@ class Conversation(NamedTuple):
 def detect_field(row: Any, *, messages_field: str) -> str | None:
     """Return the field that holds a row's conversation, or None if the row has none.
 
-    A ``messages_field`` other than the default is taken at its word; the default also finds
+    A ``messages_field`` other than the default is the only field looked for; the default also finds
     ShareGPT's ``conversations``, Alpaca's ``instruction`` and a ``prompt`` with its ``completion``.
-    Of several, one that is null or empty comes last, as where files of two conventions were joined.
+    If a row has several, as in files of two conventions that were joined, one that is not null or
+    empty is preferred.
     """
     if not isinstance(row, dict):
         return None
@@ -102,7 +103,7 @@ def read_conversation(row: Any, *, field: str, tools_field: str) -> Conversation
 
 
 def _alpaca_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The input follows the instruction on a line of its own, as LLaMA-Factory joins them."""
+    """Return Alpaca's turns, with the input below the instruction, as LLaMA-Factory joins them."""
     parts = [row.get(name) for name in ("instruction", "input")]
     turns: list[dict[str, Any]] = []
     history = row.get("history") or []
@@ -120,7 +121,7 @@ def _alpaca_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _pair_turns(row: Mapping[str, Any]) -> list[Any]:
-    """The prompt is history, also what the assistant says in it: TRL's loss is the completion's."""
+    """Return the turns of a pair; none of the prompt is trained, as in TRL, whatever its roles."""
     history = [_message(turn, index) for index, turn in enumerate(_turns(row[PROMPT], role="user"))]
     untrained = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in history]
     return [*untrained, *_turns(row[COMPLETION], role="assistant")]
@@ -142,7 +143,7 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     if own[1] not in raw and not any(raw.get(name) for name in ("tool_calls", CALL, *FIELDS)):
         raise BadRowError("bad_message", f"message {index} has no field {own[1]!r}")
     content = "" if alias == CALL else _text(raw.get(own[1]), index)
-    # Exports give every message every field; templates ask whether there is one.
+    # Exports give every message every field, but templates ask whether a field is there.
     others = {
         key: value
         for key, value in raw.items()
@@ -156,7 +157,7 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
         calls = _parsed(raw.get(own[1]))
         message["tool_calls"] = calls if isinstance(calls, list) else [calls]
     elif message["role"] == "assistant" and CALL in message and "tool_calls" not in message:
-        # OpenAI's before tool_calls; some exports give every message one of nulls.
+        # OpenAI's field before tool_calls; some exports give every message one full of nulls.
         call = _parsed(message.pop(CALL))
         if not isinstance(call, dict) or any(call.values()):
             message["tool_calls"] = [call]
@@ -168,7 +169,7 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
 
 
 def _require_weight(weight: Any, index: int) -> None:
-    """OpenAI's: 0 keeps a turn from being trained. It is no part of what the message says."""
+    """Refuse a weight other than 0 and 1; OpenAI's weight 0 keeps a turn from being trained."""
     if isinstance(weight, bool) or weight not in (None, 0, 1):
         raise BadRowError("bad_message", f"weight of message {index} is neither 0 nor 1")
 
@@ -190,7 +191,7 @@ def _text(content: Any, index: int) -> str:
 
 
 def _tool_calls(calls: Any, index: int) -> list[Any]:
-    """Arguments that are JSON inside a string become objects, as chat templates expect them."""
+    """Return tool calls whose arguments are objects, as chat templates expect, not JSON text."""
     if not isinstance(calls, list) or not calls or not all(isinstance(c, dict) for c in calls):
         raise BadRowError("bad_message", f"tool_calls of message {index} is not a list of objects")
     parsed: list[Any] = []
@@ -215,7 +216,10 @@ def _parsed(text: Any) -> Any:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Templates read reasoning_content, some read thinking; data sets use three names for it."""
+    """Return a message with its reasoning under both names that templates read.
+
+    Most templates read ``reasoning_content``, some ``thinking``; data sets use three names.
+    """
     found = next((message[name] for name in FIELDS if name in message), None)
     if found is None:
         return message
@@ -250,7 +254,7 @@ def _uid(messages: list[dict[str, Any]]) -> int:
             rest = json.dumps(more, sort_keys=True) if more else ""
         except TypeError as error:  # Parquet also holds times, decimals and bytes
             raise BadRowError("bad_message", f"a message of the role {role}: {error}") from None
-        # With their lengths, so that no text can pass for the start of the next message.
+        # With the lengths, so that no text can be taken for the start of the next message.
         parts.append(f"{role} {len(content)} {len(rest)} {content}{rest}")
     said = "".join(parts).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big")

@@ -1,9 +1,9 @@
-"""The first stage: data sets to tokenized documents in spools, and an account of every row."""
+"""The first stage: it tokenizes data sets into spools, and accounts for every row."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,17 +45,17 @@ class InputFile:
 
 @dataclass
 class Source:
-    """One data set and what became of its rows: ``rows_read`` is kept plus dropped.
+    """One data set and what became of its rows; ``rows_read`` are those kept plus those dropped.
 
     Attributes:
-        dataset: What the blend says.
+        dataset: The entry of the blend.
         files: Its files.
-        tasks: What reads them, in their order.
-        rows_read: Rows seen.
-        rendered: Of those, conversations that were rendered: ``max_rows`` leaves out others.
-        refused: Of those, what turned out to be of no use.
+        tasks: The tasks that read the files, in their order.
+        rows_read: Rows read.
+        rendered: Conversations among them that were rendered; ``max_rows`` may leave out some.
+        refused: Rendered conversations that turned out to be unusable.
         dropped: Rows that are not used, by reason.
-        samples: Some of them, with file and line.
+        samples: Some of the dropped rows, with file and line.
     """
 
     dataset: Dataset
@@ -69,7 +69,7 @@ class Source:
 
     @property
     def num_bad(self) -> int:
-        """Rows that were unusable, without those that the config leaves out."""
+        """Rows that were unusable, not counting those that the config leaves out."""
         return sum(self.bad_reasons.values())
 
     @property
@@ -85,7 +85,7 @@ class Source:
 
     @property
     def expected_bad(self) -> float:
-        """Rows that would be unusable if those that ``max_rows`` left out were rendered too."""
+        """Rows that would be unusable, estimated as if ``max_rows`` had left none out."""
         num_unread = self.num_bad - self.refused
         return num_unread + self.refused * (self.num_wanted - num_unread) / max(self.rendered, 1)
 
@@ -98,10 +98,10 @@ def plan_sources(
     used_in_field: str,
     used_in_filter: str | None,
 ) -> list[Source]:
-    """Return the data sets with the tasks that tokenize them; one of weight 0 is not read.
+    """Return the data sets with the tasks that tokenize them; those of weight 0 are left out.
 
-    A task's key holds the digest of its file's content and everything that turns it into tokens,
-    and nothing about packing: another ``pack_size`` finds the same tasks done.
+    A task's key is a digest of its file's content and of everything that turns it into tokens, but
+    of nothing about packing: with another ``pack_size`` the same tasks are found done.
 
     Args:
         datasets: The data sets.
@@ -116,23 +116,9 @@ def plan_sources(
     wanted = [item for item in datasets if item.weight > 0]
     files = [list_files(item) for item in wanted]
     size_bytes = part_bytes([file for group in files for file in group])
-    how = {
-        "code": code_digest(),
-        # Where the tokenizer lies is not what it is.
-        "encoder": {**vars(encoder), "tokenizer": ""},
-    }
-
-    def task(part: Part, blake3: str, rows: RowSettings) -> TokenizeTask:
-        what = [part.kind, part.start, part.stop, blake3, vars(rows), how]
-        length = (part.stop or part.path.stat().st_size) - part.start
-        if part.kind == "parquet":
-            length = size_bytes
-        key = sha256_json(what)[:32]
-        return TokenizeTask(key, directory, part, length, rows, encoder)
-
-    sources: list[Source] = []
     with ThreadPoolExecutor() as pool:
-        described = [list(pool.map(_describe, group)) for group in files]
+        described = [tuple(pool.map(_describe, group)) for group in files]
+    sources: list[Source] = []
     for dataset, group in zip(wanted, described, strict=True):
         rows = RowSettings(
             messages_field=dataset.messages_field,
@@ -141,13 +127,37 @@ def plan_sources(
             used_in_filter=used_in_filter,
             max_rows=dataset.max_rows,
         )
-        tasks = (
-            task(part, file.blake3, rows)
-            for file in group
-            for part in cut_into_parts(file.path, size_bytes=size_bytes)
-        )
-        sources.append(Source(dataset, tuple(group), tuple(tasks)))
+        tasks = _tasks(group, rows, encoder, directory=directory, size_bytes=size_bytes)
+        sources.append(Source(dataset, group, tasks))
     return sources
+
+
+def _tasks(
+    files: Sequence[InputFile],
+    rows: RowSettings,
+    encoder: EncoderSettings,
+    *,
+    directory: Path,
+    size_bytes: int,
+) -> tuple[TokenizeTask, ...]:
+    """Return the tasks that tokenize these files, in parts of about ``size_bytes``."""
+    how = {
+        "code": code_digest(),
+        # Not the path of the tokenizer: its digest says which one it is.
+        "encoder": {**vars(encoder), "tokenizer": ""},
+    }
+    return tuple(
+        TokenizeTask(
+            key=_task_key(part, file, rows, how),
+            directory=directory,
+            part=part,
+            size_bytes=_work_bytes(part, size_bytes),
+            rows=rows,
+            encoder=encoder,
+        )
+        for file in files
+        for part in cut_into_parts(file.path, size_bytes=size_bytes)
+    )
 
 
 def _describe(file: Path) -> InputFile:
@@ -155,6 +165,19 @@ def _describe(file: Path) -> InputFile:
         return InputFile(file, file.stat().st_size, blake3_file(file))
     except OSError as error:
         raise unreadable(file, error) from None
+
+
+def _task_key(part: Part, file: InputFile, rows: RowSettings, how: Mapping[str, Any]) -> str:
+    """Return the digest of what the tokens of a part depend on."""
+    what = [part.kind, part.start, part.stop, file.blake3, vars(rows), how]
+    return sha256_json(what)[:32]
+
+
+def _work_bytes(part: Part, size_bytes: int) -> int:
+    """Return about how many bytes a part has; row groups are cut to ``size_bytes`` each."""
+    if part.kind == "parquet":
+        return size_bytes
+    return (part.stop or part.path.stat().st_size) - part.start
 
 
 def account(source: Source, receipts: Sequence[Receipt], *, max_bad_fraction: float) -> None:

@@ -32,7 +32,7 @@ class Documents:
 
     @cached_property
     def supervised_tokens(self) -> np.ndarray:
-        """Tokens of each document with a loss: a trained first token has nothing to come from."""
+        """Tokens of each document with a loss; the first token has none: nothing precedes it."""
         trained = self.tokens < 0
         bounds = zip((self.starts + 1).tolist(), (self.starts + self.lengths).tolist(), strict=True)
         counts = [np.count_nonzero(trained[start:stop]) for start, stop in bounds]
@@ -41,8 +41,8 @@ class Documents:
     def padded(self, multiple: int, *, pad_id: int) -> Documents:
         """Return the documents with runtime lengths that are multiples of ``multiple``.
 
-        Context and sequence parallelism cut every document into equal parts. The padding is at the
-        end of each document and never trained.
+        Context and sequence parallelism cut every document into equal parts. The padding goes to
+        the end of each document and is not trained.
         """
         if multiple == 1:
             return self

@@ -1,8 +1,9 @@
-"""What turns text into token ids: ``tokenizers``, or ``kitoken`` once it has proved equal.
+"""The engines that turn text into token ids: ``tokenizers``, or ``kitoken`` if it proves equal.
 
-``kitoken`` reads the same tokenizer.json and is several times as fast, but for some tokenizers it
-differs on rare strings. It is therefore tried, once per tokenizer, on ten thousand strings, and on
-about every two hundredth piece of the data while it works; the first difference ends its use.
+``kitoken`` reads the same tokenizer.json and is several times as fast, but with some tokenizers it
+differs on rare strings. Therefore it is compared with ``tokenizers`` on ten thousand strings, once
+per tokenizer, and later on about every two hundredth piece of the data; after the first difference
+it is not used any more.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from tokenizers import Tokenizer
 
 from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer
 
-# Odd: prompts and answers take turns, and both must be looked at.
+# Odd, because prompts and answers alternate and both must be checked.
 _CHECK_EVERY = 199
 
 
 class EngineMismatchError(Exception):
-    """``kitoken`` and ``tokenizers`` gave a text different tokens."""
+    """``kitoken`` and ``tokenizers`` made different tokens of a text."""
 
 
 class Encoded(NamedTuple):
@@ -61,10 +62,10 @@ class Engine:
 
         Args:
             pieces: The texts.
-            plain: Indices of pieces in which no special token is looked for.
+            plain: Indices of pieces in which the text of a special token is plain text.
 
         Raises:
-            EngineMismatchError: A piece that was checked came out different.
+            EngineMismatchError: A piece that was checked has other tokens.
         """
         if self._fast is None:
             encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
@@ -90,7 +91,7 @@ class Engine:
                 raise EngineMismatchError(f"they differ on {text[:80]!r}")
 
     def _without_special(self) -> Tokenizer:
-        """The same tokenizer without added tokens, so that their texts are text."""
+        """Return the same tokenizer without added tokens, to which their texts are plain text."""
         if self._plain is None:
             content = json.loads(self._backend.to_str())
             content["added_tokens"] = []

@@ -1,4 +1,4 @@
-"""Runs a list of tasks: here, in a pool of processes, or on Ray. What comes out is the same.
+"""Runs a list of tasks in this process, in a pool of processes, or on Ray, with the same results.
 
 Tasks are independent, idempotent and leave receipts, so an executor only decides where they run.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from nemotron.errors import ExitCode, NemotronError
+from nemotron.processes import available_cores, peak_host_memory_bytes
 from nemotron.steps._entry import StopRequestedError, step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 
 ExecutionMode = Literal["auto", "ray"]
-# About two seconds of work.
+# Work that is worth starting a worker for: about two seconds.
 _WORKER_BYTES = 4 << 20
-# How long tasks that are under way have to finish when the run is told to stop.
+# How long running tasks may take to finish when the run is told to stop.
 _STOP_SECONDS = 10.0
 
 
@@ -45,11 +45,11 @@ class Task(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """How much work it is, about."""
+        """About how much work it is."""
         ...
 
     def run(self) -> tuple[Receipt, bool]:
-        """Return the receipt, and whether it was there already."""
+        """Do the task unless it is done; return the receipt, and whether it was there already."""
         ...
 
 
@@ -57,21 +57,16 @@ class Outcome(NamedTuple):
     """A finished task.
 
     Attributes:
-        number: Its place in the list.
-        receipt: What it left.
+        number: Its index in the list.
+        receipt: Its receipt.
         was_done: Whether an earlier run had done it.
-        peak_bytes: Most memory that its process has held.
+        peak_bytes: Peak memory of the process that ran it.
     """
 
     number: int
     receipt: Receipt
     was_done: bool
     peak_bytes: int
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def run_tasks(
@@ -84,15 +79,16 @@ def run_tasks(
     """Return the receipts of all tasks, in their order; the largest tasks start first.
 
     Args:
-        tasks: What to do.
-        num_workers: How many at once; one is done in this process. None: as many as have work.
+        tasks: The tasks.
+        num_workers: Tasks at a time; with 1 they run in this process. None: as many as the work is
+            worth.
         mode: ``auto`` for processes of this host, ``ray`` for Ray.
-        on_done: Told of every task when it is done.
+        on_done: Called for every finished task.
 
     Raises:
         NemotronError: What a task raised; ``worker_died``.
         EngineMismatchError: See ``TokenizeTask``.
-        StopRequestedError: A signal came. What is done has its receipt.
+        StopRequestedError: A signal came. Finished tasks have their receipts.
     """
     order = largest_first(tasks)
     num_workers = num_workers or _worth_starting(tasks)
@@ -111,18 +107,18 @@ def run_tasks(
 
 
 def largest_first(tasks: Sequence[Task]) -> list[int]:
-    """Return the numbers of tasks in the order in which they start, the same everywhere."""
+    """Return the indices of tasks in the order in which they start, the same on all nodes."""
     return sorted(range(len(tasks)), key=lambda number: -tasks[number].size_bytes)
 
 
 def _worth_starting(tasks: Sequence[Task]) -> int:
-    """Return as many workers as have work for longer than it takes to start them."""
+    """Return how many workers have work for longer than it takes to start them."""
     work = sum(task.size_bytes for task in tasks)
     return min(available_cores(), 1 + work // _WORKER_BYTES)
 
 
 def error_from(told: dict[str, Any]) -> NemotronError:
-    """Return the error that another process has told as data."""
+    """Return the error that another process has sent as data."""
     fields = {name: value for name, value in told.items() if name != "errors"}
     code, problem = fields.pop("code"), fields.pop("problem")
     exit_code = ExitCode(fields.pop("exit_code"))
@@ -131,15 +127,11 @@ def error_from(told: dict[str, Any]) -> NemotronError:
 
 def _here(number: int, task: Task) -> Outcome:
     receipt, was_done = task.run()
-    return Outcome(number, receipt, was_done, _peak_bytes())
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Outcome(number, receipt, was_done, peak_host_memory_bytes())
 
 
 def _remote(number: int, task: Task) -> dict[str, Any]:
-    """What a worker does; errors travel as data, because ours do not survive pickling."""
+    """Run a task in a worker; errors are returned as data, because ours cannot be pickled."""
     try:
         return {"outcome": tuple(_here(number, task))}
     except NemotronError as error:
@@ -164,7 +156,7 @@ def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> G
     try:
         queue = iter(order)
         while True:
-            # A few in hand for every worker; the rest is not pickled before its turn.
+            # Two tasks per worker are queued; the others are not pickled before their turn.
             while len(running) < 2 * num_workers and (number := next(queue, None)) is not None:
                 running.add(pool.submit(_remote, number, tasks[number]))
             if not running:
@@ -186,7 +178,7 @@ def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> G
 
 
 def _start_worker() -> None:
-    """One core per worker; signals are the parent's business; no worker outlives it."""
+    """Set up a worker: it uses one core, leaves signals to its parent, and ends with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -220,7 +212,7 @@ def _on_ray(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> Ge
 
 @contextlib.contextmanager
 def connected_ray(**options: Any) -> Iterator[Any]:
-    """Give the module ``ray``, connected; what it does on SIGTERM stays ours.
+    """Yield the module ``ray``, connected; our handler of SIGTERM is restored.
 
     Raises:
         NemotronError: ``ray_missing``.

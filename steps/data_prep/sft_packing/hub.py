@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: ``hf://owner/name[@revision]``, fetched into its cache."""
+"""Fetches data sets of the Hugging Face hub, ``hf://owner/name[@revision]``, into its cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 def hub_files(dataset: Dataset, *, is_data: Callable[[Path], bool]) -> list[Path]:
     """Return the local files of a data set on the hub; fetched where the cache lacks them.
 
-    ``subset`` and ``split`` choose files by name: a directory of that name, or a file whose name is
-    it or begins with it (``train-00000-of-00002.parquet`` is of the split ``train``).
+    ``subset`` and ``split`` choose files by name: those in a directory of that name, and those
+    whose own name is or begins with it (``train-00000-of-00002.parquet`` for ``train``).
 
     Raises:
         NemotronError: ``missing_training_data``.

@@ -1,7 +1,7 @@
-"""Data sets to files, and files to parts: the pieces that tasks read one by one.
+"""Lists the files of data sets, and cuts them into parts, each of which is read by one task.
 
-JSONL is cut into byte ranges that begin and end with a line, Parquet into row groups; a JSON list
-or a compressed file is one part, because nothing says where in it a row begins.
+JSONL is cut into byte ranges of whole lines, Parquet into row groups. A JSON list or a compressed
+file is one part, because nothing says where a row begins in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nemotron.steps.data_prep.sft_packing.hub import hub_files
 DATA = (".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# A task's result is written when all of it is there, so these bound memory and what a kill costs.
+# A task writes its result at its end, so the size of parts bounds memory and the cost of a kill.
 MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 64 << 20
 PARTS_PER_CORPUS = 256
 

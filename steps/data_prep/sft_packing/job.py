@@ -1,7 +1,7 @@
-"""What a config comes to: the tokenizer, the tasks of the first stage, and the keys of both stages.
+"""Plans a run from its config: the tokenizer, the first stage's tasks, the keys of both stages.
 
-Everything here is the same on every machine that sees the same config and files, so that workers of
-a job array plan for themselves and agree.
+The plan is the same on every machine that sees the same config and files, so that the workers of a
+job array can plan independently and agree.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Workspace:
         return self.root / "packs"
 
     def clear(self) -> None:
-        """Remove all results; where nodes meet stays until they have parted."""
+        """Remove all results; the board stays as long as nodes use it (see ``team.py``)."""
         shutil.rmtree(self.tokens, ignore_errors=True)
         shutil.rmtree(self.packs, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -64,15 +64,15 @@ class Job:
 
     Attributes:
         sources: The data sets and the tasks that tokenize them.
-        blend: What the blend says.
-        encoder: What encodes.
+        blend: The content of the blend.
+        encoder: Settings of the encoder.
         template: Text of the chat template.
         settings: How to pack.
         properties: What the output says about itself, without counts.
         shards: Files of each split.
         ratios: Share of each split; without effect where the blend lists splits.
         pack_key: Digest of everything that the output depends on.
-        workspace: Where results of tasks are.
+        workspace: Where the results of tasks are.
     """
 
     sources: tuple[Source, ...]
@@ -94,12 +94,12 @@ def workspace_of(output: Path) -> Workspace:
 
 
 def plan_job(config: Config, blend: Sources, *, engine: str | None = None) -> Job:
-    """Return what a config asks for, with every input read once for its digest.
+    """Return the plan of a run; every input is read once for its digest.
 
     Args:
         config: The config.
         blend: Its data sets.
-        engine: What encodes text; None for what the config says, if it passes its trial.
+        engine: The engine that encodes text; None for the config's, if that passes its trial.
 
     Raises:
         NemotronError: As ``load_tokenizer``, ``build_encoder`` and ``plan_sources``.
@@ -118,7 +118,7 @@ def plan_job(config: Config, blend: Sources, *, engine: str | None = None) -> Jo
     )
     packing = _packing(config, tokenizer, encoder_of(encoder, tokenizer).stop_token_id)
     properties = _properties(config, tokenizer, template)
-    # Not the key and not a path: equal rows are equal files, wherever the inputs were.
+    # Without the key and without paths, so that equal rows make equal files.
     metadata = {name: str(value) for name, value in properties.items() if name != "tokenizer"}
     properties["pack_key"] = _pack_key(config, blend, sources, [packing, properties])
     return Job(

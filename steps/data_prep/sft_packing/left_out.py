@@ -1,7 +1,7 @@
-"""Whether what a conversation says reaches the model: some templates leave tools or reasoning out.
+"""Refuses conversations of which the chat template would leave out tools or reasoning.
 
-Without its call a turn is empty, and the model would learn to answer with nothing; without the
-reasoning that led to an answer, to answer without it.
+If its call is left out, a turn is empty, and the model would learn to answer with nothing; without
+the reasoning that led to an answer, it would learn to answer without reasoning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemotron.steps.data_prep.sft_packing.rendering import ChatTemplate, Rendere
 def require_definitions(
     template: ChatTemplate, messages: Messages, tools: Sequence[Any] | None
 ) -> None:
-    """Refuse tool definitions without which the conversation renders to the same text.
+    """Refuse tool definitions if the conversation renders to the same text without them.
 
     Raises:
         BadRowError: ``tools_not_rendered``.
@@ -39,12 +39,11 @@ def require_calls(
 ) -> None:
     """Refuse tool calls that a template does not render, or does not train in a trained turn.
 
-    A function's name may stand in the text by chance, so all of them are rendered again with other
-    names.
+    A function's name may be in the text by chance, so the calls are rendered with other names.
 
     Args:
-        template: What renders them.
-        messages: What it renders.
+        template: The template.
+        messages: The conversation.
         tools: Tool definitions, or None.
         is_trained: See ``turns.trained_turns``.
 
@@ -71,12 +70,12 @@ def require_reasoning(
 ) -> None:
     """Refuse reasoning of a trained turn that a template does not render.
 
-    It may stand in the text by chance, as in the question, so it is rendered again with another
-    word for each. Whether the reasoning is trained is for the template to say.
+    The same words may be in the text by chance, as in the question, so other words are rendered in
+    their place. Whether the reasoning is trained is up to the template.
 
     Args:
-        template: What renders it.
-        messages: What it renders.
+        template: The template.
+        messages: The conversation.
         tools: Tool definitions, or None.
         is_trained: See ``turns.trained_turns``.
 
@@ -109,7 +108,7 @@ def _rendered(
     tools: Sequence[Any] | None,
     is_trained: Sequence[bool],
 ) -> Rendered | None:
-    """Return None where the template objects, so that it does look at the change."""
+    """Return a rendered conversation; None if the template refuses it, so it reads what changed."""
     try:
         return template.render(messages, tools, is_trained=is_trained)
     except BadRowError:
@@ -119,14 +118,14 @@ def _rendered(
 def _renamed(
     message: Mapping[str, Any], names: dict[str, bool], *, is_trained: bool
 ) -> Mapping[str, Any]:
-    """Return a message whose calls have names of their own, which are added to ``names``."""
+    """Return a message whose calls have new, unique names, which are added to ``names``."""
     if message["role"] != "assistant" or not message.get("tool_calls"):
         return message
     calls: list[Mapping[str, Any]] = []
     for call in message["tool_calls"]:
         name = f"nemotron_call_{len(names)}_"
         names[name] = is_trained
-        # Where a call has its name beside the function as well, a template may read either.
+        # If a call also has its name beside the function, a template may read either.
         beside = {"name": name} if "name" in call else {}
         calls.append(call | beside | {"function": call["function"] | {"name": name}})
     return {**message, "tool_calls": calls}

@@ -1,4 +1,4 @@
-"""Documents that are longer than a row: cut at a turn, cut anywhere, dropped, or split."""
+"""What becomes of documents longer than a row: cut at a turn, cut anywhere, dropped, or split."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def fit(
 ) -> Fitted:
     """Return documents of at most ``max_tokens``, each with something to train on.
 
-    ``truncate_turn`` ends a document with the last turn of the assistant that fits whole; where not
-    even the first does, it ends within that turn, as ``truncate`` always does. A cut adds no
-    end-of-turn token: the model did not say it there. ``split`` goes on with the rest as a document
-    of its own, as often as needed, and leaves out what has nothing to train on.
+    ``truncate_turn`` ends a document with the last turn of the assistant that fits whole; if not
+    even the first turn fits, it ends within that turn, as ``truncate`` always does. A cut adds no
+    end-of-turn token, since there was none. ``split`` makes further documents of the rest, as many
+    as needed, but leaves out parts without anything to train on.
 
     Args:
-        tokens: int32, complemented where trained; documents that ``survives`` has let through.
+        tokens: int32, complemented where trained; only of documents that ``survives`` kept.
         offsets: Document i is ``tokens[offsets[i]:offsets[i + 1]]``.
         policy: As named.
         max_tokens: Most stored tokens, at least 2.
@@ -106,7 +106,7 @@ def _pieces(
     start = 0
     while start < len(tokens):
         if not trained[start + 1 : start + max_tokens].any():
-            # Nothing to train on within reach: go on where something is, with what leads to it.
+            # Nothing to train on within reach: continue shortly before the next trained token.
             later = np.flatnonzero(trained[start + max_tokens :])
             if len(later) == 0:
                 break
@@ -114,7 +114,7 @@ def _pieces(
             continue
         end, is_whole = _cut(trained, is_end, start, max_tokens, whole_turns=True)
         pieces.append((start, end))
-        # A label needs a token before it: after a cut within a turn the pieces share one.
+        # A label needs a token before it, so after a cut within a turn both pieces have that token.
         start = end if is_whole or end == len(tokens) else end - 1
     counts["split"] += 1
     return pieces

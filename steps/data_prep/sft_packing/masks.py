@@ -1,8 +1,8 @@
-"""Conversations to token ids and the mask of what is trained: render, cut at spans, batch-encode.
+"""Turns conversations into token ids and loss masks: renders them, cuts at spans, encodes batches.
 
-The text is cut where the assistant begins and ends, and the pieces are encoded apart. That is how
-the model meets them at inference, prompt first, so no token straddles the edge, as one does when an
-answer that begins with a newline is encoded in one go with the header before it.
+The text is cut where the assistant's words begin and end, and the pieces are encoded separately, as
+the model meets them at inference: the prompt first. So no token crosses the edge, as one would if
+an answer that begins with a newline were encoded together with the header before it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from nemotron.steps.data_prep.sft_packing.sanitizing import Sanitizer
 from nemotron.steps.data_prep.sft_packing.tokenizer import ChatTokenizer, template_text
 from nemotron.steps.data_prep.sft_packing.turns import trained_turns
 
-# Encoding one text, or one text in two pieces, gives the same tokens unless the tokenizer adds
-# something at the start of every text, as those with SentencePiece's dummy prefix do.
+# A text has the same tokens whole and in these two pieces, unless the tokenizer adds something at
+# the start of every text, as with SentencePiece's dummy prefix.
 _WHOLE, _PIECES = "a\nb c", ("a\n", "b c")
 _UNTRAINED = BadRowError("no_trainable_tokens", "the template marks nothing as the assistant's")
 
@@ -82,9 +82,9 @@ class Encoder:
         add_bos: Put the BOS token first where it is not.
         add_eos: End with the EOS token where the template ends turns with no special token.
         reasoning: What becomes of reasoning.
-        sanitizer: Keeps control strings that somebody wrote as text; None lets them act.
+        sanitizer: Keeps control strings in users' text plain text; None lets them act.
         stop_token_id: The token that ends a turn, or None.
-        encodes_pieces: Whether pieces may be encoded apart with this tokenizer.
+        encodes_pieces: Whether this tokenizer can encode pieces separately.
     """
 
     tokenizer: ChatTokenizer
@@ -98,7 +98,7 @@ class Encoder:
     encodes_pieces: bool
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Document] | BadRowError]:
-        """Return the documents, or why there is none, of each conversation."""
+        """Return the documents of each conversation, or the reason why there is none."""
         rendered = [self._render(item) for item in conversations]
         texts = [text for item in rendered if not isinstance(item, BadRowError) for text in item]
         if self.encodes_pieces:
@@ -128,9 +128,10 @@ class Encoder:
         return [text for variant in found for text in self._render_stable(variant, conversation)]
 
     def _render_stable(self, variant: Variant, conversation: Conversation) -> list[Rendered]:
-        """Split what the template shows otherwise when it comes last, where that is asked for.
+        """Render a variant; split it if the template shows messages differently when they are last.
 
-        Without reasoning too, that may be a turn, and within it the answer after calls of tools.
+        Only with ``split_per_turn``. Even without reasoning a template may show the last turn
+        differently, and within a turn the answer after calls of tools.
         """
         try:
             return [self._render_variant(variant, conversation)]
@@ -144,7 +145,7 @@ class Encoder:
         return [text for part in parts for text in self._render_stable(part, conversation)]
 
     def _advice(self) -> str:
-        """Return what to do about a template that shows turns otherwise when they come last."""
+        """Return what to do about a template that shows turns differently when they are last."""
         marked = "another chat_template can mark the assistant's words with {% generation %}"
         if "<think>" in self.template.text and self.template.stop == "<|im_end|>":
             marked = "chat_template=qwen3, the bundled one, marks the assistant's words itself"
@@ -168,10 +169,10 @@ class Encoder:
         return rendered
 
     def _documents(self, tokens: np.ndarray, ends: np.ndarray) -> Iterator[Document | None]:
-        """Yield each document; None where nothing in it is a label.
+        """Yield each document; None if it has no label.
 
-        A document ends with its last trained token: attention is causal, so what comes after (a
-        newline, a question without an answer) changes no loss and would only take room.
+        A document ends with its last trained token: attention is causal, so anything after it (a
+        newline, a question without an answer) changes no loss and would only take up room.
         """
         starts = np.append(0, ends)[:-1]
         trained = np.append(np.flatnonzero(tokens < 0), len(tokens))
@@ -232,25 +233,11 @@ def build_encoder(
     if add_bos and tokenizer.bos_token_id is None:
         problem = "tokenizer.add_bos is true, but the tokenizer has no bos_token"
         raise step_error(STEP, "tokenizer_mismatch", problem, where=str(tokenizer.directory))
-    try:
-        compiled = ChatTemplate(
-            text,
-            variables=tokenizer.variables,
-            special_tokens=tokenizer.special_tokens,
-            today=today,
-        )
-        _require_mask(compiled)
-    except jinja2.TemplateSyntaxError as error:
-        raise step_error(
-            STEP, "bad_chat_template", str(error.message), where=f"line {error.lineno}"
-        ) from None
-    except BadRowError as error:
-        problem = f"{error.reason} on a question and its answer: {error}"
-        raise step_error(STEP, "bad_chat_template", problem) from None
-    stop = compiled.stop
+    template = _compiled(text, tokenizer, today)
+    stop = template.stop
     return Encoder(
         tokenizer=tokenizer,
-        template=compiled,
+        template=template,
         add_bos=add_bos,
         add_eos=add_eos,
         engine=Engine(tokenizer, engine),
@@ -259,6 +246,26 @@ def build_encoder(
         stop_token_id=None if stop is None else tokenizer.backend.token_to_id(stop),
         encodes_pieces=_can_encode_pieces(tokenizer.backend),
     )
+
+
+def _compiled(text: str, tokenizer: ChatTokenizer, today: str | None) -> ChatTemplate:
+    """Return a template that parses, renders and marks the answer of one question and answer."""
+    try:
+        template = ChatTemplate(
+            text,
+            variables=tokenizer.variables,
+            special_tokens=tokenizer.special_tokens,
+            today=today,
+        )
+        _require_mask(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise step_error(
+            STEP, "bad_chat_template", str(error.message), where=f"line {error.lineno}"
+        ) from None
+    except BadRowError as error:
+        problem = f"{error.reason} on a question and its answer: {error}"
+        raise step_error(STEP, "bad_chat_template", problem) from None
+    return template
 
 
 def _require_mask(template: ChatTemplate) -> None:
@@ -282,8 +289,8 @@ def _encode_pieces(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens of all texts, complemented where trained, and where each text ends.
 
-    Trained spans are encoded apart from what is between them. What follows the last one is not
-    encoded: no document reaches that far.
+    Trained spans are encoded separately from the text between them. The text after the last span is
+    not encoded: no document reaches that far.
     """
     pieces: list[str] = []
     plain: set[int] = set()
@@ -316,9 +323,9 @@ def _encode_pieces(
 def _encode_whole(
     texts: Sequence[Rendered], *, backend: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the same of texts encoded in one go; a token is trained if a span holds it all.
+    """Return the same for texts that are encoded whole; a token inside a span is trained.
 
-    For tokenizers that mark the start of every text. Slower: it needs the offsets of every token.
+    For tokenizers that mark the start of every text. It is slower: it needs every token's offsets.
     """
     encodings = backend.encode_batch([text.text for text in texts], add_special_tokens=False)
     found = [np.empty(0, dtype=np.int32)]

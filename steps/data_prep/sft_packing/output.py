@@ -1,4 +1,4 @@
-"""Finished shards to a finished artifact, and what there is to say about it."""
+"""Assembles the artifact from finished shards, and reports what is in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nemotron.steps.data_prep.sft_packing.rejects import write_rejects
 from nemotron.steps.data_prep.sft_packing.splits import SPLITS
 from nemotron.steps.data_prep.sft_packing.stages import Packing, finished_shards
 
-# Not beside the shards: pyarrow takes every file of a directory for Parquet.
+# Not beside the shards: pyarrow takes every file in a directory for Parquet.
 SIDECARS = "packed_metadata"
 _COUNTS = ("rows", "conversations", "documents", "tokens", "supervised_tokens")
 
@@ -34,38 +34,34 @@ def assemble(
     *,
     produced_by: Producer,
 ) -> dict[str, Any]:
-    """Put the artifact together in ``directory`` and return its properties, ``report`` among them.
+    """Assemble the artifact in ``directory`` and return its properties, with the report.
 
-    Shards are linked, not copied, where the file system can: they are there already, and their
-    receipts have their digests.
+    Shards are hard links to the tasks' results where the file system has links, else copies; their
+    digests are those in the receipts.
 
     Args:
-        directory: Where to.
+        directory: The directory to fill.
         job: The run.
         packing: Its second stage.
         receipts: Receipts of that stage's tasks.
-        produced_by: What the manifest names as producer.
+        produced_by: The producer that the manifest names.
     """
     shards = finished_shards(job.workspace.packs, receipts)
-    for name, (held, _) in shards.items():
+    for name, (finished, _) in shards.items():
         target = directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        _link(held, target)
+        _link(finished, target)
     splits = {
         name: _split_counts([receipt for receipt in receipts if receipt["split"] == name])
         for name in SPLITS
         if any(receipt["split"] == name for receipt in receipts)
     }
     for name, counts in splits.items():
-        sidecar = _sidecar(counts, job.settings.pack_size)
-        path = directory / SIDECARS / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_text(path, json.dumps(sidecar) + "\n")
-    report = _report(job, packing, receipts, splits)
-    properties = {**job.properties, "splits": splits, "report": report}
+        _write_sidecar(directory / SIDECARS / f"{name}.json", counts, job.settings.pack_size)
+    properties = {**job.properties, "splits": splits, "report": _report(job, packing, receipts)}
     samples = [sample for source in job.sources for sample in source.samples]
     write_rejects(directory / "rejects.jsonl", samples)
-    # Goes on with the adapter: served with another template, it would answer other questions.
+    # For the adapter: served with another template, it would answer other questions.
     write_text(directory / "chat_template.jinja", job.template)
     write_artifact(
         directory,
@@ -79,7 +75,7 @@ def assemble(
 
 
 def _lineage(path: str) -> Input:
-    """Return the entry of a data set; of the hub as it was given, its revision is in the report."""
+    """Return a data set as an input; one of the hub by its address: the report has its revision."""
     if path.startswith(HUB):
         return Input(type="training_jsonl", path=path)
     return describe_input("training_jsonl", Path(path))
@@ -112,27 +108,22 @@ def _percentile(counts: Counter[int], share: float) -> int:
     return int(values[np.searchsorted(reached, share * reached[-1])])
 
 
-def _sidecar(counts: Mapping[str, int], pack_size: int) -> list[dict[str, Any]]:
-    """Return what Megatron-Bridge reads beside packed data, to pad cu_seqlens for CUDA graphs."""
+def _write_sidecar(path: Path, counts: Mapping[str, int], pack_size: int) -> None:
+    """Write what Megatron-Bridge reads beside packed data, to pad cu_seqlens for CUDA graphs."""
     tokens = counts["tokens"] - counts["documents"]
-    return [
-        {
-            "dataset_max_seqlen": counts["longest_document"],
-            "max_samples_per_bin": counts["documents_per_row_max"],
-            "packing_factor": round(counts["documents"] / counts["rows"], 2),
-            "packing_efficiency": round(100 * tokens / (counts["rows"] * pack_size), 2),
-            "pack_size": pack_size,
-            "min_packed_seqlen": counts["shortest_row"],
-        }
-    ]
+    content = {
+        "dataset_max_seqlen": counts["longest_document"],
+        "max_samples_per_bin": counts["documents_per_row_max"],
+        "packing_factor": round(counts["documents"] / counts["rows"], 2),
+        "packing_efficiency": round(100 * tokens / (counts["rows"] * pack_size), 2),
+        "pack_size": pack_size,
+        "min_packed_seqlen": counts["shortest_row"],
+    }
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, json.dumps([content]) + "\n")
 
 
-def _report(
-    job: Job,
-    packing: Packing,
-    receipts: Sequence[Receipt],
-    splits: Mapping[str, Mapping[str, int]],
-) -> dict[str, Any]:
+def _report(job: Job, packing: Packing, receipts: Sequence[Receipt]) -> dict[str, Any]:
     total: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     for receipt in receipts:

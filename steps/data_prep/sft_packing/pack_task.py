@@ -1,4 +1,4 @@
-"""The second stage's task: spooled documents to finished shards, and a receipt."""
+"""The task of the second stage: packs spooled documents into finished shards, with a receipt."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class PackSettings:
         pack_size: Tokens of a row at training time.
         algorithm: See ``packing.pack``.
         seed: Seed of packing.
-        pad_seq_to_mult: Runtime lengths of documents become multiples of this.
+        pad_seq_to_mult: Documents are padded to a multiple of this at training time.
         long_documents: What becomes of documents longer than ``max_tokens``.
         max_tokens: Most stored tokens of a document.
         stop_token_id: The token that ends a turn, or None.
-        pad_id: What documents are padded with.
+        pad_id: The token that documents are padded with.
         row_group_size: Rows of a Parquet row group.
         compression: Codec name of pyarrow.
         metadata: Key-value metadata of every file.
@@ -57,9 +57,9 @@ class Group:
     """Conversations that are packed together.
 
     Attributes:
-        spools: Number of the spool of each, int32.
-        positions: Place within the spool of each, uint32.
-        datasets: Number of the data set of each, int32.
+        spools: Index of each one's spool, int32.
+        positions: Each one's index within its spool, uint32.
+        datasets: Index of each one's data set, int32.
     """
 
     spools: np.ndarray
@@ -71,7 +71,7 @@ class Group:
 class PackTask:
     """Packs one or more groups of conversations into one or more files.
 
-    Several groups go into one file, or one group into several; never several into several.
+    Either several groups go into one file, or one group goes into several files.
 
     Attributes:
         key: Digest of everything that the result depends on.
@@ -227,7 +227,7 @@ class PackTask:
 
 
 class _Found(NamedTuple):
-    """Documents in spools: whose they are, which spool, first token and stored tokens."""
+    """Documents in spools: index of the conversation, of the spool, first token, stored tokens."""
 
     owners: np.ndarray
     spools: np.ndarray
@@ -236,7 +236,7 @@ class _Found(NamedTuple):
 
 
 class _Gathered(NamedTuple):
-    """Documents ready to pack, the data set of each, and what was cut to get there."""
+    """Documents ready to pack, the data set of each, and counts of what was cut."""
 
     documents: Documents
     datasets: np.ndarray
@@ -244,7 +244,7 @@ class _Gathered(NamedTuple):
 
 
 def _by_number(numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield every number that occurs with the places where it does, both ascending."""
+    """Yield every distinct number with the indices where it occurs, both ascending."""
     order = np.argsort(numbers, kind="stable")
     cuts = np.flatnonzero(np.diff(numbers[order])) + 1
     for places in np.split(order, cuts):

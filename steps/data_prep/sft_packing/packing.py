@@ -1,7 +1,7 @@
-"""Documents to rows: five algorithms, none slower than n log n.
+"""Packs documents into rows by one of five algorithms, none slower than n log n.
 
-Lengths are those at training time: the last token of a document is only a label, so a document of L
-stored tokens fills L - 1 of a row.
+Lengths are those at training time: the last token of a document is only a label, so that a document
+of L stored tokens takes L - 1 tokens of a row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from nemotron.steps.data_prep.sft_packing.best_fit import best_fit_decreasing
 from nemotron.steps.data_prep.sft_packing.shuffle_fill import shuffle_fill
 
-# shuffle_fill gives way to best fit where that saves more rows than this share.
+# Best fit is used instead of shuffle_fill if it saves more than this share of the rows.
 _WORTH = 0.002
 
 
@@ -37,20 +37,20 @@ class Rows(NamedTuple):
 def pack(lengths: np.ndarray, *, capacity: int, algorithm: str, seed: int | list[int]) -> Rows:
     """Group documents into rows of at most ``capacity`` tokens.
 
-    ``shuffle_fill`` mixes documents at random and needs about as few rows as is possible; where
-    lengths are such that ``best_fit_decreasing`` saves more than 0.2 % of the rows, it gives that.
-    ``best_fit_decreasing`` takes the longest first, each into the fullest row with room; rows of
-    many short documents are left at the end. ``first_fit_shuffle`` takes the documents in random
-    order and puts each into the first row with room; ``first_fit_decreasing`` the longest first;
-    ``concatenative`` fills row after row in the order of the input and never looks back (next fit).
-    Rows of all but the last come in random order, so that a trainer that reads in order meets them
-    mixed, and documents of one length are exchanged at random.
+    ``shuffle_fill`` mixes documents at random and needs about as few rows as possible; if
+    ``best_fit_decreasing`` would save more than 0.2 % of the rows, its result is returned instead.
+    ``best_fit_decreasing`` places the longest document first, each into the fullest row with room;
+    rows of many short documents are left for the end. ``first_fit_shuffle`` takes the documents in
+    random order and puts each into the first row with room; ``first_fit_decreasing`` does the same
+    with the longest first. ``concatenative`` fills one row after another in the order of the input
+    and never looks back (next fit). With all but ``concatenative`` the rows are shuffled, for
+    trainers that read in order, and documents of equal length are exchanged at random.
 
     Args:
         lengths: Tokens of each document at training time, each in [1, capacity].
         capacity: Tokens of a row at training time.
         algorithm: One of the five names above.
-        seed: Seed of the order; without effect on ``concatenative``.
+        seed: Seed of the order; has no effect on ``concatenative``.
 
     Raises:
         ValueError: A document is empty or longer than ``capacity``, or the algorithm is unknown.
@@ -83,7 +83,7 @@ def pack(lengths: np.ndarray, *, capacity: int, algorithm: str, seed: int | list
 def _assign(
     lengths: np.ndarray, row_lengths: np.ndarray, starts: np.ndarray, random: np.random.Generator
 ) -> Rows:
-    """Return rows of documents for rows of lengths: equal lengths in random order, rows too."""
+    """Return rows of documents, given rows of lengths: equal lengths and rows are shuffled."""
     order = random.permutation(len(lengths))
     by_length = order[np.argsort(lengths[order], kind="stable")]
     documents = np.empty(len(lengths), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""How far a run is: a line that is rewritten on a terminal, plain lines now and then elsewhere."""
+"""Shows the progress of a stage: a line that is rewritten on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _TERMINAL_INTERVAL_S = 0.2
 
 
 class Progress:
-    """Says how many rows and tokens of a stage are done, how fast, and when it will end.
+    """Shows how many rows and tokens of a stage are done, how fast, and when it will end.
 
     Args:
-        stage: What is going on, such as ``tokenize``.
+        stage: Name of the stage, such as ``tokenize``.
         total_bytes: Work of all tasks.
-        num_tasks: How many there are.
+        num_tasks: Number of tasks.
         interval_s: Seconds between plain lines.
     """
 
@@ -34,7 +34,7 @@ class Progress:
         self._peak_bytes = 0
 
     def advance(self, outcome: Outcome, *, size_bytes: int, rows: int, tokens: int) -> None:
-        """Count a finished task; one that an earlier run has done tells nothing about the speed."""
+        """Count a finished task; one that an earlier run has done does not count for the speed."""
         self._done += 1
         self._bytes += size_bytes
         self._peak_bytes = max(self._peak_bytes, outcome.peak_bytes)
@@ -50,7 +50,7 @@ class Progress:
             self._say(self._line(now - self._start))
 
     def finish(self) -> None:
-        """Say what the stage took; nothing if it was over before the first line was due."""
+        """Show how long the stage took, unless it ended before the first line was due."""
         seconds = time.monotonic() - self._start
         if self._is_terminal:
             sys.stdout.write("\r\x1b[K")

@@ -1,8 +1,8 @@
-"""Ray over the nodes of one job: the first one runs its head, the others lend it their cores.
+"""Runs Ray on the nodes of one job: the first node runs its head, the others lend it their cores.
 
-The job's script says where the first node is and gives all of them a key that nobody else has;
-Ray takes work only from those who know it. The nodes meet on the board (see ``team.py``) before
-there is work, and leave after it.
+The job's script says where the first node is, and gives all nodes a key that nobody else has; Ray
+takes work only from those who know the key. The nodes meet on the board (see ``team.py``) before
+the work and part after it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LAST_SECONDS = 10
 
 @contextmanager
 def leading_ray(leader: Leader, num_cores: int) -> Iterator[None]:
-    """Run the head of a Ray cluster of all nodes, once they have joined; at the end stop it.
+    """Run the head of a Ray cluster, wait until all nodes have joined it, and stop it at the end.
 
     Args:
         leader: This node.
-        num_cores: How many tasks this node takes at once.
+        num_cores: How many tasks this node takes at a time.
 
     Raises:
-        NemotronError: ``ray_missing``, ``nodes_apart``, and what another node tells.
+        NemotronError: ``ray_missing``, ``nodes_apart``, and what another node reports.
     """
     address = _set_environment(os.environ)
     host, _, port = address.partition(":")
@@ -59,7 +59,7 @@ def lend_to_ray(helper: Helper, num_cores: int) -> None:
 
 
 def _set_environment(environment: Mapping[str, str]) -> str:
-    """Tell Ray, before it is imported, where the head is and how to know its own."""
+    """Set, before Ray is imported, the head's address and the key; return the address."""
     if importlib.util.find_spec("ray") is None:
         raise ray_missing()
     host = socket.gethostbyname(environment["NEMOTRON_MASTER_ADDR"])

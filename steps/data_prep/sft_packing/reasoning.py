@@ -1,8 +1,8 @@
-"""What becomes of a model's reasoning: kept in every turn, removed, or as at inference.
+"""What becomes of a model's reasoning: it is kept in every turn, removed, or as at inference.
 
-At inference most chat templates show a model the answers it gave before, without the reasoning that
-led to them. ``split_per_turn`` trains on exactly that: one document for every turn, its history
-without reasoning.
+At inference, most chat templates show a model its earlier answers without the reasoning that led to
+them. ``split_per_turn`` trains on exactly that: one document for every turn, with a history without
+reasoning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Reasoning = Literal["keep", "strip", "split_per_turn"]
 Messages = Sequence[Mapping[str, Any]]
 
 FIELDS = ("reasoning_content", "thinking", "reasoning")
-# A block at the start of an answer; some data lacks the opening tag, which the prompt wrote.
+# A block at the start of an answer; in some data the opening tag is missing, as part of the prompt.
 _BLOCK = re.compile(r"^\s*(?:<think>)?((?:(?!<think>).)*?)</think>\s*", re.DOTALL)
 
 
@@ -32,7 +32,7 @@ class Variant(NamedTuple):
 
 
 def variants(messages: Messages, policy: Reasoning) -> list[Variant]:
-    """Return what to make of one conversation; one without reasoning is not split."""
+    """Return the documents to make of one conversation; without reasoning it is not split."""
     if policy == "keep" or not any(_has_reasoning(message) for message in messages):
         return [Variant(messages)]
     if policy == "strip":
@@ -53,9 +53,9 @@ def per_turn(messages: Messages) -> list[Variant]:
 
 
 def per_answer(variant: Variant) -> list[Variant]:
-    """Return a document for each trained message of a turn: what came before it, and the message.
+    """Return a document for each trained message of a turn, which ends with that message.
 
-    For templates that show the last message of a turn otherwise than the calls of tools before it.
+    For templates that show the last message of a turn differently from tool calls before it.
     """
     messages, num_trained = variant
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -64,12 +64,12 @@ def per_answer(variant: Variant) -> list[Variant]:
 
 
 def without_reasoning(messages: Messages) -> list[Mapping[str, Any]]:
-    """Return messages without reasoning, neither in fields nor in a block inside the content."""
+    """Return messages without reasoning, be it in fields or in a block inside the content."""
     return [_without(message) if _has_reasoning(message) else message for message in messages]
 
 
 def with_reasoning(message: Mapping[str, Any], thought: str) -> Mapping[str, Any] | None:
-    """Return a message with another thought wherever it has one, or None where it has none."""
+    """Return a message with its reasoning replaced by ``thought``; None if it has no reasoning."""
     changed = {name: thought for name in FIELDS if _says_something(message.get(name))}
     block = _BLOCK.match(message["content"]) if "</think>" in message["content"] else None
     if block is not None and block[1].strip():
@@ -83,7 +83,7 @@ def _says_something(value: Any) -> bool:
 
 
 def _turn_starts(messages: Messages) -> list[int]:
-    """A turn starts where the user speaks after somebody else did, except at the very start."""
+    """Return where turns start, but for the first: a user's message after an answer or a tool."""
     return [
         index
         for index in range(1, len(messages))

@@ -1,8 +1,8 @@
-"""Receipts: what a finished task left, written after all of it; there is no state before ``done``.
+"""Receipts of finished tasks, written last: a task has no other state than done or not done.
 
-A task's key is the digest of everything its result depends on, so a receipt is right wherever it is
-found, a task that was killed left nothing that counts, and two that run the same task at once write
-the same bytes.
+A task's key is the digest of everything that its result depends on. So a receipt is valid wherever
+it is found, a task that was killed has left nothing that counts, and two processes that run the
+same task at once write the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Receipt = dict[str, Any]
 
 
 def code_digest() -> str:
-    """Return the digest of this step's own code: a result of other code is another result."""
+    """Return the digest of this step's own code, since other code may give other results."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -35,7 +35,7 @@ def receipt_path(directory: Path, key: str) -> Path:
 
 
 def find_receipt(directory: Path, key: str) -> Receipt | None:
-    """Return the receipt of a task if it is done and its files are what the receipt says."""
+    """Return the receipt of a task if it is done and its files are as the receipt says."""
     if not receipt_path(directory, key).is_file():
         return None
     try:
@@ -51,7 +51,7 @@ def find_receipt(directory: Path, key: str) -> Receipt | None:
 
 
 def read_receipt(directory: Path, key: str) -> Receipt:
-    """Return the receipt of a task that this run has done, unchecked."""
+    """Return the receipt of a task that this run has done, without checking its files."""
     return json.loads(receipt_path(directory, key).read_bytes())
 
 
@@ -72,7 +72,7 @@ def write_receipt(directory: Path, key: str, content: Receipt, *, files: list[st
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Yield a name of this process's own; what was written there gets the final name at the end."""
+    """Yield a path of this process alone; the file there is renamed to ``path`` at the end."""
     own = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         yield own

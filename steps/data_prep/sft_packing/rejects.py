@@ -1,4 +1,4 @@
-"""Rows that cannot be used: counted by reason, sampled with their place, never lost in silence."""
+"""Rows that cannot be used: all are counted by reason, and some are listed with their place."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from nemotron.artifacts import write_text
 
 SAMPLES_PER_REASON = 100
-# These rows were fine, and left out because the config asks for it.
+# Reasons of rows that were fine, but left out because the config asks for it.
 BY_CONFIG = ("used_in", "max_rows", "sample", "weight", "over_long", "in_other_split")
 
-# These rows may be fine: it is the chat template that cannot show them.
+# Reasons of rows that may be fine: it is the chat template that cannot render them.
 BY_TEMPLATE = (
     "template_error",
     "template_not_prefix_stable",
@@ -25,7 +25,7 @@ BY_TEMPLATE = (
 
 
 class BadRowError(Exception):
-    """Why a row cannot be used: ``reason`` is a short name, ``detail`` says it for this row."""
+    """Why a row cannot be used: ``reason`` is a short name, ``detail`` explains it for this row."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)

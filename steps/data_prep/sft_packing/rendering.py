@@ -1,7 +1,8 @@
-"""Chat templates in a sandbox: a conversation in, its text and what the assistant says in it out.
+"""Renders chat templates in a sandbox, and finds what the assistant says in the text.
 
-Templates are rendered as ``transformers`` renders them (same globals, filters and whitespace), with
-its ``{% generation %}`` tag, but without importing it: that costs seconds and is no part of a job.
+Templates are rendered as ``transformers`` renders them (same globals, filters and whitespace, and
+its ``{% generation %}`` tag), but without importing it: that takes seconds, and a job does not have
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PROBE: Messages = [
     {"role": "user", "content": QUESTION},
     {"role": "assistant", "content": ANSWER},
 ]
-# What a template that meets data it was not written for can raise.
+# What a template can raise when it gets data that it was not written for.
 RENDER_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -62,10 +63,10 @@ class ChatTemplate:
 
     Args:
         text: Jinja source.
-        variables: What the template sees beside the conversation, such as ``eos_token``.
+        variables: Further variables of the template, such as ``eos_token``.
         special_tokens: Texts of the tokenizer's special tokens; one of them ends a turn.
-        today: The date that ``strftime_now`` gives, ISO; None for the real one. A run that goes on
-            after midnight must render what it rendered before.
+        today: The date that ``strftime_now`` returns, ISO; None for the real one. A run must not
+            render differently after midnight.
 
     Raises:
         jinja2.TemplateSyntaxError: The source does not parse.
@@ -73,8 +74,8 @@ class ChatTemplate:
 
     Attributes:
         text: The source.
-        stop: The special token that ends an assistant's turn, or None where none does. It is what
-            follows the answer of ``PROBE``: after a last turn nothing else can.
+        stop: The special token that ends an assistant's turn, or None. It is the one that follows
+            the answer of ``PROBE``: nothing else can follow a last turn.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ChatTemplate:
         self.text = text
         environment, self._tracker = _environment(today)
         self._template = environment.from_string(text)
-        # Merged once: jinja2 would copy its globals for every conversation.
+        # Merged once, because jinja2 would copy its globals for every conversation.
         self._variables = {**self._template.globals, **variables}
         self._has_markers = _has_generation_tag(environment.parse(text))
         self.stop: str | None = None
@@ -103,16 +104,16 @@ class ChatTemplate:
     ) -> Rendered:
         """Return the text of a conversation and the spans that the assistant says.
 
-        ``is_trained`` says in which messages, see ``turns.trained_turns``; None: in all.
+        ``is_trained`` says for which messages, see ``turns.trained_turns``; None for all.
 
-        With ``{% generation %}`` in the template the spans are what it encloses, from one render.
-        Without it a turn is what the conversation up to and including it adds to the conversation
-        before it plus the generation prompt: two renders per trained turn, and each must be a
-        prefix of the whole text, or the spans would be guesses.
+        If the template has ``{% generation %}``, one render gives the spans: what the tag encloses.
+        Otherwise a span is what a turn adds to the conversation before it plus the generation
+        prompt. That takes two renders per trained turn, and each must be a prefix of the whole
+        text: otherwise the spans would be guesses.
 
-        The token that ends a turn is always in its span: a model that never trained on it does not
-        stop. Some templates leave it outside of ``{% generation %}``. A span of that token alone is
-        left out.
+        The token that ends a turn is always in its span, because a model that was never trained on
+        it does not stop; some templates leave it outside of ``{% generation %}``. A span that
+        consists of that token alone is left out.
 
         Raises:
             BadRowError: ``template_error``, ``template_not_prefix_stable``, ``generation_moved``,
@@ -147,7 +148,7 @@ class ChatTemplate:
         tracker.start()
         text = self._text(messages, tools)
         for start, said in tracker.marked:
-            # Inside a macro or a set block the tag cannot know where its text will land.
+            # Inside a macro or a set block the tag cannot know where its text will be inserted.
             if not text.startswith(said, start):
                 raise BadRowError(
                     "generation_moved", "{% generation %} stands inside a macro or block"
@@ -192,9 +193,9 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _with_stop(self, text: str, span: Span) -> Span:
-        """Grow a span over the stop token after it, or cut the blanks after the stop token in it.
+        """Extend a span over the stop token after it, or cut the blanks after the one in it.
 
-        Blanks that a template puts into ``{% generation %}`` itself stay: its author wants them.
+        Blanks that a template has inside ``{% generation %}`` stay: its author wants them.
         """
         start, end = span
         if self.stop is None or text.endswith(self.stop, start, end):
@@ -217,7 +218,7 @@ class ChatTemplate:
 
 
 class _Tracker:
-    """Where in the output the template is, and what ``{% generation %}`` gave out there."""
+    """Tracks the position in the output, and the texts that ``{% generation %}`` has enclosed."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -272,7 +273,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML characters, which would change what models read."""
+    """Dump JSON as transformers does: jinja's own filter would escape HTML characters."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -287,7 +288,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _require_unicode(text: str) -> None:
-    """JSON can name half a surrogate pair; no tokenizer can encode that."""
+    """Refuse half a surrogate pair, which JSON can contain but no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

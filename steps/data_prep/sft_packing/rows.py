@@ -1,6 +1,6 @@
-"""Parts of files to rows, each with its place; what cannot be parsed is a row that says why.
+"""Reads the rows of a part of a file, each with its place; a row that does not parse says why.
 
-A row larger than ``MAX_ROW_BYTES`` is never held: a missing newline must not cost the memory.
+A row larger than ``MAX_ROW_BYTES`` is never held: a missing newline must not fill the memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nemotron.steps.data_prep.sft_packing.rejects import BadRowError
 
 MAX_ROW_BYTES = 16 << 20
 PLACES = {"lines": "line", "list": "item", "parquet": "row"}
-# A line without a row: not counted, but the lines after it are numbered with it.
+# A blank line: it is no row, but counts in the numbers of the lines after it.
 BLANK = BadRowError("blank", "")
 _PARQUET_BATCH = 256
 _LIST_CHUNK = 1 << 20
@@ -37,9 +37,9 @@ class Row(NamedTuple):
     """One row of a part.
 
     Attributes:
-        position: Number of the line, item or row within the part, from 0.
+        position: Index of the line, item or row within the part.
         value: The parsed row, or why it does not parse.
-        size_bytes: About how much text it is.
+        size_bytes: About how many bytes of text it is.
     """
 
     position: int
@@ -103,8 +103,8 @@ def _next_line(stream: io.BufferedIOBase) -> tuple[bytes | None, int]:
 def parse(text: bytes | str) -> Any | BadRowError:
     """Return the value of one JSON text, or why it has none.
 
-    Stricter than ``json``: NaN and Infinity are not JSON, and of two equal keys in an object a
-    parser would silently keep the last.
+    Stricter than ``json``, which accepts NaN and Infinity, and silently keeps the last of two equal
+    keys in an object.
     """
     try:
         return _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))

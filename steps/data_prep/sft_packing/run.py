@@ -1,6 +1,6 @@
-"""A whole run: plan, tokenize, pack, publish; what an earlier run has done is not done again.
+"""A whole run: plans, tokenizes, packs and publishes, reusing what earlier runs have done.
 
-On several nodes the first one runs this; the others help it with both stages (see ``team.py``).
+On several nodes the first one runs this, and the others help it with both stages (see ``team.py``).
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ from typing import Any
 
 from nemotron.artifacts import MANIFEST, Producer, publish, read_artifact, verify_files
 from nemotron.errors import NemotronError
+from nemotron.processes import available_cores
 from nemotron.steps._entry import step_error
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.checks import datasets_of
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
-from nemotron.steps.data_prep.sft_packing.executors import (
-    Outcome,
-    Task,
-    available_cores,
-    run_tasks,
-)
+from nemotron.steps.data_prep.sft_packing.executors import Outcome, Task, run_tasks
 from nemotron.steps.data_prep.sft_packing.job import Job, Workspace, plan_job, workspace_of
 from nemotron.steps.data_prep.sft_packing.output import assemble
 from nemotron.steps.data_prep.sft_packing.progress import Progress
@@ -39,7 +35,7 @@ def pack_conversations(config: Config, producer: Producer) -> dict[str, Any] | N
     """Write the artifact that a config describes and return its properties.
 
     Returns:
-        None on a node that helped another one, which writes and reports.
+        None on a node that helped another one: that one writes and reports.
 
     Raises:
         NemotronError: Every error of the step's manifest.
@@ -96,7 +92,7 @@ def _help(config: Config, helper: Helper) -> None:
 
 
 def _finished(output: Path, pack_key: str) -> dict[str, Any] | None:
-    """Return the properties of an output that is already what this run would write."""
+    """Return the properties of an output that already is what this run would write, or None."""
     if not (output / MANIFEST).is_file():
         return None
     try:
@@ -138,7 +134,7 @@ def packing_of(config: Config, job: Job, receipts: Sequence[Receipt]) -> Packing
 def run_stage(
     config: Config, name: Stage, tasks: Sequence[Task], job: Job, leader: Leader | None = None
 ) -> list[Receipt]:
-    """Run the tasks of a stage and say how far it is; return their receipts.
+    """Run the tasks of a stage, showing progress, and return their receipts.
 
     Raises:
         NemotronError: What a task raises.
@@ -186,7 +182,7 @@ def _run_here(
 
 
 def _tidy(job: Job, *, keep_tokens: bool) -> None:
-    """Remove what the next run cannot use: shards, and tokens of other inputs or templates."""
+    """Remove what the next run cannot reuse: shards, and tokens of other inputs or templates."""
     workspace: Workspace = job.workspace
     if not keep_tokens:
         workspace.clear()
@@ -200,9 +196,9 @@ def _tidy(job: Job, *, keep_tokens: bool) -> None:
 
 @contextmanager
 def clear_write_errors(output: Path) -> Iterator[None]:
-    """Say where a run could not write, and why, instead of how it found out.
+    """Turn system errors of a run into one that says where it could not write, and why.
 
-    What cannot be read has an error of its own by then.
+    They come from writing: where reading fails, another error is raised.
     """
     try:
         yield

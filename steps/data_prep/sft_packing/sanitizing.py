@@ -1,9 +1,9 @@
-"""Control strings that somebody wrote stay text: ``<|im_end|>`` in a question ends no turn.
+"""Keeps control strings in users' text plain text: ``<|im_end|>`` in a question ends no turn.
 
-Before rendering, every special token's text in what others than the assistant say, in whichever
-field, is replaced by a placeholder that no template and no text can hold; after rendering, the
-pieces with placeholders are encoded as plain text, in which no special token is looked for. What a
-placeholder begins with is itself replaced by one in what anybody says, the assistant included.
+Before rendering, the text of every special token is replaced by a placeholder, in all fields of all
+messages but the assistant's. No template and no text can contain a placeholder. After rendering,
+the pieces with placeholders are encoded as plain text, in which no special token is recognised. The
+character that starts a placeholder is itself replaced by one, in the assistant's messages as well.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Sanitizer:
         self._special = re.compile(f"({'|'.join(map(re.escape, self._texts[:-1])) or '(?!)'})")
 
     def hide(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Return messages with placeholders for control strings outside of the assistant's."""
+        """Return messages with placeholders for control strings, except in the assistant's."""
         return [self._hidden_message(message) for message in messages]
 
     def hide_tools(self, tools: Sequence[Any] | None) -> Sequence[Any] | None:
@@ -55,7 +55,7 @@ class Sanitizer:
 
     def _hidden_message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         texts = self._open if message["role"] == "assistant" else self._any
-        # Most messages are a role and a text; what else there is, a template may print as well.
+        # Most messages are a role and a text; a template may print any other field as well.
         is_touched = len(message) > 2 or texts.search(message["content"])
         return self._hidden(message, texts) if is_touched else message
 

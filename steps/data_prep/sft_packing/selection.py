@@ -1,7 +1,7 @@
-"""Which conversations a run takes, how often, and into which split: by hash, before packing.
+"""Selects conversations by hash, before packing: which are taken, how often, and into which split.
 
-What is chosen depends on what the conversations say and on the config, never on the order of files,
-on how they were cut into tasks, or on how many workers there were.
+The selection depends on what the conversations say and on the config, but not on the order of
+files, on how they were cut into tasks, or on the number of workers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Conversations:
 
     Attributes:
         uids: Content hash, uint64.
-        datasets: Number of the data set, int32, ascending.
-        spools: Number of the spool, int32, ascending.
-        positions: Place within the spool, uint32.
+        datasets: Index of the data set, int32, ascending.
+        spools: Index of the spool, int32, ascending.
+        positions: Index within the spool, uint32.
         rows: Row within the part of the file, uint32.
-        tokens: Tokens at training time that are left of it, at most, int64.
-        survives: Whether the policy for long documents leaves anything of it.
+        tokens: Upper bound of its tokens at training time after cutting, int64.
+        survives: Whether the policy for long documents keeps any part of it.
     """
 
     uids: np.ndarray
@@ -42,12 +42,12 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is taken.
+    """The conversations that are taken.
 
     Attributes:
-        splits: Number of each conversation's split in ``SPLITS``, int8; -1 where it is not taken.
-        copies: How often its split holds it, int64; 0 where it is not taken.
-        dropped: Conversations not taken, by reason, for each data set.
+        splits: Index of each conversation's split in ``SPLITS``, int8; -1 if it is not taken.
+        copies: How often its split holds it, int64; 0 if it is not taken.
+        dropped: Conversations that are not taken, by reason, for each data set.
     """
 
     splits: np.ndarray
@@ -98,9 +98,9 @@ def blend(
     weight_by: WeightBy,
     ratios: Mapping[str, float],
 ) -> Selection:
-    """Return the final selection: weights and repeats realised, every conversation in a split.
+    """Return the final selection, with weights and repeats applied and a split for each.
 
-    Only the train split repeats anything; a repeated row would weigh twice in the others' means.
+    Only the train split repeats conversations; in another split, a copy would count twice in means.
 
     Raises:
         NemotronError: ``empty_split``.
@@ -127,8 +127,8 @@ def blend(
 def smallest_hashes(uids: np.ndarray, count: int, *, seed: int | None = None) -> np.ndarray:
     """Return the indices of the ``count`` conversations with the smallest hashes, ascending.
 
-    The choice depends on what they say and on nothing else, and a larger count is a superset of a
-    smaller one. With a seed, the hashes are hashed once more together with it.
+    The choice depends only on what they say, and a larger count chooses a superset of a smaller
+    one. With a seed, the hashes are hashed once more together with it.
     """
     keys = uids
     if seed is not None:

@@ -1,4 +1,4 @@
-"""Packing that needs about as few rows as any can, and mixes documents about as well as chance."""
+"""Packing that needs close to the fewest rows possible and mixes documents almost at random."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ def shuffle_fill(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of documents as (lengths row after row, where each row starts).
 
-    A row starts with a random document, those of more than half a row first: no two of them share
-    one. Random documents follow while each takes at most half of the room that is left, or all of
-    it; then the largest that still fits closes the row, again and again until none does. Small
-    documents are so used up evenly, and the last rows are as mixed as the first.
+    A row starts with a random document; those longer than half a row come first, since no two of
+    them fit into one. Random documents follow as long as each takes at most half of the room that
+    is left, or all of it. Then the largest document that fits is added until none fits. In this way
+    small documents are used up evenly, and the last rows are as mixed as the first.
 
-    O(n) steps; each asks a bitmap of ``capacity`` bits for the largest length that is left.
+    O(n) steps, each of which looks up the largest remaining length in a bitmap of ``capacity``
+    bits.
 
     Args:
         lengths: Tokens of each document, each in [1, capacity].
@@ -45,7 +46,7 @@ class _Left:
         self.queue: list[int] = queue.tolist()
         self._counts: list[int] = np.bincount(queue, minlength=capacity + 1).tolist()
         self._lengths = _bitmap(self._counts)
-        # What closed a row out of turn: the queue still names it, later.
+        # Documents that were taken out of turn to fill a row; the queue still has them.
         self._taken = [0] * (capacity + 1)
         self._next = 0
 

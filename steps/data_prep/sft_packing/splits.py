@@ -1,4 +1,4 @@
-"""Which documents are train, valid and test: by content hash, exact, before anything is packed."""
+"""Splits documents into train, valid and test: by content hash, exactly, before packing."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def split_counts(num_documents: int, ratios: Mapping[str, float]) -> dict[str, i
 def split_documents(uids: np.ndarray, ratios: Mapping[str, float]) -> dict[str, np.ndarray]:
     """Return the indices of the documents of each split, ascending.
 
-    The smaller splits are filled first, in the order of the hashes, so that a document keeps its
-    split whatever the seed, the number of shards or the order of the files. Documents with the same
-    hash say the same and stay together: a group that does not fit a split is passed over, and ends
-    up in the largest one.
+    The smaller splits are filled first, in the order of the hashes, so that a document's split does
+    not depend on the seed, the number of shards or the order of the files. Documents with the same
+    hash say the same and stay together: a group that does not fit into a split is passed over, and
+    ends up in the largest one.
 
     Raises:
         NemotronError: ``empty_split``.

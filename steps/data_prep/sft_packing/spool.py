@@ -1,9 +1,9 @@
 """Tokenized documents between the two stages: files of flat arrays, sorted by content hash.
 
-A task writes one or more spools. ``KEY-000.tokens`` is int32, a trained token stored as its
+A task writes one or more spools. ``KEY-000.tokens`` is int32, with trained tokens stored as their
 complement (``~id``), so that ids and mask are one array. ``KEY-000.index`` is a count and two
-tables, which are mapped. They are sorted by the conversations' hashes: whoever wants a range of
-hashes reads one range of every file, and nothing else of it.
+tables, which are mapped. Both are sorted by the conversations' hashes, so that for a range of
+hashes only one range of every file has to be read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from nemotron.steps.data_prep.sft_packing.masks import Document
 from nemotron.steps.data_prep.sft_packing.receipts import aside
 
-# 64 MiB of tokens: what a task holds before it writes.
+# Tokens that a task holds before it writes a spool: 64 MiB.
 MAX_TOKENS = 16 << 20
 _BUFFER = 1 << 20
 
@@ -32,7 +32,7 @@ _COUNT = np.dtype("<i8")
 
 
 class SpoolIndex(NamedTuple):
-    """What a spool holds, read as it is used.
+    """The index of a spool, mapped from its file.
 
     Attributes:
         conversations: ``uid``, content hash of each, ascending; ``row``, within the part that it
@@ -54,7 +54,7 @@ def map_index(directory: Path, name: str) -> SpoolIndex:
 
 
 def map_tokens(directory: Path, name: str) -> np.ndarray:
-    """Return the tokens of a spool, int32, complemented where trained; read as they are used."""
+    """Return the tokens of a spool, int32, complemented where trained, mapped from its file."""
     path = directory / f"{name}.tokens"
     if path.stat().st_size == 0:
         return np.empty(0, np.int32)

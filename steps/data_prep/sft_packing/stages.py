@@ -40,8 +40,8 @@ class Packing(NamedTuple):
 
     Attributes:
         tasks: Its tasks, split by split.
-        corpus: What the first stage left.
-        selection: What is taken of it.
+        corpus: The output of the first stage.
+        selection: The conversations that are taken from it.
     """
 
     tasks: list[PackTask]
@@ -61,7 +61,7 @@ def plan_packing(
 
     Args:
         job: The run.
-        receipts: Receipts of ``tokenize_tasks(job)``; the sources are filled in from them.
+        receipts: Receipts of ``tokenize_tasks(job)``; the counts of the sources come from them.
         max_bad_fraction: Share of a data set's rows that may be unusable, in [0, 1].
         sample: Share of each data set, such as ``10%``; None for all.
         sample_seed: Decides which conversations ``sample`` takes.
@@ -138,7 +138,7 @@ def _pack_tasks(job: Job, corpus: Corpus, selection: Selection) -> list[PackTask
 
 
 def _in_order(corpus: Corpus, selection: Selection, name: str) -> np.ndarray:
-    """Return a split's conversations by hash, all once before any of them again."""
+    """Return a split's conversations by hash; the second copies follow after all first ones."""
     mine = selection.of_split(name)
     by_hash = mine[np.argsort(corpus.conversations.uids[mine], kind="stable")]
     copies = selection.copies[by_hash]
@@ -154,7 +154,7 @@ def _group(job: Job, corpus: Corpus, chosen: np.ndarray) -> Group:
 
 
 def _spread(files: list[str], num_groups: int) -> list[tuple[list[str], range]]:
-    """Return which groups go into which files: one into several, or several into one."""
+    """Return which groups go into which files: one group into several files, or the reverse."""
     num_files = len(files)
     if num_groups <= num_files:
         cuts = [number * num_files // num_groups for number in range(num_groups + 1)]

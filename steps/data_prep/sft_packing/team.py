@@ -1,10 +1,10 @@
 """One run on several nodes: the first node leads it, the others do their share of each stage.
 
-They meet in a directory of the work directory beside the output, the *board*, which has to be on a
-file system that all of them see; there is no other connection. The leader writes down what is to be
-done, the others what they have done of it. Each plans the tasks for itself, from the same config
-and files, and takes every N-th. A node that dies ends the job, by its scheduler; the receipts of
-what was done stay, and the same command goes on from them.
+The nodes meet on the *board*, a directory in the work directory beside the output, which has to be
+on a file system that all of them see; there is no other connection. The leader notes there what is
+to be done, the others what they have done of it. Each node plans the tasks for itself, from the
+same config and files, and takes every N-th. If a node dies, the scheduler ends the job; the
+receipts of finished tasks stay, and the same command continues from them.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from nemotron.steps.data_prep.sft_packing.receipts import Receipt, read_receipt
 
 Stage = Literal["tokenize", "pack"]
 OnDone = Callable[[Outcome], None]
-# Runs tasks on this node, and tells of each.
+# Runs tasks on this node, and calls OnDone for each.
 Work = Callable[[Sequence[Task], OnDone], object]
-# How long nodes of one job may start apart: an image may be pulled on one and be there on another.
+# How far apart the nodes of a job may start: one may still pull an image that another one has.
 _MEET_SECONDS = 600.0
 _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the leader asks for.
+    """The leader's order to work on a stage.
 
     Attributes:
-        number: Of this stage in the run.
-        stage: Its name.
-        engine: What encodes.
-        pack_key: Digest of everything that the output depends on. It has paths in it, which may
-            differ from node to node, so there is one for all.
+        number: Number of the order in the run.
+        stage: Name of the stage.
+        engine: The engine that encodes text.
+        pack_key: Digest of everything that the output depends on. The leader's counts for all
+            nodes, since it depends on paths, which may differ from node to node.
         tasks: Digest of the keys of the tasks, which must be the same on all nodes.
     """
 
@@ -75,7 +75,7 @@ class Leader:
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
-        """Open the board; at the end send the others home and take it away."""
+        """Open the board; at the end dismiss the others and remove it."""
         self._board.mkdir(parents=True, exist_ok=True)
         try:
             self._own.append(here=socket.gethostname())
@@ -83,7 +83,7 @@ class Leader:
             self._own.append(end=True)
             _wait(self._have_left, _MEET_SECONDS)
         finally:
-            # Renamed first: nobody can write into it while it is removed.
+            # Renamed first, so that nobody writes into it while it is removed.
             gone = self._board.with_name(f"{self._board.name}.gone")
             with contextlib.suppress(OSError):
                 self._board.rename(gone)
@@ -100,15 +100,15 @@ class Leader:
         work: Work,
         on_done: OnDone,
     ) -> list[Receipt]:
-        """Do this node's share of a stage, wait for the others', return all receipts in order.
+        """Do this node's share of a stage, wait for the others' and return all receipts in order.
 
         Args:
-            stage: Which.
+            stage: The stage.
             tasks: All of its tasks.
-            engine: What encodes.
+            engine: The engine that encodes text.
             pack_key: Digest of everything that the output depends on.
-            work: How tasks are run here.
-            on_done: Told of every task of every node.
+            work: Runs tasks on this node.
+            on_done: Called for every finished task, of all nodes.
 
         Raises:
             NemotronError: What ``work`` raises, on any node; ``nodes_apart``.
@@ -117,40 +117,27 @@ class Leader:
         order = Order(self._num_orders, stage, engine, pack_key, _digest(tasks))
         self._num_orders += 1
         self._own.append(order=vars(order))
-        receipts: list[Receipt] = [{}] * len(tasks)
-        missing = set(range(len(tasks)))
-
-        def done(outcome: Outcome) -> None:
-            missing.remove(outcome.number)
-            receipts[outcome.number] = outcome.receipt
-            on_done(outcome)
-
-        def collect() -> None:
-            for note in self._told(order):
-                task = tasks[note["task"]]
-                receipt = read_receipt(task.directory, task.key)
-                done(Outcome(note["task"], receipt, note["was_done"], note["peak_bytes"]))
-
+        results = _Results(tasks, on_done)
         mine = _share(tasks, 0, self.count)
 
         def done_here(outcome: Outcome) -> None:
-            done(outcome._replace(number=mine[outcome.number]))
-            collect()
+            results.add(outcome._replace(number=mine[outcome.number]))
+            self._collect(order, results)
 
         work([tasks[number] for number in mine], done_here)
         end = time.monotonic() + _MEET_SECONDS
-        while missing:
-            collect()
+        while results.missing:
+            self._collect(order, results)
             if time.monotonic() > end and not all(other.exists() for other in self._others):
                 raise _apart("a node has not come to it", self._board)
             time.sleep(_POLL_SECONDS)
-        return receipts
+        return results.receipts
 
     def meet(self, is_complete: Callable[[], bool]) -> None:
-        """Wait until the nodes have come together.
+        """Wait until all nodes are there.
 
         Raises:
-            NemotronError: What another node tells; ``nodes_apart``.
+            NemotronError: What another node reports; ``nodes_apart``.
         """
 
         def have_met() -> bool:
@@ -160,8 +147,15 @@ class Leader:
         if not _wait(have_met, _MEET_SECONDS):
             raise _apart("a node has not come to it", self._board)
 
+    def _collect(self, order: Order, results: _Results) -> None:
+        """Add what the others have done of a stage since the last time."""
+        for note in self._told(order):
+            task = results.tasks[note["task"]]
+            receipt = read_receipt(task.directory, task.key)
+            results.add(Outcome(note["task"], receipt, note["was_done"], note["peak_bytes"]))
+
     def _notes(self) -> list[Note]:
-        """Return what the others have told since the last time; raise what ended one of them."""
+        """Return the others' notes since the last time; raise what ended one of them."""
         notes = [note for other in self._others for note in other.read_new()]
         for note in notes:
             if "error" in note:
@@ -171,7 +165,7 @@ class Leader:
         return notes
 
     def _told(self, order: Order) -> list[Note]:
-        """Return what the others have done of a stage since the last time."""
+        """Return the others' notes on a stage since the last time."""
         of_stage = [note for note in self._notes() if note.get("stage") == order.number]
         for note in of_stage:
             if "mismatch" in note:
@@ -182,6 +176,21 @@ class Leader:
         notes = [note for other in self._others for note in other.read_new()]
         self._num_left += sum("left" in note for note in notes)
         return self._num_left == len(self._others)
+
+
+class _Results:
+    """The receipts of a stage's tasks, as they come in from all nodes."""
+
+    def __init__(self, tasks: Sequence[Task], on_done: OnDone) -> None:
+        self.tasks = tasks
+        self.receipts: list[Receipt] = [{}] * len(tasks)
+        self.missing = set(range(len(tasks)))
+        self._on_done = on_done
+
+    def add(self, outcome: Outcome) -> None:
+        self.missing.remove(outcome.number)
+        self.receipts[outcome.number] = outcome.receipt
+        self._on_done(outcome)
 
 
 class Helper:
@@ -202,7 +211,7 @@ class Helper:
 
     @contextlib.contextmanager
     def helping(self) -> Iterator[None]:
-        """Wait for the leader; tell it if the block fails.
+        """Wait for the leader; report to it if the block fails.
 
         Raises:
             NemotronError: ``nodes_apart``.
@@ -220,7 +229,7 @@ class Helper:
             raise
 
     def orders(self) -> Iterator[Order]:
-        """Yield what the leader asks for, until it sends its helpers home or fails."""
+        """Yield the leader's orders until it dismisses its helpers or fails."""
         while self._board.is_dir():
             for note in self._leader.read_new():
                 if "order" in note:
@@ -231,7 +240,7 @@ class Helper:
             time.sleep(_POLL_SECONDS)
 
     def stay(self, is_well: Callable[[], bool]) -> bool:
-        """Wait until the leader sends its helpers home; return whether all was well until then."""
+        """Wait until the leader dismisses its helpers; return whether ``is_well`` held so long."""
         while self._board.is_dir():
             if any("end" in note for note in self._leader.read_new()):
                 self._own.append(left=True)
@@ -242,10 +251,10 @@ class Helper:
         return True
 
     def do(self, order: Order, tasks: Sequence[Task], work: Work) -> None:
-        """Do this node's share of a stage and tell the leader.
+        """Do this node's share of a stage and report it to the leader.
 
         Raises:
-            NemotronError: What ``work`` raises; ``nodes_apart``: these are other tasks.
+            NemotronError: What ``work`` raises; ``nodes_apart``: the leader has other tasks.
         """
         if _digest(tasks) != order.tasks:
             problem = f"this node sees other inputs to {order.stage} than the first one"
@@ -263,12 +272,12 @@ class Helper:
 
 
 def role_of(work: Path, environment: Mapping[str, str] = os.environ) -> Leader | Helper | None:
-    """Return what this node is to a run of several; None where it is alone.
+    """Return this node's role in a run of several nodes; None if it is the only one.
 
     Args:
         work: The work directory, in which the board is.
-        environment: ``NEMOTRON_NODES`` and ``NEMOTRON_NODE``, which the job's script sets, and
-            ``NEMOTRON_JOB`` and ``NEMOTRON_START``, which tell this run from others.
+        environment: Has ``NEMOTRON_NODES`` and ``NEMOTRON_NODE``, which the job's script sets, and
+            ``NEMOTRON_JOB`` and ``NEMOTRON_START``, which identify this start of this job.
     """
     count = int(environment.get("NEMOTRON_NODES", "1"))
     if count == 1:

@@ -1,6 +1,6 @@
-"""Where a chat template comes from: the tokenizer, a bundled name, a file or the config itself.
+"""Finds the text of a chat template: by bundled name, in a file, or inline in the config.
 
-The launcher's checks import this module, so it stays light: text only, nothing is rendered here.
+The launcher's checks import this module, so it stays light: nothing is rendered here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def is_inline(chat_template: str) -> bool:
 
 
 def unknown_template(chat_template: str) -> NemotronError:
-    """Return the error for a name that is no bundled template, no file and no template text."""
+    """Return the error for a value that is neither a bundled name nor a file nor template text."""
     names = bundled_names()
     close = difflib.get_close_matches(chat_template, names, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""The tokenizer of the model to train, from its Hugging Face files, without ``transformers``."""
+"""Loads the tokenizer of the model to train from its Hugging Face files, without transformers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPECIAL_TOKEN_KEYS = tuple(
 )
 _REMEMBERED_WORDS = 1 << 17
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# What control tokens look like in the templates of every family that has them.
+# The form of control tokens in the templates of all families that have some.
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
@@ -39,14 +39,14 @@ class ChatTokenizer:
 
     Attributes:
         backend: Encodes text; neither truncates nor pads.
-        directory: Where its files lie.
+        directory: Directory of its files.
         blake3: Digest of ``tokenizer.json``.
         variables: Special tokens by name (``eos_token``, ...), as chat templates see them.
         special_tokens: Texts of all special tokens.
-        chat_template: The tokenizer's own template, of several the one called default, or None.
+        chat_template: The tokenizer's own template (of several, the one called default), or None.
         vocab_size: Largest token id + 1.
         eos_token_id: Id of the EOS token.
-        pad_token_id: Id of the padding token; that of EOS where there is none.
+        pad_token_id: Id of the padding token, or of the EOS token if there is none.
         bos_token_id: Id of the BOS token, or None.
     """
 
@@ -105,7 +105,7 @@ def load_tokenizer(model: str) -> ChatTokenizer:
 
 
 def template_text(chat_template: str | None, tokenizer: ChatTokenizer) -> str:
-    """Return the template that a config asks for; None asks for the tokenizer's own.
+    """Return the text of the template in a config; None stands for the tokenizer's own.
 
     Raises:
         NemotronError: ``bad_chat_template``: there is no such template; ``tokenizer_mismatch``: its
@@ -127,7 +127,7 @@ def template_text(chat_template: str | None, tokenizer: ChatTokenizer) -> str:
 
 
 def _remember_words(backend: Tokenizer) -> None:
-    """Let BPE keep the tokens of more words than its 10,000; a tenth faster on a large corpus."""
+    """Enlarge BPE's cache of 10,000 words, which saves a tenth of the time on a large corpus."""
     resize = getattr(backend.model, "_resize_cache", None)
     if resize is not None:
         resize(_REMEMBERED_WORDS)
@@ -179,7 +179,7 @@ def _token_id(backend: Tokenizer, key: str, token: str, directory: Path) -> int:
 
 
 def _require_embeddings(path: Path, vocab_size: int) -> None:
-    """Where the model's config lies beside the tokenizer, every token must have an embedding."""
+    """Refuse a tokenizer with more tokens than embeddings in the model's config beside it."""
     model = _read_json(path)
     embeddings = model.get("text_config", model).get("vocab_size")
     if isinstance(embeddings, int) and vocab_size > embeddings:
@@ -193,7 +193,7 @@ def _own_template(directory: Path, config: Mapping[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        # As _formats.huggingface.read_chat_template, which a merge compares with; that is torch's.
+        # The same as _formats.huggingface.read_chat_template, which a merge uses and needs torch.
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
 

@@ -1,4 +1,4 @@
-"""The first stage's task: a part of a file to spools of tokenized documents, and a receipt."""
+"""The task of the first stage: tokenizes a part of a file into spools, with a receipt."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class RowSettings:
     Attributes:
         messages_field: Field of a conversation.
         tools_field: Field of the tool definitions.
-        used_in_field: Field that ``used_in_filter`` looks at.
-        used_in_filter: Keep only rows that name this there; None keeps all.
+        used_in_field: Field that ``used_in_filter`` is looked for in.
+        used_in_filter: Keep only rows whose ``used_in_field`` names this; None keeps all.
         max_rows: Tokenize at most this many conversations, those with the smallest hashes.
     """
 
@@ -86,9 +86,9 @@ class TokenizeTask:
         key: Digest of everything that the result depends on.
         directory: Where the result goes.
         part: What to read.
-        size_bytes: How much work it is, about.
-        rows: Which rows, and what of them.
-        encoder: What encodes them.
+        size_bytes: About how much work it is.
+        rows: Which rows are used, and which of their fields.
+        encoder: Settings of the encoder.
     """
 
     key: str
@@ -132,7 +132,7 @@ _encoders: dict[EncoderSettings, Encoder] = {}
 
 
 def encoder_of(settings: EncoderSettings, tokenizer: ChatTokenizer | None = None) -> Encoder:
-    """Return the encoder of this process for some settings; built once.
+    """Return the encoder for some settings, which each process builds only once.
 
     Raises:
         NemotronError: ``tokenizer_mismatch``: the tokenizer changed since the run was planned.
@@ -161,7 +161,7 @@ def _build(settings: EncoderSettings, tokenizer: ChatTokenizer) -> Encoder:
 
 @dataclass
 class _Tally:
-    """What became of a part's rows: ``refused`` are those ``rendered`` of no use after all."""
+    """What became of a part's rows; ``refused`` are those that were ``rendered`` but unusable."""
 
     place: str
     positions: int = 0
@@ -176,7 +176,7 @@ class _Tally:
         self.samples: list[dict[str, Any]] = []
 
     def drop(self, position: int, error: BadRowError) -> None:
-        """Count a row; keep its place while its reason has few."""
+        """Count a row as dropped; keep its place unless its reason has enough samples."""
         self.dropped[error.reason] += 1
         if self.dropped[error.reason] <= SAMPLES_PER_REASON:
             sample = {"position": position, "reason": error.reason, "detail": error.detail}
@@ -235,7 +235,7 @@ def _conversation(row: Row, settings: RowSettings) -> Conversation:
 
 
 def _require_used_in(value: dict[str, Any], used_in_field: str, wanted: str | None) -> None:
-    """A row names its uses as one word, as words between commas, or as a list."""
+    """Refuse a row that does not name a use: as a word, as words between commas, or in a list."""
     if wanted is None:
         return
     uses = value.get(used_in_field)
@@ -246,7 +246,7 @@ def _require_used_in(value: dict[str, Any], used_in_field: str, wanted: str | No
 
 
 def _limited(found: Iterator[_Found], max_rows: int | None, tally: _Tally) -> Iterable[_Found]:
-    """Return the conversations of the smallest hashes, in their order: no part needs more."""
+    """Return the ``max_rows`` conversations with the smallest hashes, in the order of the part."""
     if max_rows is None:
         return found
     chosen = heapq.nsmallest(max_rows, found, key=lambda item: item.conversation.uid)

@@ -1,4 +1,4 @@
-"""Which of the assistant's turns are trained: what says something, unless its weight is 0."""
+"""Decides which turns of the assistant are trained: those that are not empty or of weight 0."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Span = tuple[int, int]
 
 
 def trained_turns(variant: Variant) -> list[bool]:
-    """Return whether each message is to be trained: those of the assistant.
+    """Return for each message whether it is trained: the assistant's last ``num_trained`` ones.
 
-    Not those before its last ``num_trained`` ones, nor those with the weight 0, nor empty ones: a
-    model that learns to end its turn at once does so where it should answer.
+    Those with the weight 0 are not trained, nor empty ones: a model that learns to end its turn at
+    once would do so where it should answer.
     """
     num_trained, messages = variant.num_trained, variant.messages
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -28,9 +28,9 @@ def trained_turns(variant: Variant) -> list[bool]:
 def chosen_spans(
     spans: Sequence[Span], messages: Messages, is_trained: Sequence[bool]
 ) -> Sequence[Span]:
-    """Return the spans of turns that are trained, of the spans of all turns.
+    """Return the spans of the trained turns, given the spans of all turns.
 
-    A template may mark nothing where a turn says nothing.
+    A template may mark no span for a turn that is empty.
 
     Raises:
         BadRowError: ``spans_not_per_turn``: which span is which turn's cannot be told.

@@ -1,11 +1,11 @@
-"""One worker of a job array: every N-th task of a stage, and nothing else.
+"""One worker of a job array, which does every N-th task of a stage and nothing else.
 
     python -m nemotron.steps.data_prep.sft_packing.worker --config train.yaml \\
         --stage tokenize --index $SLURM_ARRAY_TASK_ID --count $SLURM_ARRAY_TASK_COUNT
 
-Run all of ``tokenize``, then all of ``pack``, then the step itself, which finds every task done and
-publishes. Workers agree on the tasks because each plans them from the same config and files; one
-that dies is simply run again.
+Run all workers of ``tokenize``, then all of ``pack``, then the step itself, which finds every task
+done and publishes. The workers agree on the tasks because each plans them from the same config and
+files. A worker that dies is simply run again.
 """
 
 from __future__ import annotations

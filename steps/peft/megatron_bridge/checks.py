@@ -1,7 +1,7 @@
-"""What can be refused before a process group exists: contradictions of config, data and base.
+"""Finds contradictions between config, data and base, before a process group exists.
 
-Torch-free, because the launcher asks the same questions before it starts anything; inside the job
-they are asked again, of the files that the job really sees.
+Torch-free, because the launcher makes the same checks before it starts anything. The job makes them
+again, on the files that it really sees.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEP = "peft/megatron_bridge"
 
 
 def check(config: Config) -> list[NemotronError]:
-    """Return every contradiction; inputs that do not exist yet are passed over."""
+    """Return every contradiction; inputs that do not exist yet are not checked."""
     errors = check_config(config)
     packs = _existing_packs(packed_root(config.packed_data), errors)
     base = _existing(base_root(config.checkpoint.pretrained_checkpoint), None, errors)
@@ -73,7 +73,7 @@ def check_config(config: Config) -> list[NemotronError]:
 
 
 def existing_inputs(config: Config) -> tuple[Path, Path]:
-    """Return the root of the packed data and the path of the base, which are there and fit.
+    """Return the root of the packed data and the path of the base, which exist and match.
 
     Raises:
         NemotronError: The first contradiction, or an input is missing.
@@ -91,7 +91,7 @@ def existing_inputs(config: Config) -> tuple[Path, Path]:
 
 
 def packed_root(path: str | None) -> Path | None:
-    """Return the packing's output directory from itself, its splits/train or a glob of shards."""
+    """Return the packing's output directory, given itself, its splits/train or a glob of shards."""
     if path is None:
         return None
     start = Path(path)
@@ -99,7 +99,7 @@ def packed_root(path: str | None) -> Path | None:
 
 
 def base_root(path: str | None) -> Path | None:
-    """Return the root of a Megatron checkpoint from itself or from its iteration directory."""
+    """Return the root of a Megatron checkpoint, given itself or its iteration directory."""
     if path is None:
         return None
     start = Path(path)
@@ -178,12 +178,12 @@ def _check_tokenizer(config: Config, packs: Artifact, base: Artifact) -> list[Ne
 def target_errors(
     patterns: Mapping[str, Collection[str]], *, num_layers: int
 ) -> list[NemotronError]:
-    """Return an error for every pattern that names no linear of a base, or none that is adapted.
+    """Return an error for every pattern that matches none of the linears that it could match.
 
     Args:
-        patterns: By config key; ``peft.target_modules`` are the targets, the others are matched
-            against what they name.
-        num_layers: Of the base.
+        patterns: Patterns by config key. ``peft.target_modules`` are matched against all linears,
+            those of other keys against the linears that ``peft.target_modules`` name.
+        num_layers: Layers of the base.
     """
     names = linear_names(num_layers)
     adapted = [name for name in names if first_match(patterns["peft.target_modules"], name)]
@@ -237,12 +237,12 @@ def layout_errors(
     """Return an error for every size of a base that cannot be split over the ranks.
 
     Args:
-        num_layers: Of the base, as the two that follow.
-        num_query_groups: Heads of keys and values.
-        ffn_hidden_size: Features between the linears of the MLP.
+        num_layers: Layers of the base.
+        num_query_groups: Its heads of keys and values.
+        ffn_hidden_size: Its features between the linears of the MLP.
         tensor_parallel_size: Ranks that share every linear.
-        num_stages: Pipeline stages, times the parts of each.
-        num_layers_in_first_stage: Layers of the first stage, where not an equal part.
+        num_stages: Pipeline stages times the parts of each.
+        num_layers_in_first_stage: Layers of the first stage; None for an equal share.
         num_layers_in_last_stage: Layers of the last stage, likewise.
         where: File or directory that states the sizes.
     """
@@ -261,9 +261,9 @@ def layout_errors(
 
 
 def _check_resume(config: Config) -> list[NemotronError]:
-    """Refuse to go on from another run's save, or to start where something else is.
+    """Refuse to resume from another run's save, or to start where something else is.
 
-    The job hashes the save's files, this does not.
+    The job verifies the digests of the save's files; this check does not.
     """
     packs, base = packed_root(config.packed_data), config.checkpoint.pretrained_checkpoint
     if packs is None or base is None:
@@ -288,7 +288,7 @@ def _check_resume(config: Config) -> list[NemotronError]:
 
 
 def start_refused(error: ResumeMismatchError | NoSaveToLoadError) -> NemotronError:
-    """Return the manifest's error for a save that a run cannot go on from."""
+    """Return the manifest's error for a save that a run cannot resume from."""
     is_mismatch = isinstance(error, ResumeMismatchError)
     name = "resume_mismatch" if is_mismatch else "no_save_to_load"
     return step_error(STEP, name, str(error), where="checkpoint")

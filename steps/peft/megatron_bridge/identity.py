@@ -1,7 +1,8 @@
-"""What a run's result depends on, as data: two runs that agree in it may share their saves.
+"""The identity of a run: everything that its result depends on, as data.
 
-Torch-free, because the launcher compares it before it starts anything. A key that is new in the
-schema counts until it is named here as one that changes no result.
+A run can resume from another's saves if both have the same identity. Torch-free, because the
+launcher compares identities before it starts anything. A new key of the schema is part of the
+identity until it is listed here as one that changes no result.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 from nemotron.artifacts import MANIFEST, read_artifact, sha256_json
 from nemotron.steps.peft.megatron_bridge.schema import Config
 
-# Where things are and how often they happen; what the batch and the model are split over; and what
-# is compared by its content or by the property that all of its spellings lead to.
+# Keys that are not part of the identity: where things are and how often they happen; how batch and
+# model are split; and what is compared by its content, or by one property for all its spellings.
 _HARMLESS_SECTIONS = (
     "checkpoint.", "checkpoint_patch.", "dataset.", "dist.", "hf_load.", "logger.", "scheduler.",
 )  # fmt: skip
@@ -46,12 +47,12 @@ _HARMLESS_KEYS = {
 
 
 def run_identity(config: Config, packed_root: Path, base_path: Path) -> dict[str, Any]:
-    """Return the values that a save must share with the run that goes on from it.
+    """Return the values that a save must have in common with a run that resumes from it.
 
     Args:
         config: The run's config.
-        packed_root: Output directory of data_prep/sft_packing, whose train rows count.
-        base_path: The base: its fingerprint counts, or its path where it has none.
+        packed_root: Output directory of data_prep/sft_packing; its train rows are part of it.
+        base_path: The base; its fingerprint is part of it, or its path if it has none.
     """
     values = dict(_leaves(config.model_dump(mode="json", by_alias=True)))
     identity = {key: value for key, value in values.items() if not _is_harmless(key)}
@@ -71,7 +72,7 @@ def run_identity(config: Config, packed_root: Path, base_path: Path) -> dict[str
 
 
 def _schedule(config: Config) -> dict[str, Any]:
-    """Return what the learning rate of an iteration depends on, however it was stated."""
+    """Return what the learning rate depends on, in whichever keys it was stated."""
     style = config.scheduler.lr_decay_style
     values: dict[str, Any] = {
         "scheduler.lr_decay_style": style,
@@ -88,7 +89,7 @@ def _schedule(config: Config) -> dict[str, Any]:
 
 
 def _orders(config: Config) -> dict[str, Any]:
-    """Return the order of patterns, of which the first match counts, where there are several."""
+    """Return the order of patterns, of which the first match counts, if there are several."""
     patterns = {
         "peft.rank_pattern": config.peft.rank_pattern,
         "peft.alpha_pattern": config.peft.alpha_pattern,

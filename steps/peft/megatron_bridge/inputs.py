@@ -1,4 +1,4 @@
-"""What a run reads: packs and base, each verified, and the model made of the base."""
+"""The inputs of a run: verified packs and base, and the model that is loaded from the base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nemotron.steps.peft.megatron_bridge.settings import ModelSettings, RunSetti
 
 @dataclass(frozen=True)
 class Inputs:
-    """Packs and base, their files as they were written.
+    """Packs and base, whose files are as they were written.
 
     Attributes:
         packed_root: Output directory of data_prep/sft_packing.
@@ -39,7 +39,7 @@ class Inputs:
         return PackedSplit(self.packed_root / "splits" / name, vocab_size=vocab_size)
 
     def lineage(self) -> list[Input]:
-        """Return what an adapter's manifest says of them."""
+        """Return the entries of both in an adapter's manifest."""
         return [
             describe_input("packed_parquet", self.packed_root),
             describe_input("checkpoint_megatron", self.base.root),
@@ -64,7 +64,7 @@ class Inputs:
         }
 
     def base_source(self) -> str:
-        """Return where the base came from on the Hugging Face side, as far as lineage says."""
+        """Return the Hugging Face checkpoint that the base was made from, else the base itself."""
         inputs = self.base.artifact.inputs if self.base.artifact else ()
         paths = (each.path for each in inputs if each.type == "checkpoint_hf")
         return next(paths, str(self.base.root))
@@ -84,10 +84,10 @@ def open_inputs(packed_root: Path, base_path: Path, layout: Layout) -> Inputs:
 
 
 def _verified(directory: Path, artifact_type: str, layout: Layout) -> Artifact:
-    """Return an input's manifest; its files are hashed by all ranks, each a share of them.
+    """Return an input's manifest after all ranks have verified its files, each rank a share.
 
-    One rank alone would keep the others waiting for longer than a collective may take, with a base
-    of some hundred gigabytes on a slow disk.
+    With a base of some hundred gigabytes on a slow disk, a single rank would keep the others
+    waiting for longer than a collective may take.
     """
     artifact = read_artifact(directory, artifact_type)
     share = artifact.files[layout.world.rank :: layout.world.size]
@@ -97,7 +97,7 @@ def _verified(directory: Path, artifact_type: str, layout: Layout) -> Artifact:
 
 
 def load_model(base: MegatronCheckpoint, settings: RunSettings, layout: Layout) -> PipelineStage:
-    """Return this rank's part of the base, with adapters as they are before the first step.
+    """Return this rank's part of the base, with adapters initialised for the first step.
 
     Raises:
         NemotronError: ``no_such_module``, ``layout_unsupported``.
@@ -119,7 +119,7 @@ def load_model(base: MegatronCheckpoint, settings: RunSettings, layout: Layout) 
 
 
 def _check_base(base: MegatronCheckpoint, settings: RunSettings, layout: Layout) -> None:
-    """Refuse what the base cannot do; the checks before knew the base's config at best."""
+    """Refuse settings that do not fit the base; earlier checks may not have known its config."""
     lora, model = settings.lora, settings.model
     patterns = {
         "peft.target_modules": lora.modules,
@@ -143,7 +143,7 @@ def _check_base(base: MegatronCheckpoint, settings: RunSettings, layout: Layout)
 def _load_layers(
     base: MegatronCheckpoint, lora: LoraTargets, settings: ModelSettings, layout: Layout
 ) -> PipelineStage:
-    """Return this rank's layers, in as many parts as settings ask for; adapters are zero."""
+    """Return this rank's layers, in as many parts as the settings say, with adapters of zeros."""
     layers = split_layers(
         base.config.num_layers,
         layout.pipeline.size * settings.num_chunks,

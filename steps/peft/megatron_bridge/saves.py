@@ -1,4 +1,4 @@
-"""What the run writes at every save: the adapter, what it takes to go on, and what it came from."""
+"""What a run writes at every save: the adapter, the state to resume from, and its lineage."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Saves:
     Attributes:
         output: Directory of the run.
         train_iters: Optimizer steps of the run.
-        resume: What is kept for a run that goes on from a save.
+        resume: What is saved so that a run can be resumed.
         stop: Whether this save is the last one before the run is stopped.
-        base_model_name_or_path: What the adapter's config names as its base.
-        tokenizer_dir: The base's tokenizer, or None.
-        packed_root: Packed data, whose chat template goes with the adapter.
+        base_model_name_or_path: The base that the adapter's config names.
+        tokenizer_dir: Directory of the base's tokenizer, or None.
+        packed_root: Packed data, whose chat template is saved with the adapter.
         produced_by: Producer of the artifact.
         inputs: Inputs of the artifact.
         properties: Properties of the artifact that are the same at every save.
@@ -50,7 +50,7 @@ class Saves:
     properties: dict[str, Any]
 
     def save(self, trainer: Trainer, progress: Progress) -> None:
-        """Save what ``trainer`` has reached; a collective. Training survives one that fails.
+        """Save the adapter; a collective. Unless it is the last save, training survives a failure.
 
         Raises:
             SaveFailedError: The last save of the run failed.
@@ -66,7 +66,7 @@ class Saves:
 
     def _write(self, trainer: Trainer, progress: Progress) -> Path:
         before, now = progress.before, progress.now
-        # Losses of other rows, as after a change of eval_iters, are no before and after.
+        # Losses on other rows, as after a change of eval_iters, cannot be compared.
         if before and now and before.supervised_tokens != now.supervised_tokens:
             before = None
         losses = {
@@ -98,6 +98,6 @@ class Saves:
         if trainer.layout.is_first and self.resume.most_recent_k > 0:
             try:
                 retain_newest(self.output, self.resume.most_recent_k, until=progress.iteration)
-            except OSError as error:  # what was to be written is
+            except OSError as error:  # the new save is complete
                 print(f"warning: earlier saves stay: {error}", file=sys.stderr, flush=True)
         return directory

@@ -1,8 +1,8 @@
-"""The config of peft/megatron_bridge as a whole: what its sections come to together.
+"""The config of peft/megatron_bridge as a whole, and what follows from several of its sections.
 
-Upstream spreads one fact over several sections (``recipe.seq_length``, ``model.seq_length``,
-``dataset.seq_length``). All of them are accepted; those that are set must agree, and the code reads
-the properties at the end of ``Config``, so that there is one truth.
+Upstream repeats one fact in several sections (``recipe.seq_length``, ``model.seq_length``,
+``dataset.seq_length``). All of these keys are accepted, and those that are set must agree. The code
+only reads the properties at the end of ``Config``, so that there is one truth.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Config(Schema):
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether activations between the linears are split over the sequence; of one rank, not."""
+        """Whether activations between the linears are split over the sequence, if TP is above 1."""
         return self._stated("sequence_parallel", True)
 
     @property
@@ -126,7 +126,7 @@ class Config(Schema):
 
     @property
     def lr_decay_iters(self) -> int:
-        """Iteration at which the learning rate stops to fall."""
+        """Iteration at which the learning rate stops falling."""
         return self.scheduler.lr_decay_iters or self.train.train_iters
 
     @property
@@ -139,7 +139,7 @@ class Config(Schema):
 
     @property
     def packed_data(self) -> str | None:
-        """Where the packed data is, whichever key says so."""
+        """Path of the packed data, from whichever key has it."""
         specs = self.dataset.packed_sequence_specs
         return self.dataset.nano3_packed_sft_dir or specs.packed_train_data_path
 

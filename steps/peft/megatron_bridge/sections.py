@@ -70,7 +70,7 @@ class RecipeConfig(Schema):
 
 
 class ModelConfig(Schema):
-    """The same facts in Megatron's model section, the loss's normalisation and recomputation."""
+    """The same facts in Megatron's model section, and how the loss is normalised."""
 
     seq_length: PositiveInt | None = Field(default=None, description="as recipe.seq_length")
     tensor_model_parallel_size: PositiveInt | None = Field(
@@ -176,7 +176,7 @@ class PeftConfig(Schema):
     @field_validator("target_modules", "rank_pattern", "alpha_pattern")
     @classmethod
     def _targets_exist(cls, patterns: Patterns, info: ValidationInfo) -> Patterns:
-        # What a full name or wildcard matches depends on the base; see checks.target_errors.
+        # Whether full names and wildcards match depends on the base; see checks.target_errors.
         unknown = [each for each in patterns if "." not in each and "*" not in each]
         unknown = sorted(set(unknown) - set(LINEARS))
         if unknown or (info.field_name == "target_modules" and not patterns):
@@ -308,9 +308,9 @@ class CheckpointConfig(Schema):
 
     @property
     def other_run(self) -> Path | None:
-        """Directory of another run to go on from.
+        """Directory of another run to continue; None without one.
 
-        Upstream's ``load`` equal to ``save`` asks for what happens by itself.
+        Upstream has to set ``load`` to ``save`` to continue its own run; that happens here anyway.
         """
         if self.load is None or Path(self.load).resolve() == self.save.resolve():
             return None

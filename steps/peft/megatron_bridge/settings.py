@@ -1,4 +1,4 @@
-"""What the config says, in the terms of the trainer."""
+"""Translates the config into the settings of the trainer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class ModelSettings:
         dtype: dtype of the base and of activations.
         sequence_parallel: Whether activations between the linears are split over the sequence.
         recompute: Whether layers are computed again in the backward pass.
-        num_chunks: Parts of the model on each pipeline stage; more than one: interleaved.
-        num_layers_in_first_stage: Layers of the first pipeline stage, where not an equal part.
+        num_chunks: Parts of the model on each pipeline stage; with more than one, the schedule is
+            interleaved.
+        num_layers_in_first_stage: Layers of the first pipeline stage; None for an equal share.
         num_layers_in_last_stage: Layers of the last pipeline stage, likewise.
     """
 
@@ -38,7 +39,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is to do, wherever it runs and whatever it reads.
+    """The settings of a run, independent of where it runs and what it reads.
 
     Attributes:
         lora: Adapters, and the linears that get one.
@@ -48,9 +49,9 @@ class RunSettings:
         adam: Optimizer settings.
         intervals: Length of the run, and when it evaluates and saves.
         seed: Seed of the adapter, the row order and dropout.
-        resume: What the run goes on from, and what it keeps for a run that goes on from it.
-        base_model_name_or_path: What the adapter's config names as its base; the base's own source
-            where None.
+        resume: What the run resumes from, and what it saves so that it can be resumed.
+        base_model_name_or_path: The base that the adapter's config names; None for the source of
+            the base.
     """
 
     lora: LoraTargets
@@ -65,7 +66,7 @@ class RunSettings:
 
 
 def run_settings(config: Config, identity: dict[str, Any]) -> RunSettings:
-    """Return the settings of a run; ``identity`` is what must not have changed if it goes on."""
+    """Return the settings of a run; ``identity`` must be that of a save that it resumes from."""
     return RunSettings(
         lora=lora_targets(config),
         model=model(config),
@@ -139,7 +140,7 @@ def intervals(config: Config) -> Intervals:
 
 
 def resume(config: Config, identity: dict[str, Any]) -> ResumeSettings:
-    """Return what a run goes on from; ``identity`` is what must not have changed since."""
+    """Return what a run resumes from; ``identity`` must be that of the save."""
     checkpoint = config.checkpoint
     return ResumeSettings(
         load=checkpoint.other_run,

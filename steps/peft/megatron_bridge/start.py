@@ -1,4 +1,4 @@
-"""How a run starts: its directory made ready, and the save that it goes on from, if any."""
+"""The start of a run: its output directory made ready, and the save that it resumes from."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from nemotron.steps.peft.megatron_bridge.checks import start_refused
 
 @dataclass(frozen=True)
 class ResumeSettings:
-    """What a run goes on from, and what it keeps for a run that goes on from it.
+    """What a run resumes from, and what it saves so that it can be resumed.
 
     Attributes:
         load: Directory of another run's saves, or None.
-        ckpt_step: The iteration of ``load``; None: its newest whole save.
+        ckpt_step: The iteration of ``load`` to resume from; None for its newest whole save.
         identity: What the run's result depends on.
-        save_optim: Whether saves hold what it takes to go on from them.
-        most_recent_k: Saves to keep; -1: all.
+        save_optim: Whether saves hold the optimizer state, without which none can be resumed.
+        most_recent_k: Saves to keep; -1 for all.
     """
 
     load: Path | None
@@ -42,7 +42,7 @@ class ResumeSettings:
 def start_run(
     layout: Layout, output: Path, resume: ResumeSettings, *, train_iters: int
 ) -> SavedRun | None:
-    """Make ``output`` ready and return the save to go on from; the first rank decides for all.
+    """Make ``output`` ready and return the save to resume from; the first rank decides for all.
 
     Raises:
         NemotronError: ``resume_mismatch``, ``no_save_to_load``, ``output_not_ours`` or
@@ -54,7 +54,7 @@ def start_run(
     if not iteration:
         return None
     source = output if is_in_place else resume.load
-    assert source is not None  # noqa: S101 - choose_start looks nowhere else
+    assert source is not None  # noqa: S101 - choose_start looks in these two alone
     return start.saved or read_saved(source / save_name(iteration))
 
 

@@ -1,4 +1,4 @@
-"""What a run is going to do, in the lines that it prints before its first step."""
+"""The lines that a run prints before its first step: what it is going to do."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from nemotron.steps.peft.megatron_bridge.settings import RunSettings
 
 
 def summary(settings: RunSettings, layout: Layout, train_rows: int, valid_rows: int) -> str:
-    """Return where the run computes, how often it sees its rows, and what else takes its time.
+    """Return where the run computes, how often it sees each row, and how often it validates.
 
     Args:
-        settings: What the run does.
-        layout: Where.
+        settings: The settings of the run.
+        layout: The layout of its ranks.
         train_rows: Packed rows of the train split.
-        valid_rows: Packed rows of the valid split; 0 where there is none.
+        valid_rows: Packed rows of the valid split; 0 if there is none.
     """
     return f"{_place(settings, layout)}\n{_work(settings, train_rows, valid_rows)}"
 
 
 def _place(settings: RunSettings, layout: Layout) -> str:
-    """Return such as ``8 ranks on NVIDIA H200: TP 2 with SP, PP 1, DP 4; bfloat16``."""
+    """Return a line such as ``8 ranks on NVIDIA H200: TP 2 with SP, PP 1, DP 4; bfloat16``."""
     ranks = "1 rank" if layout.world.size == 1 else f"{layout.world.size} ranks"
     split = " with SP" if settings.model.sequence_parallel and layout.tensor.size > 1 else ""
     return (
@@ -31,7 +31,7 @@ def _place(settings: RunSettings, layout: Layout) -> str:
 
 
 def _work(settings: RunSettings, train_rows: int, valid_rows: int) -> str:
-    """Return such as ``500 steps of 4 rows: 2.4 epochs of 834; 128 rows validated every 50``."""
+    """Return ``500 steps of 4 rows: 2.4 epochs of 834; 128 rows validated every 50 steps``, say."""
     intervals, rows_per_step = settings.intervals, settings.batch.global_batch_size
     steps = intervals.train_iters
     work = f"{steps} steps of {rows_per_step} rows: {steps * rows_per_step / train_rows:.3g} "

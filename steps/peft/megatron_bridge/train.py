@@ -1,4 +1,4 @@
-"""The run of peft/megatron_bridge: base loaded, adapter trained and saved, errors named."""
+"""A run of peft/megatron_bridge: load the base, train and save the adapter, name the errors."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def train_adapter(
         layout: This rank's groups.
         packed_root: Output directory of data_prep/sft_packing.
         base_path: Megatron checkpoint.
-        output: Where adapters go.
-        metrics: Where losses go.
-        produced_by: What to write as producer into artifacts.
+        output: Directory for the adapters.
+        metrics: Records the losses.
+        produced_by: The producer that artifacts name.
         stop: Whether to stop at the next step boundary.
-        heartbeat: Told which step was the last.
+        heartbeat: Is told the number of the last step.
 
     Raises:
         NemotronError: ``artifact_damaged``, ``no_such_module``, ``layout_unsupported``,
@@ -82,7 +82,7 @@ def train_adapter(
     if layout.is_first:
         num_rows = len(trainer.train_rows), len(trainer.valid_rows or ())
         print(summary(settings, layout, *num_rows), flush=True)
-    start = _go_on(trainer, saved) if saved else Progress()
+    start = _restore(trainer, saved) if saved else Progress()
     saves = _saves(settings, inputs, output, produced_by, stop)
     reached = trainer.run(intervals, partial(saves.save, trainer), start=start, stop=stop)
     if reached.iteration < intervals.train_iters or not reached.is_evaluated:
@@ -93,7 +93,7 @@ def train_adapter(
 
 
 def _say_which_is_best(best: Best, output: Path, reached: Progress) -> None:
-    """Name the save that a merge of the newest would pass over, or say that none is any good."""
+    """Name the best save if it is not the newest, or say that none is better than the base."""
     if best.iteration == 0:
         print(f"validation loss never fell below the base's own, {best.lm_loss:.4f}", flush=True)
         return
@@ -144,8 +144,8 @@ def _saves(
     )
 
 
-def _go_on(trainer: Trainer, saved: SavedRun) -> Progress:
-    """Set the optimizer to where a save was made."""
+def _restore(trainer: Trainer, saved: SavedRun) -> Progress:
+    """Restore the optimizer from a save; return where the run stood then."""
     trainer.load_moments(saved.directory, saved.iteration)
     trainer.best = saved.best
     return Progress(saved.iteration, before=saved.before, is_evaluated=saved.is_evaluated)
@@ -153,7 +153,7 @@ def _go_on(trainer: Trainer, saved: SavedRun) -> Progress:
 
 @contextlib.contextmanager
 def named_errors(packed_root: Path, output: Path, metrics: MetricsLog) -> Iterator[None]:
-    """Turn what training raises into the manifest's errors; to others, add when they came."""
+    """Turn what training raises into the manifest's errors; note the last step on all others."""
     try:
         yield
     except BadRowError as error:
@@ -173,6 +173,6 @@ def named_errors(packed_root: Path, output: Path, metrics: MetricsLog) -> Iterat
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory of the device ran out; torch has a type for that on a GPU only."""
+    """Return whether the device ran out of memory; torch has a type for that on a GPU only."""
     is_on_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return is_on_host or isinstance(error, torch.OutOfMemoryError | MemoryError)

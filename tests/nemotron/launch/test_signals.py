@@ -61,7 +61,7 @@ def test_a_terminal_that_closes_lets_the_job_save(demo: Path, launcher: Launcher
     assert records()["demo/make"]["status"] == "preempted"
 
 
-def test_nohup_is_respected(demo: Path, launcher: Launcher) -> None:
+def test_a_run_under_nohup_outlives_its_terminal(demo: Path, launcher: Launcher) -> None:
     def ignore() -> None:
         signal.signal(HUP, signal.SIG_IGN)
 

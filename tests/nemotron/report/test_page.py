@@ -117,7 +117,7 @@ def test_a_constant_is_drawn_with_room_around_it(value: float) -> None:
     ("value", "text"),
     [(0.0, "0"), (0.04125, "0.04125"), (3e-05, "3e-05"), (12345.0, "12.35k"), (2.5e9, "2.5G")],
 )
-def test_numbers_are_short(value: float, text: str) -> None:
+def test_a_number_is_shown_with_four_digits_and_a_unit(value: float, text: str) -> None:
     assert number(value) == text
 
 

@@ -72,7 +72,11 @@ def difference(group: ProcessGroup, ratio: float) -> float:
         hidden = whole(x, weights[0], *wanted[:2])
         whole(hidden, weights[1], *wanted[2:]).square().sum().backward()
         reference.step()
-        got = [*column.full_lora(), *row.full_lora()]
+        got = [
+            factor
+            for linear in (column, row)
+            for factor in linear.gather_lora(linear.lora_a.detach(), linear.lora_b.detach())
+        ]
         for one, other in zip(got, wanted, strict=True):
             largest = max(largest, float((one - other).abs().max()))
     return largest

@@ -122,7 +122,7 @@ def test_logits_of_mapped_weights_are_the_trainers_in_every_family(
     adapter: Any = RandomAdapter(weights, ("q_proj", "v_proj", "o_proj", "up_proj", "1.mlp.down"))
     nothing: Any = RandomAdapter(weights, ())
     documents = fixed_documents(weights)
-    assert documents.cu_seqlens == CU_SEQLENS
+    assert documents.packed.cu_seqlens == CU_SEQLENS
     without, with_adapter = logits(weights, documents, adapter=adapter).chunk(2)
     # fp32, in another order of sums; logits are below 20.
     for got, of in ((without, nothing), (with_adapter, adapter)):

@@ -142,7 +142,9 @@ def part(figures: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
-def test_layout_invariance(trained: dict[str, Path], case: Case) -> None:
+def test_losses_norms_and_gradients_are_the_same_at_every_layout(
+    trained: dict[str, Path], case: Case
+) -> None:
     got = load_file(trained[case.name])
     alone = replace(case, tensor=1, sequence_parallel=False, pipeline=1, data=1)
     if case.per_token_loss:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nemotron.artifacts import Producer, publish, write_artifact
@@ -76,6 +77,25 @@ def base_megatron(tmp_path: Path, base_hf: Path) -> Path:
     return tmp_path / "base_megatron"
 
 
+def random_factors(ranks: tuple[int, int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the factors of all linears of both layers, of which each has its own rank."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "self_attention.linear_qkv": (16, 32),
+        "self_attention.linear_proj": (16, 16),
+        "mlp.linear_fc1": (16, 48),
+        "mlp.linear_fc2": (24, 16),
+    }
+    return {
+        f"decoder.layers.{layer}.{name}": (
+            0.2 * torch.randn(rank, columns, generator=generator),
+            0.2 * torch.randn(rows, rank, generator=generator),
+        )
+        for layer, rank in enumerate(ranks)
+        for name, (columns, rows) in shapes.items()
+    }
+
+
 @pytest.fixture
 def save_adapter() -> SaveAdapter:
     """Return a function that saves a random adapter for a base, recorded as the trainer does."""
@@ -92,25 +112,10 @@ def save_adapter() -> SaveAdapter:
         **properties: Any,
     ) -> Path:
         base = HuggingFaceCheckpoint(base_hf)
-        generator = torch.Generator().manual_seed(1)
-        shapes = {
-            "self_attention.linear_qkv": (16, 32),
-            "self_attention.linear_proj": (16, 16),
-            "mlp.linear_fc1": (16, 48),
-            "mlp.linear_fc2": (24, 16),
-        }
-        factors = {
-            f"decoder.layers.{layer}.{name}": (
-                0.2 * torch.randn(ranks[layer], columns, generator=generator),
-                0.2 * torch.randn(rows, ranks[layer], generator=generator),
-            )
-            for layer in range(2)
-            for name, (columns, rows) in shapes.items()
-        }
         with publish(directory, step="test") as partial:
             write_adapter(
                 partial,
-                factors,
+                random_factors(ranks),
                 config=base.config,
                 dim=dim,
                 alpha=alpha,

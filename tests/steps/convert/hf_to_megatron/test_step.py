@@ -18,7 +18,7 @@ from nemotron.steps._entry import run_step
 from nemotron.steps._formats.fingerprint import base_fingerprint
 from nemotron.steps._formats.huggingface import HuggingFaceCheckpoint, read_chat_template
 from nemotron.steps._formats.megatron import MegatronWeights, open_megatron
-from nemotron.steps.convert.hf_to_megatron.checks import ID, check
+from nemotron.steps.convert.hf_to_megatron.checks import STEP, check
 from nemotron.steps.convert.hf_to_megatron.schema import Config
 from nemotron.steps.convert.hf_to_megatron.step import run
 from tests.conftest import SmallDisk
@@ -28,7 +28,7 @@ def _start(tmp_path: Path, capsys: pytest.CaptureFixture[str], **config: Any) ->
     path = tmp_path / "train.yaml"
     values = {key: str(value) for key, value in config.items()}
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    exit_code = run_step(ID, Config, run, ["--config", str(path)])
+    exit_code = run_step(STEP, Config, run, ["--config", str(path)])
     captured = capsys.readouterr()
     return exit_code, captured.out + captured.err
 

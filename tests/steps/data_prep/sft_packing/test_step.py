@@ -41,60 +41,75 @@ def test_shards_follow_the_contract_of_the_reader(
     files = sorted((packed / "splits" / "train").iterdir())
     assert [file.name for file in files] == [f"shard-0000{n}-of-00002.parquet" for n in (0, 1)]
     for file in files:
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        schema = parquet.schema_arrow
-        assert [(field.name, field.type) for field in schema] == [
-            ("input_ids", pa.list_(pa.int32())),
-            ("loss_mask", pa.list_(pa.uint8())),
-            ("seq_start_id", pa.list_(pa.int32())),
-        ]
-        groups = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
-        assert set(groups[:-1]) == {8}
-        assert parquet.metadata.row_group(0).column(0).compression == "ZSTD"
-        table = parquet.read()
-        entries = {
-            key.decode(): text.decode()
-            for key, text in (parquet.metadata.metadata or {}).items()
-            if key.startswith(b"nemotron.")
-        }
-        assert entries["nemotron.format_version"] == "2"
-        assert entries["nemotron.mask_convention"].startswith("shifted")
-        assert entries["nemotron.rows"] == str(table.num_rows)
-        assert entries["nemotron.documents"] == str(sum(map(len, table["seq_start_id"])))
-        assert entries["nemotron.tokens"] == str(sum(map(len, table["input_ids"])))
-        for name in ("pack_size", "algorithm", "seed", "eos_token_id", "chat_template_sha256"):
-            assert entries[f"nemotron.{name}"] == str(properties[name])
+        check_shard(file, properties)
     for split, counts in properties["splits"].items():
         rows = packed_rows(packed, split)
+        check_counts(rows, counts)
+        check_sidecar(packed / "packed_metadata" / f"{split}.json", rows, counts)
         documents = [document for row in rows for document in documents_of(row)]
-        per_row = [len(row["seq_start_id"]) for row in rows]
-        runtime_lengths = [len(row["input_ids"]) - len(row["seq_start_id"]) for row in rows]
-        assert counts == {
-            "rows": len(rows),
-            "conversations": len(documents),
-            "documents": len(documents),
-            "tokens": sum(len(ids) for ids, _ in documents),
-            "supervised_tokens": sum(sum(mask) for _, mask in documents),
-            "documents_per_row_p99": np.percentile(per_row, 99, method="inverted_cdf"),
-            "documents_per_row_max": max(per_row),
-            "longest_document": max(len(ids) - 1 for ids, _ in documents),
-            "shortest_row": min(runtime_lengths),
-        }
-        assert json.loads((packed / "packed_metadata" / f"{split}.json").read_text()) == [
-            {
-                "dataset_max_seqlen": counts["longest_document"],
-                "max_samples_per_bin": counts["documents_per_row_max"],
-                "packing_factor": round(len(documents) / len(rows), 2),
-                "packing_efficiency": round(100 * sum(runtime_lengths) / (256 * len(rows)), 2),
-                "pack_size": 256,
-                "min_packed_seqlen": min(runtime_lengths),
-            }
-        ]
-        for row in rows:
-            assert row["seq_start_id"][0] == 0
-            assert len(row["input_ids"]) - len(row["seq_start_id"]) <= 256
+        assert all(row["seq_start_id"][0] == 0 for row in rows)
+        assert max(runtime_lengths(rows)) <= 256
         assert all(mask[-1] == 0 and sum(mask) > 0 for _, mask in documents)
         assert all(ids[-1] == tokenizer.eos_token_id for ids, _ in documents)
+
+
+def check_shard(file: Path, properties: dict[str, Any]) -> None:
+    parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    assert [(field.name, field.type) for field in parquet.schema_arrow] == [
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.uint8())),
+        ("seq_start_id", pa.list_(pa.int32())),
+    ]
+    groups = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
+    assert set(groups[:-1]) == {8}
+    assert parquet.metadata.row_group(0).column(0).compression == "ZSTD"
+    table = parquet.read()
+    entries = {
+        key.decode(): text.decode()
+        for key, text in (parquet.metadata.metadata or {}).items()
+        if key.startswith(b"nemotron.")
+    }
+    assert entries["nemotron.format_version"] == "2"
+    assert entries["nemotron.mask_convention"].startswith("shifted")
+    assert entries["nemotron.rows"] == str(table.num_rows)
+    assert entries["nemotron.documents"] == str(sum(map(len, table["seq_start_id"])))
+    assert entries["nemotron.tokens"] == str(sum(map(len, table["input_ids"])))
+    for name in ("pack_size", "algorithm", "seed", "eos_token_id", "chat_template_sha256"):
+        assert entries[f"nemotron.{name}"] == str(properties[name])
+
+
+def check_counts(rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
+    documents = [document for row in rows for document in documents_of(row)]
+    per_row = [len(row["seq_start_id"]) for row in rows]
+    assert counts == {
+        "rows": len(rows),
+        "conversations": len(documents),
+        "documents": len(documents),
+        "tokens": sum(len(ids) for ids, _ in documents),
+        "supervised_tokens": sum(sum(mask) for _, mask in documents),
+        "documents_per_row_p99": np.percentile(per_row, 99, method="inverted_cdf"),
+        "documents_per_row_max": max(per_row),
+        "longest_document": max(len(ids) - 1 for ids, _ in documents),
+        "shortest_row": min(runtime_lengths(rows)),
+    }
+
+
+def check_sidecar(path: Path, rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
+    lengths = runtime_lengths(rows)
+    assert json.loads(path.read_text()) == [
+        {
+            "dataset_max_seqlen": counts["longest_document"],
+            "max_samples_per_bin": counts["documents_per_row_max"],
+            "packing_factor": round(counts["documents"] / len(rows), 2),
+            "packing_efficiency": round(100 * sum(lengths) / (256 * len(rows)), 2),
+            "pack_size": 256,
+            "min_packed_seqlen": min(lengths),
+        }
+    ]
+
+
+def runtime_lengths(rows: list[dict[str, Any]]) -> list[int]:
+    return [len(row["input_ids"]) - len(row["seq_start_id"]) for row in rows]
 
 
 def test_a_changed_byte_in_a_shard_is_noticed_by_its_checksum(
