@@ -180,7 +180,13 @@ def test_a_profile_without_executor_is_local_and_local_needs_no_file(here: Path)
 
 def test_extends_must_be_one_name(here: Path) -> None:
     profiles(here, '[p]\nextends = ["a"]\n')
-    with pytest.raises(NemotronError, match="wanted the name of one profile"):
+    with pytest.raises(NemotronError, match=r"is \['a'\]; wanted the name of one profile"):
+        load_profile("p")
+
+
+def test_executor_must_be_one_name(here: Path) -> None:
+    profiles(here, '[p]\nexecutor = ["slurm"]\n')
+    with pytest.raises(NemotronError, match=r"has executor \['slurm'\]\n"):
         load_profile("p")
 
 
