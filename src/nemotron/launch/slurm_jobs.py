@@ -36,6 +36,8 @@ _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
     "DEADLINE": (ExitCode.SUBMISSION, "the job missed its deadline", "run it again"),
     "REVOKED": (ExitCode.SUBMISSION, "the job was revoked", "run it again"),
 }
+# What slurmd gives for a signal where it could not start the batch script; nobody sends it.
+_NOT_STARTED = 53
 _READ_EXITS = 'cd -- "$1" 2>/dev/null && grep -s "" exit.* /dev/null'
 # How often a job is asked for before it is lost: a file can show up late on another machine.
 _TIMES_LOST = 3
@@ -197,6 +199,8 @@ class SlurmHandle:
         if name in _RUNNING:
             return State("running", reason=facts.get("NodeList", ""), restarts=self._restarts)
         code, _, number = facts.get("ExitCode", "1:0").partition(":")
+        if name == "FAILED" and int(number or 0) == _NOT_STARTED:
+            return self._not_started(facts.get("NodeList", "its node"))
         if name in ("COMPLETED", "FAILED"):
             return self._ended(int(code), int(number or 0))
         exit_code, problem, fix = _ENDINGS.get(
@@ -213,6 +217,18 @@ class SlurmHandle:
         if reported is not None:
             return State.ended(int(reported["exit_code"]), reported, self._restarts)
         return ended_silently(128 + number if number else code, self._restarts)
+
+    def _not_started(self, node: str) -> State:
+        """Return the end of a job whose log, mostly, its node could not open."""
+        error = NemotronError(
+            "job_not_started",
+            f"{node} could not start the job",
+            where=self.placement.directory,
+            fix=f"see that compute nodes have {self.placement.directory} and may write there, or "
+            "set remote_job_dir to a place that they have; slurmd's log says more",
+            exit_code=ExitCode.SUBMISSION,
+        )
+        return State.ended(int(error.exit_code), error.to_dict(), self._restarts)
 
     def _reported(self) -> dict[str, Any] | None:
         path = f"{self.placement.directory}/code/error.{self._restarts}.json"

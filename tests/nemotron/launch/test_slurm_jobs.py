@@ -82,6 +82,18 @@ def test_every_state_of_slurm_has_a_status_and_an_exit_code(
         assert found.error["exit_code"] == exit_code
 
 
+def test_a_job_that_slurm_could_not_start_was_not_killed(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    # As of a log that the compute node cannot open: slurmd says signal 53, which nobody sent.
+    says(commands, "scontrol", shown("FAILED", "0:53"))
+    found = handle.state()
+    assert (found.status, found.exit_code) == ("failed", 9)
+    assert found.error is not None
+    assert "n[1-2] could not start the job" in found.error["problem"]
+    assert handle.placement.directory in found.error["fix"]
+
+
 def test_slurm_is_asked_ever_more_rarely_and_at_once_when_the_job_has_left_its_end(
     commands: Path, handle: SlurmHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
