@@ -38,6 +38,8 @@ _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
 }
 # What slurmd gives for a signal where it could not start the batch script; nobody sends it.
 _NOT_STARTED = 53
+# Where nemo-run's trace of a start begins, below what the start before has printed.
+_TRACE = b"\nexport PYTHONUNBUFFERED=1\n"
 _READ_EXITS = 'cd -- "$1" 2>/dev/null && grep -s "" exit.* /dev/null'
 # How often a job is asked for before it is lost: a file can show up late on another machine.
 _TIMES_LOST = 3
@@ -116,17 +118,18 @@ class SlurmHandle:
         return block
 
     def _batch_output(self, is_last: bool) -> bytes:
-        """Return what the batch shell printed below its mark; above is nemo-run's own trace."""
+        """Return what the batch shell printed below its marks; above each is nemo-run's trace."""
         place = self.placement
         path = f"{place.directory}/sbatch_{place.name}_{place.id}.out"
         start = self._offsets.get(path, 0)
         block = self._read(path)
         if self._marks_seen > self._restarts:
             return block
-        _, mark, below = block.partition(BATCH_MARK.encode())
-        if mark:
+        *starts, last = (part.partition(b"\n")[2] for part in block.split(BATCH_MARK.encode()))
+        if starts:
             self._marks_seen = self._restarts + 1
-            return below.partition(b"\n")[2]
+            earlier = (start.rpartition(_TRACE)[0] or start for start in starts[1:])
+            return b"".join([*earlier, last])
         if not is_last:
             self._offsets[path] = start  # the mark may come yet
             return b""

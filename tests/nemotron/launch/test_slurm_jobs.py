@@ -249,6 +249,17 @@ def test_the_log_begins_below_the_mark_and_comes_once(commands: Path, handle: Sl
     assert handle.new_output() == b"two\n"
 
 
+def test_the_log_of_a_job_that_was_queued_again_has_no_trace_of_any_start(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    says(commands, "scontrol", shown("COMPLETED", restarts=1))
+    handle.state()
+    trace = f"\nexport PYTHONUNBUFFERED=1\n+ export PYTHONUNBUFFERED=1\n{BATCH_MARK} 1\n"
+    batch = Path(handle.placement.directory) / "sbatch_nemotron-x_7.out"
+    batch.write_text(f"{trace}queued again\n{trace}done\n")
+    assert handle.new_output(is_last=True) == b"queued again\ndone\n"
+
+
 def test_a_batch_shell_that_never_came_to_us_is_shown_at_the_end(
     commands: Path, handle: SlurmHandle
 ) -> None:
