@@ -23,6 +23,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     multiprocessing.SubprocessContext = _Ranks
     SimpleElasticAgent._exit_barrier = _leave_last
     try:
-        torchrun.main(argv)
+        # torch makes a directory for logs of ranks even where none are kept, and leaves it.
+        with tempfile.TemporaryDirectory(
+            prefix="torchrun-", ignore_cleanup_errors=True
+        ) as directory:
+            torchrun.main([f"--log-dir={directory}", *argv])
     except ChildFailedError as error:
         return _report(error)
     except SignalException as error:

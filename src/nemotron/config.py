@@ -60,11 +60,12 @@ def read_config(path: Path) -> Node:
     """Return a config file laid on the files that its ``defaults:`` name, unresolved.
 
     ``defaults`` is a name or a list of names, relative to the file and with ``.yaml`` added where
-    there is no suffix. Later names win over earlier ones, the file itself over all of them.
+    there is no suffix. Later names win over earlier ones, the file itself over all of them. A name
+    may be a reference, such as ``${steps:PATH}``.
 
     Raises:
         NemotronError: ``defaults_invalid``, ``defaults_missing``, ``defaults_cycle``, and what
-            ``read_yaml`` raises.
+            ``read_yaml`` and ``resolve`` raise.
     """
     return _read_chain(path, ())
 
@@ -130,7 +131,7 @@ def _read_chain(path: Path, open_files: tuple[Path, ...]) -> Node:
 def _default_names(node: Node | None) -> list[str]:
     if node is None or node.value is None:
         return []
-    names = plain(node)
+    names = plain(resolve(Node({"defaults": node})))["defaults"]
     names = [names] if isinstance(names, str) else names
     if isinstance(names, list) and all(isinstance(name, str) and name for name in names):
         return names

@@ -140,7 +140,9 @@ class SlurmExecution(RemoteExecution):
     requeue: bool = False  # start again by itself after exit code 75
     requeue_limit: int = Field(default=20, ge=0)
     job_name_prefix: Annotated[
-        str, _form(r"[A-Za-z0-9_.+=@-]+", "letters, digits and _ . + = @ - alone")
+        str,
+        # Slurm's logs are named for the job.
+        _form(r"[A-Za-z0-9_.+=@-]{1,100}", "at most 100 letters, digits and _ . + = @ - alone"),
     ] = "nemotron-"
     srun_args: tuple[Text, ...] = ()
     container_env: tuple[Name, ...] = ()

@@ -20,7 +20,7 @@ import nemotron
 from nemotron.errors import NemotronError, writing
 from nemotron.executors import EXECUTORS, WITHOUT_EFFECT, Execution
 from nemotron.interpolation import resolve
-from nemotron.tree import Node, child_at, display, dotted, from_plain, leaves, merge
+from nemotron.tree import Node, child_at, display, dotted, from_plain, leaves, merge, plain
 from nemotron.validation import did_you_mean, refuse_home, refuse_secrets, validate
 
 RESERVED = ("wandb", "cli", "cache", "artifacts")
@@ -215,7 +215,7 @@ def _extended(name: str, tables: dict[str, Node], below: tuple[str, ...]) -> Nod
     if not isinstance(parent.value, str):
         raise NemotronError(
             "profile_invalid",
-            f"extends is {parent.value!r}; wanted the name of one profile",
+            f"extends is {plain(parent)!r}; wanted the name of one profile",
             where=parent.place,
             fix='write extends = "name"',
         )
@@ -240,10 +240,10 @@ def _executor_of(node: Node | None, name: str) -> str:
     if not isinstance(node.value, str) or node.value not in EXECUTORS:
         raise NemotronError(
             "executor_unknown",
-            f"profile {name!r} has executor {node.value!r}",
+            f"profile {name!r} has executor {plain(node)!r}",
             where=node.place,
             fix=did_you_mean(
-                str(node.value), EXECUTORS, f"executor is one of: {', '.join(EXECUTORS)}"
+                str(plain(node)), EXECUTORS, f"executor is one of: {', '.join(EXECUTORS)}"
             ),
         )
     return node.value

@@ -34,8 +34,8 @@ def room_for(directory: Path, *, load: Path | None) -> Path | None:
         NemotronError: ``output_not_ours``: what would be moved or deleted is not a run, or is the
             working directory. ``output_path_overlaps_inputs``: it is what the run resumes from.
     """
-    directory = directory.absolute()  # "." has no name
-    if directory.resolve() == Path.cwd():
+    directory = directory.resolve()  # "." has no name; a link stays, and what it leads to is moved
+    if directory == Path.cwd():
         raise _is_where_we_are(directory)
     if not _holds_anything(directory):
         return None
@@ -55,7 +55,7 @@ def start_directory(directory: Path, *, load: Path | None) -> Path | None:
     Raises:
         NemotronError: As ``room_for``.
     """
-    previous = room_for(directory, load=load)
+    previous, directory = room_for(directory, load=load), directory.resolve()
     if previous is not None:
         shutil.rmtree(previous, ignore_errors=True)
         directory.rename(previous)

@@ -56,7 +56,7 @@ class Schedule:
         if self.style == "WSD":
             done = iteration - (self.decay_iters - self.wsd_decay_iters)
             return _kept(self.wsd_style, done / self.wsd_decay_iters) if done > 0 else 1.0
-        done = (iteration - self.warmup_iters) / max(1, self.decay_iters - self.warmup_iters)
+        done = (iteration - self.warmup_iters) / (self.decay_iters - self.warmup_iters)
         return _kept("linear" if self.style == "linear" else "cosine", done)
 
 

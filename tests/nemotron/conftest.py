@@ -60,7 +60,8 @@ STEPS = {
         def run(config, producer):
             print("making", flush=True)
             if config.behaviour == "refuse":
-                raise NemotronError("too_odd", "that is odd", exit_code=ExitCode.DATA)
+                fix = "make it even"
+                raise NemotronError("too_odd", "that is odd", fix=fix, exit_code=ExitCode.DATA)
             if config.behaviour == "hold":
                 with hold(config.output_dir.absolute()):
                     while not os.path.exists("release"):

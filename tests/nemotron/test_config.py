@@ -81,6 +81,20 @@ def test_defaults_may_name_files_in_other_directories(tmp_path: Path) -> None:
     assert plain(read_config(path)) == {"name": "base"}
 
 
+def test_defaults_may_name_a_config_that_ships_with_the_steps(tmp_path: Path) -> None:
+    tiny = "peft/megatron_bridge/config/tiny.yaml"
+    path = write(tmp_path, top=f"defaults: ${{steps:{tiny}}}\npeft: {{dim: 3}}\n")
+    composed, shipped = plain(read_config(path)), plain(read_config(STEPS_ROOT / tiny))
+    assert composed == shipped | {"peft": shipped["peft"] | {"dim": 3}}
+
+
+def test_a_reference_of_defaults_that_names_nothing_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, top="defaults: [base, '${steps:nope.yaml}']\n", base="{}\n")
+    with pytest.raises(NemotronError, match=r"'nope.yaml' names nothing that ships here") as caught:
+        read_config(path)
+    assert caught.value.where.endswith("top.yaml:1")
+
+
 def test_two_files_may_share_a_base(tmp_path: Path) -> None:
     same = "defaults: c\n"
     path = write(tmp_path, top="defaults: [a, b]\n", a=same, b=same, c="x: 1\n")

@@ -116,6 +116,8 @@ def test_a_value_of_the_wrong_type_is_refused(here: Path) -> None:
         ('partition = "p\\n#SBATCH --wrap=x"', "wanted one line without quotes"),
         ("host = '-oProxyCommand=x'", "wanted a name of letters, digits"),
         ("remote_job_dir = '/a b'", "wanted an absolute path of letters"),
+        # Slurm's log is named for the job, and a file's name has 255 characters at most.
+        (f"job_name_prefix = '{'a' * 230}'", "wanted at most 100 letters, digits and _"),
     ],
 )
 def test_a_value_that_no_directive_or_command_can_hold_is_refused_in_words(
@@ -180,7 +182,13 @@ def test_a_profile_without_executor_is_local_and_local_needs_no_file(here: Path)
 
 def test_extends_must_be_one_name(here: Path) -> None:
     profiles(here, '[p]\nextends = ["a"]\n')
-    with pytest.raises(NemotronError, match="wanted the name of one profile"):
+    with pytest.raises(NemotronError, match=r"is \['a'\]; wanted the name of one profile"):
+        load_profile("p")
+
+
+def test_executor_must_be_one_name(here: Path) -> None:
+    profiles(here, '[p]\nexecutor = ["slurm"]\n')
+    with pytest.raises(NemotronError, match=r"has executor \['slurm'\]\n"):
         load_profile("p")
 
 

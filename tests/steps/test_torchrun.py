@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,17 @@ def test_the_exit_code_is_that_of_the_first_rank_that_failed(
 def test_the_options_of_another_job_are_not_taken_for_ours(run: Run, name: str) -> None:
     code, printed = run(["well"], **{name: "2"})
     assert code == 0, printed
+
+
+@pytest.mark.parametrize("ends", ["well", "refused"])
+def test_nothing_is_left_in_the_directory_for_temporary_files(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    # tempfile may have chosen its directory in the process that is forked.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    run([ends], TMPDIR=str(tmp_path / "tmp"))
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_segments_of_a_gpus_memory_grow_unless_the_user_says_otherwise(

@@ -267,6 +267,7 @@ def job_page(record: JobRecord) -> str:
         "command": shlex.join(record.command),
         "log": record.log,
         "error": f"[{record.error['code']}] {record.error['problem']}" if record.error else "",
+        "fix": record.error.get("fix", "") if record.error else "",
     }
     return "\n".join(f"{name:<10} {text}" for name, text in facts.items() if text)
 

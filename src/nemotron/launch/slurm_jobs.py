@@ -36,6 +36,10 @@ _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
     "DEADLINE": (ExitCode.SUBMISSION, "the job missed its deadline", "run it again"),
     "REVOKED": (ExitCode.SUBMISSION, "the job was revoked", "run it again"),
 }
+# What slurmd gives for a signal where it could not start the batch script; nobody sends it.
+_NOT_STARTED = 53
+# Where nemo-run's trace of a start begins, below what the start before has printed.
+_TRACE = b"\nexport PYTHONUNBUFFERED=1\n"
 _READ_EXITS = 'cd -- "$1" 2>/dev/null && grep -s "" exit.* /dev/null'
 # A job is lost only after this many looks: a file may show up late on another machine.
 _TIMES_LOST = 3
@@ -116,17 +120,18 @@ class SlurmHandle:
         return block
 
     def _batch_output(self, is_last: bool) -> bytes:
-        """Return what the batch shell printed below its mark; above is nemo-run's own trace."""
+        """Return what the batch shell printed below its marks; above each is nemo-run's trace."""
         place = self.placement
         path = f"{place.directory}/sbatch_{place.name}_{place.id}.out"
         start = self._offsets.get(path, 0)
         block = self._read(path)
         if self._marks_seen > self._restarts:
             return block
-        _, mark, below = block.partition(BATCH_MARK.encode())
-        if mark:
+        *starts, last = (part.partition(b"\n")[2] for part in block.split(BATCH_MARK.encode()))
+        if starts:
             self._marks_seen = self._restarts + 1
-            return below.partition(b"\n")[2]
+            earlier = (start.rpartition(_TRACE)[0] or start for start in starts[1:])
+            return b"".join([*earlier, last])
         if not is_last:
             self._offsets[path] = start  # the mark may come yet
             return b""
@@ -199,6 +204,8 @@ class SlurmHandle:
         if name in _RUNNING:
             return State("running", reason=facts.get("NodeList", ""), restarts=self._restarts)
         code, _, number = facts.get("ExitCode", "1:0").partition(":")
+        if name == "FAILED" and int(number or 0) == _NOT_STARTED:
+            return self._not_started(facts.get("NodeList", "its node"))
         if name in ("COMPLETED", "FAILED"):
             return self._ended(int(code), int(number or 0))
         exit_code, problem, fix = _ENDINGS.get(
@@ -215,6 +222,18 @@ class SlurmHandle:
         if reported is not None:
             return State.ended(int(reported["exit_code"]), reported, self._restarts)
         return ended_silently(128 + number if number else code, self._restarts)
+
+    def _not_started(self, node: str) -> State:
+        """Return the end of a job whose log, mostly, its node could not open."""
+        error = NemotronError(
+            "job_not_started",
+            f"{node} could not start the job",
+            where=self.placement.directory,
+            fix=f"see that compute nodes have {self.placement.directory} and may write there, or "
+            "set remote_job_dir to a place that they have; slurmd's log says more",
+            exit_code=ExitCode.SUBMISSION,
+        )
+        return State.ended(int(error.exit_code), error.to_dict(), self._restarts)
 
     def _reported(self) -> dict[str, Any] | None:
         path = f"{self.placement.directory}/code/error.{self._restarts}.json"

@@ -159,7 +159,7 @@ def _read(name: str, directory: Path, root: Path | None) -> TrainingRun:
             time = event.get("time")
             happenings.append(Happening(time if _is_time(time) else 0.0, iteration, text))
     since = happenings[0].time if happenings else 0.0
-    written_by = [record for record in _jobs_of(directory, root) if _ended(record) >= since]
+    written_by = _since(since, _jobs_of(directory, root))
     happenings += [_end_of(record) for record in written_by if record.status in jobs.ENDED]
     shown = redact_data(config or (written_by[-1].config if written_by else {}))
     return TrainingRun(
@@ -199,14 +199,27 @@ def _told(event: Mapping[str, Any]) -> str:
 def _end_of(record: JobRecord) -> Happening:
     problem = f": [{record.error['code']}] {record.error['problem']}" if record.error else ""
     text = f"job {record.id} {record.status}{problem}"
-    time = _ended(record) if record.ended else _unix(record.started or record.queued)
-    return Happening(time, None, text)
+    return Happening(_last_known(record), None, text)
 
 
 def _jobs_of(directory: Path, root: Path | None) -> list[JobRecord]:
     """Return the records of the jobs that wrote to a directory, in the order of their ends."""
     records, keys = [job.record for job in jobs.list_jobs(root)], _output_keys()
-    return sorted((each for each in records if directory in _outputs(each, keys)), key=_ended)
+    return sorted((each for each in records if directory in _outputs(each, keys)), key=_last_known)
+
+
+def _since(time: float, records: list[JobRecord]) -> list[JobRecord]:
+    """Return the jobs that wrote after a time; of those lost before it only what came last.
+
+    Nobody knows when a lost job ended: it may have begun the run, or an earlier one.
+    """
+    before = [_unix(each.queued) for each in records if _unix(each.queued) <= time]
+    return [
+        each
+        for each in records
+        if _last_known(each) >= time
+        or (each.status == "lost" and not each.ended and _unix(each.queued) == max(before))
+    ]
 
 
 def _output_keys() -> dict[str, list[str]]:
@@ -225,8 +238,11 @@ def _outputs(record: JobRecord, output_keys: Mapping[str, list[str]]) -> list[Pa
     return [(Path(record.directory) / path).resolve() for path in paths if isinstance(path, str)]
 
 
-def _ended(record: JobRecord) -> float:
-    return _unix(record.ended) if record.ended else math.inf
+def _last_known(record: JobRecord) -> float:
+    """Return when a job ended, infinity as long as it goes on; of a lost one, when it began."""
+    if record.ended:
+        return _unix(record.ended)
+    return _unix(record.started or record.queued) if record.status in jobs.ENDED else math.inf
 
 
 def _unix(time: str) -> float:

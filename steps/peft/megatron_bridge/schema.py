@@ -131,11 +131,16 @@ class Config(Schema):
 
     @property
     def lr_warmup_iters(self) -> float:
-        """Iterations of the warm-up; as in Megatron one that outlasts the decay is cut short."""
+        """Iterations of the warm-up; one that outlasts the decay ends a row before it.
+
+        Source: Megatron-Bridge, which counts a schedule in rows.
+        """
         fraction = self.scheduler.lr_warmup_fraction
         stated = self.scheduler.lr_warmup_iters
         warmup_iters = stated if fraction is None else fraction * self.lr_decay_iters
-        return min(warmup_iters, self.lr_decay_iters - 1)
+        if warmup_iters < self.lr_decay_iters:
+            return warmup_iters
+        return self.lr_decay_iters - 1 / self.train.global_batch_size
 
     @property
     def packed_data(self) -> str | None:

@@ -30,6 +30,7 @@ def test_list_status_and_logs_of_two_jobs(demo: Path, capsys: Captured) -> None:
     text = capsys.readouterr().out
     assert f"job        {failed}" in text
     assert "[too_odd] that is odd" in text
+    assert "\nfix        make it even" in text
     assert main(["jobs", "logs", failed]) == 0
     assert capsys.readouterr().out.startswith("making\n")
     assert main(["jobs", "logs", failed, "--tail", "1"]) == 0

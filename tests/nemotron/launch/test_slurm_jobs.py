@@ -82,6 +82,18 @@ def test_every_state_of_slurm_has_a_status_and_an_exit_code(
         assert found.error["exit_code"] == exit_code
 
 
+def test_a_job_that_slurm_could_not_start_was_not_killed(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    # As of a log that the compute node cannot open: slurmd says signal 53, which nobody sent.
+    says(commands, "scontrol", shown("FAILED", "0:53"))
+    found = handle.state()
+    assert (found.status, found.exit_code) == ("failed", 9)
+    assert found.error is not None
+    assert "n[1-2] could not start the job" in found.error["problem"]
+    assert handle.placement.directory in found.error["fix"]
+
+
 def test_slurm_is_asked_ever_more_rarely_and_at_once_when_the_job_has_left_its_end(
     commands: Path, handle: SlurmHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +247,17 @@ def test_the_log_begins_below_the_mark_and_comes_once(commands: Path, handle: Sl
     assert handle.new_output() == b"no such module\none\n"
     log.write_text("one\ntwo\n")
     assert handle.new_output() == b"two\n"
+
+
+def test_the_log_of_a_job_that_was_queued_again_has_no_trace_of_any_start(
+    commands: Path, handle: SlurmHandle
+) -> None:
+    says(commands, "scontrol", shown("COMPLETED", restarts=1))
+    handle.state()
+    trace = f"\nexport PYTHONUNBUFFERED=1\n+ export PYTHONUNBUFFERED=1\n{BATCH_MARK} 1\n"
+    batch = Path(handle.placement.directory) / "sbatch_nemotron-x_7.out"
+    batch.write_text(f"{trace}queued again\n{trace}done\n")
+    assert handle.new_output(is_last=True) == b"queued again\ndone\n"
 
 
 def test_a_batch_shell_that_never_came_to_us_is_shown_at_the_end(

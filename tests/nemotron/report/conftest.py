@@ -39,7 +39,15 @@ def write_metrics(here: Path) -> Callable[..., Path]:
 def job(here: Path) -> Callable[..., Job]:
     """Return a function that leaves the record of a job that wrote to a directory."""
 
-    def leave(save: str, *, ended: float, code: int, error: dict[str, Any] | None = None) -> Job:
+    def leave(
+        save: str,
+        *,
+        ended: float = 0.0,
+        code: int = 0,
+        error: dict[str, Any] | None = None,
+        lost_since: float | None = None,
+    ) -> Job:
+        """Leave one that ended, or one whose launcher was killed; seconds after ``START``."""
         made = jobs.create(
             jobs.new_directory("peft/megatron_bridge"),
             step="peft/megatron_bridge",
@@ -49,11 +57,18 @@ def job(here: Path) -> Callable[..., Job]:
             values={"checkpoint": {"save": save}},
             config_text="",
         )
+        if lost_since is not None:
+            made.update(status="running", queued=_iso(lost_since), started=_iso(lost_since), pid=-1)
+            return made
         made.end(code, error)
-        made.update(ended=datetime.fromtimestamp(START + ended).astimezone().isoformat())
+        made.update(ended=_iso(ended))
         return made
 
     return leave
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(START + seconds).astimezone().isoformat()
 
 
 def step(iteration: int) -> dict[str, Any]:

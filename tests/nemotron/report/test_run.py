@@ -105,6 +105,19 @@ def test_what_happened_is_told_in_order_from_metrics_and_jobs(
     assert run.status == "preempted"
 
 
+def test_a_job_whose_launcher_was_killed_is_not_the_last_one_for_ever(
+    write_metrics: WriteMetrics, job: Callable[..., Job]
+) -> None:
+    write_metrics("out")
+    job("out", lost_since=-100.0)  # of an earlier run, which made room for this one
+    began = job("out", lost_since=-5.0).record.id
+    went_on = job("out", ended=30.0).record.id
+    run = read_run("out")
+    assert run.status == "succeeded"
+    told = [f"job {began} lost", "started", f"job {went_on} succeeded"]
+    assert [each.text for each in run.happenings] == told
+
+
 def test_the_last_line_of_a_run_that_goes_on_may_be_half_written(
     write_metrics: WriteMetrics,
 ) -> None:

@@ -60,6 +60,24 @@ def test_the_run_that_is_gone_on_from_does_not_make_room(tmp_path: Path, load: s
     assert (output / "iter_0000008").is_dir()
 
 
+def test_runs_in_a_link_stay_where_it_leads(tmp_path: Path) -> None:
+    a_run(tmp_path / "scratch" / "out", 8)
+    link = tmp_path / "out"
+    link.symlink_to("scratch/out")
+    for _ in range(2):
+        assert start_directory(link, load=None) == tmp_path / "scratch" / "out.previous"
+        assert link.is_symlink()
+        assert list(link.iterdir()) == []
+        (link / "iter_0000001").mkdir()
+        (link / "iter_0000001" / "adapter_config.json").touch()
+
+
+def test_a_link_that_leads_nowhere_yet_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("scratch/out")
+    assert start_directory(tmp_path / "out", load=None) is None
+    assert (tmp_path / "scratch" / "out").is_dir()
+
+
 def test_an_empty_directory_needs_no_room(tmp_path: Path) -> None:
     assert room_for(tmp_path / "out", load=None) is None
     assert start_directory(tmp_path / "out", load=tmp_path / "out.previous") is None

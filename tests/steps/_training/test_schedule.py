@@ -80,3 +80,9 @@ def test_other_styles_equal_megatron_cores_values(style: str, wsd_style: str) ->
 def test_a_warm_up_may_end_between_two_iterations() -> None:
     schedule = Schedule(lr=1.0, min_lr=0.0, warmup_iters=2.5, decay_iters=12, style="constant")
     assert [schedule.at(i) for i in range(4)] == pytest.approx([0.0, 0.4, 0.8, 1.0])
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine"])
+def test_a_decay_shorter_than_an_iteration_ends_at_min_lr(style: str) -> None:
+    schedule = Schedule(lr=1.0, min_lr=0.1, warmup_iters=2.5, decay_iters=3, style=style)  # pyright: ignore[reportArgumentType]
+    assert schedule.at(3) == pytest.approx(0.1)

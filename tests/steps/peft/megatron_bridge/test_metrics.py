@@ -51,10 +51,10 @@ def test_a_run_says_where_it_computes_and_how_often_it_sees_its_rows(
         "checkpoint.save": str(tmp_path / "out"),
         "train.train_iters": 2,
         "train.eval_interval": 9,
-        "scheduler.lr_warmup_iters": 9,  # of which there is room for one
+        "scheduler.lr_warmup_iters": 9,  # of which there is room for two but a row
     }
     assert train_here(**plan).exit_code == 0
     said = capfd.readouterr().out
     assert f"1 rank on {describe(own_device())}: TP 1, PP 1, DP 1; float32\n2 steps of " in said
-    assert "warm-up over 1 steps; " in said
+    assert "warm-up over 1.75 steps; " in said
     assert " rows validated every 2 steps\n" in said

@@ -20,10 +20,11 @@ def config(**scheduler: Any) -> Config:
     ("scheduler", "warmup_iters"),
     [
         ({"lr_warmup_iters": 5}, 5),
-        ({"lr_warmup_iters": 50}, 19),  # cut short, as Megatron does
+        ({"lr_warmup_iters": 50}, 19.75),  # cut short by a row of 4, as Megatron does
         ({"lr_warmup_fraction": 0.12}, 2.4),
         ({"lr_warmup_fraction": 0.5, "lr_decay_iters": 10}, 5),
-        ({"lr_warmup_fraction": 1.0}, 19),
+        ({"lr_warmup_fraction": 1.0}, 19.75),
+        ({"lr_warmup_fraction": 0.99}, 19.8),
         ({"lr_warmup_fraction": 0.1, "lr_warmup_iters": 0}, 2),
     ],
 )
