@@ -21,6 +21,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+# On the CPU, where results are the same bits and a host has room for any number of ranks; before
+# torch looks for GPUs, and unless told otherwise.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
 # The same examples in every run; a busy machine is no reason to fail.
 settings.register_profile(
     "fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -48,16 +48,16 @@ def main() -> None:
 
     def step() -> float:
         optimizer.zero_grad()
-        total = 0.0
+        total = torch.zeros((), device=device)  # read once: a GPU is waited for each time
         for inputs, labels in batches:
             logits = model(**inputs, use_cache=False).logits
             loss = F.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1, reduction="sum"
             )
             (loss / supervised).backward()
-            total += loss.item() / supervised
+            total += loss.detach() / supervised
         optimizer.step()
-        return total
+        return float(total)
 
     result = measure_steps(step, num_steps=arguments.steps)
     write_result(arguments.case, "peft", int(os.environ.get("RANK", "0")), result)

@@ -183,20 +183,31 @@ def packed_attention(
 ) -> Tensor:
     """Return causal attention within each document, [S, N, D].
 
-    On a GPU flash attention over all documents at once. On a CPU one flash kernel a document:
-    exact, and several times faster than one call with a mask, which also computes what it masks.
+    On a GPU flash attention over all documents at once, where it takes their heads. On a CPU one
+    flash kernel a document: exact, and several times faster than one call with a mask, which also
+    computes what it masks.
     """
-    if query_SND.is_cuda and query_SND.dtype in (torch.bfloat16, torch.float16):
+    if query_SND.is_cuda and flash_takes(query_SND):
         return flash_on_gpu(query_SND, key_SGD, value_SGD, documents)
     if query_SND.is_cuda:
         return attention_by_document(query_SND, key_SGD, value_SGD, documents)
     return _FlashOnCpu.apply(query_SND, key_SGD, value_SGD, documents.cu_seqlens)
 
 
+def flash_takes(query_SND: Tensor) -> bool:
+    """Return whether the kernel of ``flash_on_gpu`` takes heads of this type and size.
+
+    Source: ``mha_varlen_fwd`` of torch's flash_api.cpp.
+    """
+    head_dim = query_SND.shape[2]
+    is_half = query_SND.dtype in (torch.bfloat16, torch.float16)
+    return is_half and head_dim % 8 == 0 and head_dim <= 256
+
+
 def flash_on_gpu(
     query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, documents: PackedDocuments
 ) -> Tensor:
-    """Return the same by torch's one kernel for all documents, of bf16 or fp16 on a GPU."""
+    """Return the same by torch's one kernel for all documents, of heads that ``flash_takes``."""
     varlen_attn, options, has_groups = _varlen_attention()
     if has_groups:
         options = options | {"enable_gqa": query_SND.shape[1] != key_SGD.shape[1]}

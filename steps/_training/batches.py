@@ -66,8 +66,12 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the same with its tensors on a device."""
-        tokens, labels = self.tokens.to(device), self.labels.to(device)
-        return replace(self, tokens=tokens, labels=labels, supervised=self.supervised.to(device))
+        # Else each waits for all that the device has to do before it.
+        tokens, labels, supervised = (
+            each.to(device, non_blocking=True)
+            for each in (self.tokens, self.labels, self.supervised)
+        )
+        return replace(self, tokens=tokens, labels=labels, supervised=supervised)
 
     def dropout_rows(self, keys: Sequence[str]) -> DropoutRows:
         """Return the identity of the rows, one key each, for layout-independent dropout."""

@@ -14,6 +14,7 @@ from nemotron.steps._models.attention import (
     HeadNorms,
     PackedDocuments,
     attention_by_document,
+    flash_takes,
     packed_attention,
     rotary_tables,
     rotated_heads,
@@ -144,3 +145,20 @@ def test_documents_do_not_attend_to_each_other_and_gradients_are_exact(
         torch.autograd.grad(got, inputs, dy), torch.autograd.grad(wanted, inputs, dy), strict=True
     ):
         torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "is_taken"),
+    [
+        (torch.bfloat16, 8, True),
+        (torch.float16, 256, True),
+        (torch.bfloat16, 4, False),
+        (torch.bfloat16, 100, False),
+        (torch.bfloat16, 264, False),
+        (torch.float32, 64, False),
+    ],
+)
+def test_heads_that_the_kernel_of_a_gpu_refuses_do_not_go_there(
+    dtype: torch.dtype, head_dim: int, is_taken: bool
+) -> None:
+    assert flash_takes(torch.empty(TOKENS, QUERIES, head_dim, dtype=dtype)) is is_taken

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemotron.steps._models.attention import PackedDocuments, flash_on_gpu
+from nemotron.steps._models.attention import PackedDocuments, flash_on_gpu, rotary_tables
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.gpt import GPTModel, LoraTargets
 from nemotron.steps._models.layouts import LORA_TARGETS
@@ -40,6 +42,23 @@ LLAMA = DecoderConfig(
     share_embeddings_and_output_weights=False,
     max_position_embeddings=64,
 )
+
+
+class AwaitedCopies(TorchDispatchMode):
+    """Lists the copies to another device that the host waits for, and so for all before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and not kwargs.get("non_blocking"):
+            leaves = kwargs.get("device") not in (None, args[0].device)
+            self.shapes += [args[0].shape] if leaves else []
+        return function(*args, **kwargs)
 
 
 @pytest.fixture
@@ -82,6 +101,18 @@ def test_a_step_asks_its_device_for_nothing_and_leaves_its_gradients_there(
     assert loss.device == META
     assert adapter.gradients.device == META
     assert [each.name for each in factors if each.parameter.grad is None] == []
+
+
+def test_a_micro_batch_goes_to_its_device_while_that_is_busy_with_the_last_one() -> None:
+    ids = torch.zeros(21, dtype=torch.int64)
+    micro = MicroBatch(ids, ids[:5], ids[:5], cu_seqlens=(0, 8, 21), row_tokens=(21,))
+    with AwaitedCopies() as awaited:
+        there = micro.to(META)
+        rotary = rotary_tables(LLAMA, micro.cu_seqlens, dtype=torch.bfloat16, device=META)
+        documents = PackedDocuments(micro.cu_seqlens, rotary)
+        tensors = [there.tokens, there.labels, there.supervised, documents.bounds, *rotary]
+    assert {tensor.device for tensor in tensors} == {META}
+    assert awaited.shapes == []
 
 
 def test_the_attention_of_a_gpu_takes_packed_rows_with_grouped_heads_and_gives_gradients() -> None:
