@@ -141,6 +141,7 @@ def _encoder_settings(
     return EncoderSettings(
         tokenizer=str(tokenizer.directory),
         tokenizer_blake3=tokenizer.blake3,
+        special_tokens=tuple(tokenizer.variables.items()),
         chat_template=template,
         add_bos=config.tokenizer_options.add_bos,
         add_eos=config.tokenizer_options.add_eos,
