@@ -103,6 +103,31 @@ def test_parquet_gives_no_keys_that_a_row_did_not_have(tmp_path: Path) -> None:
     assert values_of(file) == [{"a": messages}]
 
 
+def test_a_map_of_parquet_is_an_object(tmp_path: Path) -> None:
+    file = tmp_path / "r.parquet"
+    arguments = pa.map_(pa.string(), pa.string())
+    kind = pa.list_(pa.struct({"name": pa.string(), "arguments": arguments, "id": pa.int64()}))
+    calls = [
+        {"name": "add", "arguments": [("x", "1"), ("y", None)]},
+        {"name": "now", "arguments": [], "id": 1},
+        {"name": "none"},
+    ]
+    twice = [{"name": "add", "arguments": [("x", "1"), ("x", "2")]}]
+    pq.write_table(pa.table({"a": pa.array([calls, twice, None], kind)}), file)
+    first, second, third = values_of(file)
+    wanted = [
+        {"name": "add", "arguments": {"x": "1", "y": None}},
+        {"name": "now", "arguments": {}, "id": 1},
+        {"name": "none"},
+    ]
+    assert first == {"a": wanted}
+    assert (second.reason, second.detail) == (
+        "unreadable_value",
+        "the key 'x' stands twice in one object",
+    )
+    assert third == {}
+
+
 @given(size_bytes=st.integers(1, 3000))
 def test_lines_are_the_same_however_they_are_cut_into_parts(
     tmp_path_factory: pytest.TempPathFactory, size_bytes: int
