@@ -138,6 +138,12 @@ def test_sample_takes_a_share_of_the_documents(
     ("overrides", "code", "problem"),
     [
         ({"num_shards": 100}, "too_many_tiny_shards", r"has \d+ rows; num_shards=1 would fill"),
+        (
+            {"num_shards": 90, "valid_shards": 20, "test_shards": 20},
+            "too_many_tiny_shards",
+            r"the \w+ split has \d+ rows for [25]0 files; valid_shards=null test_shards=null "
+            r"num_shards=1 gives every split one, and as much as its ratio says",
+        ),
         ({"messages_field": "chat"}, "bad_rows", r"60 of 60 rows \(100.0%\).*no field 'chat'"),
         ({"used_in_filter": "rl"}, "missing_training_data", "none of the 60 rows is left"),
         ({"blend_path": "/not/here.jsonl"}, "missing_training_data", "does not exist"),
