@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ def test_list_files_reads_a_directory_by_name_without_manifest_and_hidden_files(
     (tmp_path / "d.parquet.gz").touch()
     assert names(tmp_path) == ["a.json", "b.jsonl", "c.jsonl.gz", "d.parquet"]
     assert names(tmp_path / "*.jsonl") == ["b.jsonl"]
+
+
+def test_a_file_whose_name_no_record_can_hold_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    file.touch()
+    with pytest.raises(NemotronError, match="is not UTF-8; rename the file") as caught:
+        list_files(Dataset(name="d", path=str(tmp_path)))
+    assert (caught.value.code, caught.value.where) == ("unreadable_input", "d")
 
 
 @pytest.mark.parametrize(
