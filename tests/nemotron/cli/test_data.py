@@ -239,6 +239,15 @@ def test_a_mask_of_another_length_than_its_row_is_damaged(tmp_path: Path, capsys
     assert "row 0 has 3 input_ids, 2 loss_mask" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("token", [-100, 1 << 31])
+def test_an_id_that_no_token_can_have_is_damage(
+    tmp_path: Path, capsys: Captured, token: int
+) -> None:
+    pq.write_table(pa.table(GOOD | {"input_ids": [[5, token, 27]]}), tmp_path / "shard.parquet")
+    assert main(["data", "inspect", str(tmp_path), "--tokenizer", "nowhere"]) == 4
+    assert f"row 0 has {token} among its input_ids" in capsys.readouterr().err
+
+
 def test_lists_of_other_widths_are_read(tmp_path: Path, capsys: Captured) -> None:
     schema = pa.schema(
         {
