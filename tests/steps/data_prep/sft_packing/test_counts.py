@@ -179,6 +179,15 @@ NOT_STABLE = (
 NO_NAMES = "{% if messages[-1].name %}{{ raise_exception('no names') }}{% endif %}"
 
 
+@pytest.mark.parametrize("key", ["used_in_filter", "sample"])
+def test_rows_that_the_config_leaves_out_are_not_looked_for_elsewhere(
+    make_rows: MakeRows, write_rows: WriteRows, run_packing: RunPacking, key: str
+) -> None:
+    with pytest.raises(NemotronError, match="none of the 60 rows is left") as caught:
+        run_packing(write_rows(make_rows(60)), **{key: "0.1%"})
+    assert key in caught.value.fix
+
+
 @pytest.mark.parametrize(
     ("template", "says", "reason"),
     [
