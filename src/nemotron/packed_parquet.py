@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
+_MOST_IDS = 1 << 31
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
@@ -98,7 +99,7 @@ def read_group(
 
 
 def check_row(path: Path, number: int, row: dict[str, list[int]]) -> None:
-    """Refuse a row whose columns do not fit each other.
+    """Refuse a row whose columns do not fit each other, or with ids that no token has.
 
     Raises:
         NemotronError: ``packs_damaged``.
@@ -111,6 +112,9 @@ def check_row(path: Path, number: int, row: dict[str, list[int]]) -> None:
     sizes = (np.array([len(ids)]), np.array([len(starts)]), np.array(starts, dtype=np.int64))
     if _first_bad_row(*sizes) is not None:
         raise _bad_starts(path, number)
+    bad = next((token for token in ids if not 0 <= token < _MOST_IDS), None)
+    if bad is not None:
+        raise damaged(path, f"row {number} has {bad} among its input_ids")
 
 
 def file_properties(path: Path) -> dict[str, Any]:

@@ -265,19 +265,28 @@ def documents_of(row: dict[str, list[int]], tokenizer: Tokenizer) -> list[list[R
     """
     documents: list[list[Run]] = []
     for start, stop in pairwise([*row["seq_start_id"], len(row["input_ids"])]):
-        flags = [0, *row["loss_mask"][start : stop - 1]]
-        pairs = zip(row["input_ids"][start:stop], flags, strict=True)
-        documents.append(
-            [
-                Run(_decoded(tokenizer, [token for token, _ in run]), bool(flag))
-                for flag, run in groupby(pairs, lambda pair: pair[1])
-            ]
-        )
+        ids, flags = row["input_ids"][start:stop], [0, *row["loss_mask"][start : stop - 1]]
+        runs: list[Run] = []
+        begin = 0
+        for flag, group in groupby(flags):
+            end = begin + len(list(group))
+            runs.append(Run(_decoded(tokenizer, ids, begin, end), bool(flag)))
+            begin = end
+        documents.append(runs)
     return documents
 
 
-def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=False)
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int], begin: int, end: int) -> str:
+    """Return the text of some tokens of a document.
+
+    By what they add to those before: some decoders take a blank off the start of what they are
+    given. Not where a character is cut in two.
+    """
+    before, with_them, alone = (
+        tokenizer.decode(list(ids[first:last]), skip_special_tokens=False)
+        for first, last in ((0, begin), (0, end), (begin, end))
+    )
+    return with_them.removeprefix(before) if with_them.startswith(before) else alone
 
 
 def _measure_split(files: Sequence[Path]) -> SplitStats:

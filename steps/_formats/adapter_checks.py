@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemotron.steps._formats.adapter_targets import refuse_bad_pattern
-from nemotron.steps._formats.lora import adapter_error
+from nemotron.steps._formats.lora import MERGE_IN_PEFT, adapter_error
 from nemotron.steps._formats.safetensors_file import SafetensorsFile
 from nemotron.steps._formats.weights import damaged
 from nemotron.steps._models.config import DecoderConfig
@@ -88,7 +88,8 @@ def check_config(path: Path, values: Mapping[str, Any]) -> tuple[int, float]:
     for key in ("bias", *_NOT_HONOURED):
         value = values.get(key)
         if value and (key, value) != ("bias", "none"):
-            raise adapter_error("config", path, f"{key} is {value!r}, which is not supported")
+            problem = f"{key} is {value!r}, which is not supported"
+            raise adapter_error("config", path, problem, fix=MERGE_IN_PEFT)
     _check_init(path, values.get("init_lora_weights"))
     use_rslora = values.get("use_rslora")
     if use_rslora is not None and not isinstance(use_rslora, bool):

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nemotron.steps._formats.lora import adapter_error
+from nemotron.steps._formats.lora import MERGE_IN_PEFT, adapter_error
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.layouts import LORA_TARGETS, lora_shapes
 
@@ -53,7 +53,7 @@ def adapted_modules(path: Path, values: Mapping[str, Any], config: DecoderConfig
     for module in adapted:
         if module in _EMBEDDINGS:
             problem = f"{module} is adapted; adapters on embeddings or lm_head are not supported"
-            raise adapter_error("config", path, problem)
+            raise adapter_error("config", path, problem, fix=MERGE_IN_PEFT)
     if not adapted:
         raise adapter_error("config", path, f"it adapts no module of the base: {_hint(targets)}")
     return adapted

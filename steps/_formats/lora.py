@@ -21,6 +21,10 @@ from nemotron.steps._models.targets import linear_names
 # Why an adapter is refused, and what to do about it, by kind of error.
 _SAVED = "use the adapter as its trainer saved it"
 _CONFIG = "use the config that the adapter was saved with"
+MERGE_IN_PEFT = (
+    "merge it in PEFT: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
+    ".save_pretrained(DIR); or use a plain LoRA adapter on linear layers of the decoder"
+)
 _REASONS = {
     "missing": (
         "an adapter is a config and its tensors",

@@ -151,8 +151,14 @@ def _prepare(partial: Path, notes: Path, resume_key: str | None) -> None:
 
 
 def _refuse_foreign(directory: Path, step: str) -> None:
-    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+    fix = "choose another output directory, or empty this one yourself"
+    if directory.is_symlink():
+        held = "is a symbolic link"
+        fix = f"choose {directory.resolve()}, which it points to, or a directory below it"
+    elif directory.exists() and not directory.is_dir():
         held = "is not a directory"
+    elif directory.is_mount():
+        held, fix = "is a mount point", "choose a directory below it"
     elif directory.is_dir() and any(directory.iterdir()):
         held = _held_beside(directory, step)
     else:
@@ -162,7 +168,7 @@ def _refuse_foreign(directory: Path, step: str) -> None:
             "output_not_ours",
             f"{directory} {held}; it would be replaced",
             where=str(directory),
-            fix="choose another output directory, or empty this one yourself",
+            fix=fix,
             exit_code=ExitCode.IO,
         )
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
 from nemotron.cli.options import Debug, Json
+from nemotron.config import dump
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.launch.ending import reported_error
 
@@ -78,7 +78,7 @@ def _run(command: str, values: dict[str, Any], *, as_json: bool) -> int:
     with tempfile.TemporaryDirectory() as made:
         config, error = Path(made) / "config.yaml", Path(made) / "error.json"
         paths = {key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
-        config.write_text(yaml.safe_dump(paths | {"as_json": as_json}), encoding="utf-8")
+        config.write_text(dump(paths | {"as_json": as_json}), encoding="utf-8")
         argv = [sys.executable, "-m", f"nemotron.steps._adapter.{command}", "--config", str(config)]
         done = subprocess.run(
             argv,

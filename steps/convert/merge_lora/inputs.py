@@ -124,12 +124,14 @@ def _own_model_files(base: Path, *, is_megatron: bool) -> Path:
 def _other_chat_template(opened: OpenedAdapter, model_files: Path) -> str | None:
     """Return the adapter's chat template if it is not the base's own.
 
-    A model answers as trained only under the template that it was trained with.
+    A model answers as trained only under the template that it was trained with: the one that the
+    adapter records, or, of one that records none, what its trainer saved with it.
     """
-    adapter_dir, wanted = opened.adapter.directory, opened.recorded.get("chat_template_sha256")
+    adapter_dir = opened.adapter.directory
+    template = read_chat_template(adapter_dir)
+    wanted = opened.recorded.get("chat_template_sha256") or _sha256_text(template)
     if wanted is None or _sha256_text(read_chat_template(model_files)) == wanted:
         return None
-    template = read_chat_template(adapter_dir)
     if _sha256_text(template) == wanted:
         return template
     print(

@@ -5,6 +5,7 @@ The launcher's checks import this module, so it stays light.
 
 from __future__ import annotations
 
+import glob
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,11 @@ def read_blend(
 
 
 def _resolved(path: str, directory: Path) -> str:
-    return path if path.startswith(HUB) else str(directory / path)
+    if path.startswith(HUB):
+        return path
+    if glob.has_magic(path) and not (directory / path).exists():
+        return str(Path(glob.escape(str(directory))) / path)
+    return str(directory / path)
 
 
 def _blend_content(path: Path, messages_field: str) -> dict[str, Any] | None:

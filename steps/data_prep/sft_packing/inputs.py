@@ -55,7 +55,8 @@ def list_files(dataset: Dataset) -> list[Path]:
     A directory gives the data files directly in it, without hidden ones.
 
     Raises:
-        NemotronError: ``missing_training_data``.
+        NemotronError: ``missing_training_data``; ``unreadable_input``: a name cannot be written
+            into ``artifact.json``.
     """
     if dataset.path.startswith(HUB):
         return sorted(hub_files(dataset, is_data=is_data))
@@ -75,6 +76,9 @@ def list_files(dataset: Dataset) -> list[Path]:
         if not is_data(item):
             problem = f"{item} is none of {', '.join(DATA)}, plain or {' or '.join(COMPRESSED)}"
             raise step_error(STEP, "missing_training_data", problem, where=dataset.name)
+        if any("\ud800" <= char <= "\udfff" for char in str(item)):  # as Python decodes such bytes
+            problem = f"the name {item.name!a} is not UTF-8; rename the file"
+            raise step_error(STEP, "unreadable_input", problem, where=dataset.name)
     return sorted(files)
 
 

@@ -70,6 +70,7 @@ class Job:
         settings: How to pack.
         properties: What the output says about itself, without counts.
         shards: Files of each split.
+        has_ratios: Whether ratios say how large the splits are; numbers of shards otherwise.
         ratios: Share of each split; without effect where the blend lists splits.
         pack_key: Digest of everything that the output depends on.
         workspace: Where the results of tasks are.
@@ -82,6 +83,7 @@ class Job:
     settings: PackSettings
     properties: Mapping[str, Any]
     shards: Mapping[str, int]
+    has_ratios: bool
     ratios: Mapping[str, float]
     pack_key: str
     workspace: Workspace
@@ -129,6 +131,7 @@ def plan_job(config: Config, blend: Sources, *, engine: str | None = None) -> Jo
         settings=PackSettings(**packing, metadata=metadata),
         properties=properties,
         shards=config.split_shards,
+        has_ratios=config.has_ratios,
         ratios=config.split_ratios,
         pack_key=properties["pack_key"],
         workspace=workspace,
@@ -141,6 +144,7 @@ def _encoder_settings(
     return EncoderSettings(
         tokenizer=str(tokenizer.directory),
         tokenizer_blake3=tokenizer.blake3,
+        special_tokens=tuple(tokenizer.variables.items()),
         chat_template=template,
         add_bos=config.tokenizer_options.add_bos,
         add_eos=config.tokenizer_options.add_eos,

@@ -80,6 +80,7 @@ class PackTask:
         spools: Names of all spools.
         split: The split that the files belong to.
         files: Names of the files.
+        has_ratio: Whether ratios say how large the split is; numbers of shards otherwise.
         groups: What goes into them.
         size_bytes: How much work it is, about.
         seed: What sets this task apart from others of the same ``settings.seed``.
@@ -92,6 +93,7 @@ class PackTask:
     spools: tuple[str, ...]
     split: str
     files: tuple[str, ...]
+    has_ratio: bool
     groups: tuple[Group, ...]
     size_bytes: int
     seed: int
@@ -168,6 +170,12 @@ class PackTask:
             f"num_shards is {len(self.files)}, but the {self.split} split has {rows.num_rows} "
             f"rows; num_shards={fitting} would fill them"
         )
+        if not self.has_ratio:
+            problem = (
+                f"the {self.split} split has {rows.num_rows} rows for {len(self.files)} files; "
+                "valid_shards=null test_shards=null num_shards=1 gives every split one, and as "
+                "much as its ratio says"
+            )
         raise step_error(STEP, "too_many_tiny_shards", problem, where=self.split)
 
     def _gather(self, group: Group) -> _Gathered:

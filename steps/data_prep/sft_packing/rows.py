@@ -230,9 +230,12 @@ def _read_parquet(part: Part, columns: Sequence[str]) -> Iterator[Row]:
         position = 0
         for batch in batches:
             size_bytes = batch.nbytes // max(batch.num_rows, 1)
+            kind = pa.struct(list(batch.schema))
+            has_map = "map<" in str(kind)
             for value in _values(batch):
                 # A struct column gives every row all of its keys, null where it had none.
-                yield Row(position, _without_nulls(value), size_bytes)
+                plain = _with_maps(value, kind) if has_map else _without_nulls(value)
+                yield Row(position, plain, size_bytes)
                 position += 1
 
 
@@ -258,6 +261,26 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value
+
+
+def _with_maps(value: Any | BadRowError, kind: pa.DataType) -> Any | BadRowError:
+    """Return a row with objects for its maps, which pyarrow gives as pairs, and without nulls."""
+    try:
+        return _as_json(value, kind)
+    except ValueError as error:
+        return BadRowError("unreadable_value", str(error))
+
+
+def _as_json(value: Any, kind: Any) -> Any:
+    kind = getattr(kind, "storage_type", kind)  # of an extension type
+    if isinstance(value, dict):
+        items = ((field, value[field.name]) for field in kind)
+        return {own.name: _as_json(item, own.type) for own, item in items if item is not None}
+    if not isinstance(value, list):
+        return value
+    if pa.types.is_map(kind):  # a map names what it has, so that a null in it was meant
+        return _distinct([(str(key), _as_json(item, kind.item_type)) for key, item in value])
+    return [_as_json(item, kind.value_type) for item in value]
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

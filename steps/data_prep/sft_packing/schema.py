@@ -190,7 +190,7 @@ class Config(Schema):
                 f"pack_size {self.pack_size} is not a multiple of pad_seq_to_mult "
                 f"{self.pad_seq_to_mult}"
             )
-        if self.valid_shards is None and self.test_shards is None:
+        if self.has_ratios:
             total = self.train_ratio + self.valid_ratio + self.test_ratio
             if abs(total - 1.0) > 1e-6:
                 raise ValueError(
@@ -211,9 +211,14 @@ class Config(Schema):
         return self.tokenizer
 
     @property
+    def has_ratios(self) -> bool:
+        """Whether ratios say how large the splits are; numbers of shards otherwise."""
+        return self.valid_shards is None and self.test_shards is None
+
+    @property
     def split_shards(self) -> dict[str, int]:
         """Files of each split that is not empty."""
-        if self.valid_shards is None and self.test_shards is None:
+        if self.has_ratios:
             return {"train": self.num_shards, "valid": 1, "test": 1}
         valid, test = self.valid_shards or 0, self.test_shards or 0
         return {"train": self.num_shards - valid - test, "valid": valid, "test": test}
@@ -221,7 +226,7 @@ class Config(Schema):
     @property
     def split_ratios(self) -> dict[str, float]:
         """Share of the documents in each split, in [0, 1]."""
-        if self.valid_shards is None and self.test_shards is None:
+        if self.has_ratios:
             return {"train": self.train_ratio, "valid": self.valid_ratio, "test": self.test_ratio}
         return {name: shards / self.num_shards for name, shards in self.split_shards.items()}
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemotron.steps.data_prep.sft_packing.blend import Dataset, WeightBy
+from nemotron.steps._entry import step_error
+from nemotron.steps.data_prep.sft_packing.blend import STEP, Dataset, WeightBy
 from nemotron.steps.data_prep.sft_packing.splits import SPLITS, split_documents
 
 
@@ -187,7 +188,11 @@ def _assign(
     copies: np.ndarray,
     dropped: Sequence[Counter[str]],
 ) -> None:
-    """Give conversations the split of their data set; what two splits have is held out."""
+    """Give conversations the split of their data set; what two splits have is held out.
+
+    Raises:
+        NemotronError: ``empty_split``.
+    """
     of_dataset = np.array([SPLITS.index(dataset.into or "train") for dataset in datasets])
     splits[:] = np.where(copies > 0, of_dataset[found.datasets], -1)
     held_out = np.empty(0, dtype=np.uint64)
@@ -198,6 +203,10 @@ def _assign(
         for dataset, count in Counter(found.datasets[double].tolist()).items():
             dropped[dataset]["in_other_split"] += count
         held_out = np.union1d(held_out, found.uids[mine])
+        if len(mine) and len(double) == len(mine):
+            others = " or ".join(SPLITS[number + 1 :])
+            problem = f"{SPLITS[number]} would be empty: {others} has all {len(mine)} conversations"
+            raise step_error(STEP, "empty_split", problem, where=SPLITS[number])
 
 
 def _rehash(uid: int, seed: int) -> int:

@@ -128,6 +128,7 @@ def _pack_tasks(job: Job, corpus: Corpus, selection: Selection) -> list[PackTask
                     spools=corpus.spools,
                     split=name,
                     files=tuple(of_task),
+                    has_ratio=job.has_ratios,
                     groups=tuple(groups[place] for place in held),
                     size_bytes=sum(sizes[place] for place in held),
                     seed=SPLITS.index(name) << 32 | number,

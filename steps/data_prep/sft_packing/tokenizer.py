@@ -109,7 +109,8 @@ def template_text(chat_template: str | None, tokenizer: ChatTokenizer) -> str:
 
     Raises:
         NemotronError: ``bad_chat_template``: there is no such template; ``tokenizer_mismatch``: its
-            control tokens are not in the vocabulary and would be split into letters.
+            control tokens are not in the vocabulary and would be split into letters, unless it is
+            the tokenizer's own, whose model has learnt them so.
     """
     if chat_template is None:
         if tokenizer.chat_template is None:
@@ -118,6 +119,8 @@ def template_text(chat_template: str | None, tokenizer: ChatTokenizer) -> str:
             raise step_error(STEP, "bad_chat_template", problem, where="chat_template")
         return tokenizer.chat_template
     text = read_template(chat_template)
+    if text == tokenizer.chat_template:
+        return text
     tokens = sorted(set(_CONTROL_TOKEN.findall(text)))
     unknown = [token for token in tokens if tokenizer.backend.token_to_id(token) is None]
     if unknown:

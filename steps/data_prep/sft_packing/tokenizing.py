@@ -39,6 +39,7 @@ class EncoderSettings:
     Attributes:
         tokenizer: Directory of the tokenizer.
         tokenizer_blake3: Digest of the tokenizer.
+        special_tokens: Its special tokens by name, which other files than tokenizer.json say.
         chat_template: Text of the template.
         add_bos: See ``masks.Encoder``.
         add_eos: See ``masks.Encoder``.
@@ -50,6 +51,7 @@ class EncoderSettings:
 
     tokenizer: str
     tokenizer_blake3: str
+    special_tokens: tuple[tuple[str, str], ...]
     chat_template: str
     add_bos: bool
     add_eos: bool
@@ -144,7 +146,8 @@ def encoder_of(settings: EncoderSettings, tokenizer: ChatTokenizer | None = None
 
 
 def _build(settings: EncoderSettings, tokenizer: ChatTokenizer) -> Encoder:
-    if tokenizer.blake3 != settings.tokenizer_blake3:
+    is_same = tokenizer.blake3 == settings.tokenizer_blake3
+    if not is_same or tuple(tokenizer.variables.items()) != settings.special_tokens:
         problem = "it changed while the run was going on"
         raise step_error(STEP, "tokenizer_mismatch", problem, where=settings.tokenizer)
     return build_encoder(

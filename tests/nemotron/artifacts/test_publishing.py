@@ -108,6 +108,16 @@ def test_publish_refuses_what_is_neither_directory_nor_file(tmp_path: Path) -> N
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_publish_refuses_what_it_could_not_rename_in_the_end(tmp_path: Path) -> None:
+    with pytest.raises(NemotronError, match=r": /proc is a mount point") as caught:
+        make(Path("/proc"))
+    assert caught.value.fix == "choose a directory below it"
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(NemotronError, match="link is a symbolic link") as caught:
+        make(tmp_path / "link")
+    assert caught.value.fix == f"choose {tmp_path}, which it points to, or a directory below it"
+
+
 def test_publish_puts_back_what_a_kill_in_the_midst_of_the_swap_left(tmp_path: Path) -> None:
     make(tmp_path / "out")
     killed = multiprocessing.get_context("fork").Process(target=die_in_the_swap, args=[tmp_path])

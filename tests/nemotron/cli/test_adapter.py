@@ -24,6 +24,14 @@ def test_an_error_of_the_process_that_did_the_work_comes_back_as_json(
     assert captured.err == ""
 
 
+def test_a_path_is_taken_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    adapter = tmp_path / "lr=${lr} [1]: #2"
+    adapter.mkdir()
+    assert main(["adapter", "verify", str(adapter), "--json"]) == ExitCode.DATA
+    error = json.loads(capfd.readouterr().out)["error"]
+    assert (error["code"], error["where"]) == ("adapter_missing", str(adapter))
+
+
 @pytest.fixture
 def torch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Return a function that puts a program in the place of torch, for processes alone."""

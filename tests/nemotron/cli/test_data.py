@@ -10,6 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace
+from tokenizers.models import WordLevel
 
 from nemotron.cli.app import main
 
@@ -104,6 +107,23 @@ def test_inspect_shows_documents_and_what_is_trained(packed: Path, capsys: Captu
     page = capsys.readouterr().out
     assert page.count("--- document") == len(documents)
     assert f"<<{documents[0][1]['text']}>>" in page
+
+
+def test_inspect_keeps_the_blanks_that_a_decoder_takes_off_the_start_of_a_text(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    vocabulary = {"<unk>": 0, "▁Red": 1, "?": 2, "▁Yes": 3, ".": 4, "▁Blue": 5}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    tokenizer.decoder = Metaspace(prepend_scheme="first")  # pyright: ignore
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids, mask = [1, 2, 3, 4, 5, 2, 3, 4], [0, 1, 1, 0, 0, 1, 1, 0]
+    table = pa.table({"input_ids": [ids], "loss_mask": [mask], "seq_start_id": [[0, 4]]})
+    pq.write_table(table, tmp_path / "shard.parquet")
+    arguments = ["data", "inspect", str(tmp_path), "--tokenizer", str(tmp_path)]
+    assert main(arguments) == 0
+    page = capsys.readouterr().out
+    assert "Red?<< Yes.>>" in page
+    assert "\nBlue?<< Yes.>>" in page
 
 
 def test_files_of_others_are_read_by_their_columns(
@@ -217,6 +237,15 @@ def test_a_mask_of_another_length_than_its_row_is_damaged(tmp_path: Path, capsys
     pq.write_table(pa.table(GOOD | {"loss_mask": [[1, 0]]}), tmp_path / "shard.parquet")
     assert main(["data", "inspect", str(tmp_path), "--tokenizer", "nowhere"]) == 4
     assert "row 0 has 3 input_ids, 2 loss_mask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("token", [-100, 1 << 31])
+def test_an_id_that_no_token_can_have_is_damage(
+    tmp_path: Path, capsys: Captured, token: int
+) -> None:
+    pq.write_table(pa.table(GOOD | {"input_ids": [[5, token, 27]]}), tmp_path / "shard.parquet")
+    assert main(["data", "inspect", str(tmp_path), "--tokenizer", "nowhere"]) == 4
+    assert f"row 0 has {token} among its input_ids" in capsys.readouterr().err
 
 
 def test_lists_of_other_widths_are_read(tmp_path: Path, capsys: Captured) -> None:

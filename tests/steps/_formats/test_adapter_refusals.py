@@ -207,6 +207,18 @@ def test_open_refuses_an_adapter_that_is_not_plain_lora(
     assert caught.value.code == "adapter_config"
 
 
+@pytest.mark.parametrize(
+    "changes", [{"use_dora": True}, {"bias": "all"}, {"target_modules": ["q_proj", "lm_head"]}]
+)
+def test_what_only_peft_computes_is_to_be_merged_there(
+    adapter: Path, config: DecoderConfig, changes: dict[str, Any]
+) -> None:
+    _change_config(adapter, **changes)
+    with pytest.raises(NemotronError) as caught:
+        open_adapter(adapter, config=config)
+    assert "merge_and_unload" in caught.value.fix
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
 def test_open_says_which_file_is_missing(adapter: Path, config: DecoderConfig, name: str) -> None:
     (adapter / name).unlink()

@@ -257,6 +257,7 @@ def test_write_megatron_adapter_refuses_what_its_format_does_not_express(
     with pytest.raises(NemotronError, match=wanted) as caught:
         write_megatron_adapter(tmp_path, adapter, pretrained_checkpoint="b")
     assert caught.value.code == "adapter_config"
+    assert "convert/merge_lora" in caught.value.fix
 
 
 PROJ = "decoder.layers.self_attention.linear_proj.adapter"

@@ -234,6 +234,24 @@ def test_an_adapter_brings_the_chat_template_that_it_was_trained_with(
     assert read_chat_template(tmp_path / "bare") is None
 
 
+def test_an_adapter_of_others_brings_the_chat_template_that_lies_with_it(
+    tmp_path: Path, base_hf: Path, adapter: Path
+) -> None:
+    saved = adapter / "iter_0000020"
+    (saved / "artifact.json").unlink()
+    merge_into(saved, base_hf, tmp_path / "out", allow_unverified_base=True)
+    assert read_chat_template(tmp_path / "out") == read_chat_template(base_hf)
+    (saved / "chat_template.jinja").write_text("other", encoding="utf-8")
+    for _ in range(2):  # the second time onto a base that has none
+        merge_into(saved, base_hf, tmp_path / "own", allow_unverified_base=True)
+        assert read_chat_template(tmp_path / "own") == "other"
+        tokenizer = AutoTokenizer.from_pretrained(base_hf)
+        tokenizer.chat_template = None
+        (base_hf / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.save_pretrained(base_hf)
+        assert read_chat_template(base_hf) is None
+
+
 def test_the_output_has_all_named_chat_templates_of_the_base(
     tmp_path: Path, base_hf: Path, save_adapter: SaveAdapter
 ) -> None:

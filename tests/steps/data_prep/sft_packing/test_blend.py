@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from nemotron.errors import NemotronError
 from nemotron.steps.data_prep.sft_packing.blend import Dataset, read_blend
+from nemotron.steps.data_prep.sft_packing.inputs import list_files
 
 
 def read(path: Path | str) -> tuple[Dataset, ...]:
@@ -32,6 +34,21 @@ def test_read_blend_fills_in_what_a_dataset_does_not_say(tmp_path: Path) -> None
     assert (first.weight, first.max_rows, first.messages_field) == (2, 5, "chat")
     assert second.path == "/data/b.jsonl"
     assert (second.weight, second.max_rows, second.messages_field) == (1, 9, "messages")
+
+
+def test_only_what_a_blend_says_is_a_pattern_not_the_directory_that_it_lies_in(
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "run [1]"
+    directory.mkdir()
+    for name in ("a.jsonl", "b[2].jsonl"):
+        (directory / name).touch()
+    datasets = [{"name": name, "path": name} for name in ("*.jsonl", "b[2].jsonl", "no.jsonl")]
+    pattern, file, missing = read(write(directory / "blend.json", {"datasets": datasets}))
+    assert [path.name for path in list_files(pattern)] == ["a.jsonl", "b[2].jsonl"]
+    assert list_files(file) == [directory / "b[2].jsonl"]
+    with pytest.raises(NemotronError, match=re.escape(f"{directory}/no.jsonl does not exist")):
+        list_files(missing)
 
 
 @pytest.mark.parametrize("content", [[{"messages": []}], {"messages": []}, {"instruction": "Q"}])

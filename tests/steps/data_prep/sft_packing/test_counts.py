@@ -138,6 +138,12 @@ def test_sample_takes_a_share_of_the_documents(
     ("overrides", "code", "problem"),
     [
         ({"num_shards": 100}, "too_many_tiny_shards", r"has \d+ rows; num_shards=1 would fill"),
+        (
+            {"num_shards": 90, "valid_shards": 20, "test_shards": 20},
+            "too_many_tiny_shards",
+            r"the \w+ split has \d+ rows for [25]0 files; valid_shards=null test_shards=null "
+            r"num_shards=1 gives every split one, and as much as its ratio says",
+        ),
         ({"messages_field": "chat"}, "bad_rows", r"60 of 60 rows \(100.0%\).*no field 'chat'"),
         ({"used_in_filter": "rl"}, "missing_training_data", "none of the 60 rows is left"),
         ({"blend_path": "/not/here.jsonl"}, "missing_training_data", "does not exist"),
@@ -171,6 +177,15 @@ NOT_STABLE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 NO_NAMES = "{% if messages[-1].name %}{{ raise_exception('no names') }}{% endif %}"
+
+
+@pytest.mark.parametrize("key", ["used_in_filter", "sample"])
+def test_rows_that_the_config_leaves_out_are_not_looked_for_elsewhere(
+    make_rows: MakeRows, write_rows: WriteRows, run_packing: RunPacking, key: str
+) -> None:
+    with pytest.raises(NemotronError, match="none of the 60 rows is left") as caught:
+        run_packing(write_rows(make_rows(60)), **{key: "0.1%"})
+    assert key in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def test_list_files_reads_a_directory_by_name_without_manifest_and_hidden_files(
     assert names(tmp_path / "*.jsonl") == ["b.jsonl"]
 
 
+def test_a_file_whose_name_no_record_can_hold_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    file.touch()
+    with pytest.raises(NemotronError, match="is not UTF-8; rename the file") as caught:
+        list_files(Dataset(name="d", path=str(tmp_path)))
+    assert (caught.value.code, caught.value.where) == ("unreadable_input", "d")
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
@@ -101,6 +110,31 @@ def test_parquet_gives_no_keys_that_a_row_did_not_have(tmp_path: Path) -> None:
     messages = [{"role": "user", "name": "x"}, {"role": "tool", "id": 1}]
     pq.write_table(pa.Table.from_pylist([{"a": messages}]), file)
     assert values_of(file) == [{"a": messages}]
+
+
+def test_a_map_of_parquet_is_an_object(tmp_path: Path) -> None:
+    file = tmp_path / "r.parquet"
+    arguments = pa.map_(pa.string(), pa.string())
+    kind = pa.list_(pa.struct({"name": pa.string(), "arguments": arguments, "id": pa.int64()}))
+    calls = [
+        {"name": "add", "arguments": [("x", "1"), ("y", None)]},
+        {"name": "now", "arguments": [], "id": 1},
+        {"name": "none"},
+    ]
+    twice = [{"name": "add", "arguments": [("x", "1"), ("x", "2")]}]
+    pq.write_table(pa.table({"a": pa.array([calls, twice, None], kind)}), file)
+    first, second, third = values_of(file)
+    wanted = [
+        {"name": "add", "arguments": {"x": "1", "y": None}},
+        {"name": "now", "arguments": {}, "id": 1},
+        {"name": "none"},
+    ]
+    assert first == {"a": wanted}
+    assert (second.reason, second.detail) == (
+        "unreadable_value",
+        "the key 'x' stands twice in one object",
+    )
+    assert third == {}
 
 
 @given(size_bytes=st.integers(1, 3000))

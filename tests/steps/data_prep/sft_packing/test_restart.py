@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,9 @@ from nemotron.steps.data_prep.sft_packing.receipts import Receipt
 from nemotron.steps.data_prep.sft_packing.schema import Config
 from nemotron.steps.data_prep.sft_packing.step import run
 from nemotron.steps.data_prep.sft_packing.team import Stage
+from nemotron.steps.data_prep.sft_packing.templates import read_template
 from nemotron.steps.data_prep.sft_packing.worker import work
+from tests.steps.data_prep.sft_packing.conftest import packed_rows
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 RunPacking = Callable[..., Path]
@@ -186,6 +189,18 @@ def test_another_pack_size_packs_the_same_tokens_and_another_template_does_not(
     run_packing(corpus, keep_tokens=False)
     assert not (tmp_path / ".packed.work").exists()
     assert packed.is_dir()
+
+
+def test_another_special_token_of_the_same_vocabulary_tokenizes_again(
+    corpus: Path, run_packing: RunPacking, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    copy = shutil.copytree(tokenizer_dir, tmp_path / "copy")
+    template = "{{ bos_token }}" + read_template("chatml")
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    for token, number in (("<|endoftext|>", 0), ("<|begin_of_text|>", 6)):
+        (copy / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": token}))
+        packed = run_packing(corpus, tokenizer=str(copy), chat_template=template)
+        assert {row["input_ids"][0] for row in packed_rows(packed, "train")} == {number}
 
 
 def test_a_finished_run_does_nothing_and_says_so_unless_forced(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from nemotron.errors import NemotronError
 from nemotron.steps.data_prep.sft_packing.blend import Dataset, WeightBy
 from nemotron.steps.data_prep.sft_packing.selection import (
     Conversations,
@@ -18,6 +19,7 @@ from nemotron.steps.data_prep.sft_packing.selection import (
     smallest_hashes,
     take_usable,
 )
+from nemotron.steps.data_prep.sft_packing.splits import SPLITS
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=4, unique=True), st.integers(0, 5))
@@ -113,6 +115,20 @@ def test_a_repeat_acts_on_the_train_split_alone_and_by_hash() -> None:
     more = chosen(found, [source("a", repeat=2.7)])
     assert (more.copies >= selection.copies).all()
     assert more.copies.sum() > selection.copies.sum()
+
+
+def test_a_listed_split_is_not_empty_because_others_hold_its_data_out() -> None:
+    datasets = [
+        source(name).model_copy(update={"into": name}) for name in ("train", "valid", "test")
+    ]
+    found = conversations([*range(9), 0, 1, 1], [0] * 9 + [1] * 2 + [2], [1] * 12)
+    assert [len(chosen(found, datasets).of_split(name)) for name in SPLITS] == [7, 1, 1]
+    found = conversations([0, 1, 0, 1, 2], [0] * 2 + [1] * 2 + [2], [1] * 5)
+    with pytest.raises(
+        NemotronError, match="train would be empty: valid or test has all 2"
+    ) as caught:
+        chosen(found, datasets)
+    assert (caught.value.code, caught.value.where) == ("empty_split", "train")
 
 
 def test_lists_per_split_give_each_its_own_and_held_out_data_is_not_trained_on() -> None:

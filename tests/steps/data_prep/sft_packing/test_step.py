@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,39 @@ def test_a_shard_that_is_spoiled_on_its_way_into_the_output_is_told_by_its_diges
     packed = run_packing(write_rows(make_rows(60)))
     with pytest.raises(NemotronError, match="does not have the BLAKE3"):
         verify_files(packed, read_artifact(packed, "packed_parquet"))
+
+
+def test_the_template_of_a_tokenizer_may_write_roles_that_are_text_to_it(
+    make_rows: MakeRows,
+    write_rows: WriteRows,
+    run_packing: RunPacking,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+) -> None:
+    copy = shutil.copytree(tokenizer_dir, tmp_path / "copy")
+    template = (  # as Zephyr's and TinyLlama's
+        "{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config["chat_template"] = template
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    rows = make_rows(20, max_turns=1)
+    packed = run_packing(write_rows(rows), tokenizer=str(copy), num_workers=1)
+    tokenizer = load_tokenizer(str(copy)).backend
+    texts = {
+        tokenizer.decode(list(ids), skip_special_tokens=False)
+        for row in packed_rows(packed, "train")
+        for ids, _ in documents_of(row)
+    }
+    wanted = {
+        "".join(f"<|{turn['role']}|>\n{turn['content']}<|im_end|>\n" for turn in row["messages"])
+        for row in rows
+    }
+    assert texts <= {text.removesuffix("\n") for text in wanted}
+    with pytest.raises(NemotronError, match=r"writes <\|assistant\|>, not in the vocabulary"):
+        run_packing(write_rows(rows), chat_template=template)
 
 
 def test_tiny_config_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
