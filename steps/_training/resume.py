@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ def choose_start(
             notes += (f"the finished run in {output} is not continued, since {reason}",)
     if load is None:
         return Start(notes=notes)
-    return _start_from(load, ckpt_step, train_iters, identity, digests)
+    start = _start_from(load, ckpt_step, train_iters, identity, digests)
+    return replace(start, notes=(*notes, *start.notes))
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

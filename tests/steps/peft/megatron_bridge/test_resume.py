@@ -375,6 +375,17 @@ def test_load_goes_on_from_an_earlier_save_in_a_directory_of_its_own(
     assert "no whole save of iteration 4" in run.error["problem"]
 
 
+def test_load_says_why_the_finished_run_in_its_place_is_not_continued(
+    train_here: Train, stopped: Any, resumable: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    as_unfinished(resumable, train_iters=5, identity={})  # another run, that came to its end
+    place = {"checkpoint.save": str(resumable), "checkpoint.load": str(stopped.output)}
+    assert train_here(**PLAN, **place).exit_code == 0
+    said = capfd.readouterr().out
+    assert f"the finished run in {resumable} is not continued, since " in said
+    assert f"going on from {stopped.output}" in said
+
+
 def test_a_save_without_the_optimizer_is_an_adapter_only(
     train_here: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
