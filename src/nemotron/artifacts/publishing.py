@@ -182,7 +182,7 @@ def _held_beside(directory: Path, step: str) -> str:
         writer = artifact["produced_by"]["step"]
         written = {MANIFEST, *(entry["path"] for entry in artifact["files"])}
     except (ValueError, KeyError, TypeError):
-        return ""  # a damaged artifact, which this step is to write again
+        return f"holds an {MANIFEST} that cannot be read, so that any file there may be yours"
     if writer != step:
         return f"is what {writer} wrote"
     found = sorted(path for path in directory.rglob("*") if path.is_file())

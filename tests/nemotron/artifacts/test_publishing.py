@@ -91,13 +91,15 @@ def test_publish_refuses_to_delete_a_file_that_somebody_put_there(tmp_path: Path
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"produced_by": {}, "files": []}'])
-def test_publish_replaces_an_artifact_whose_record_is_damaged(
+def test_publish_deletes_nothing_where_a_damaged_record_cannot_say_who_wrote_it(
     tmp_path: Path, manifest: str
 ) -> None:
     make(tmp_path / "out")
     (tmp_path / "out" / MANIFEST).write_text(manifest)
-    make(tmp_path / "out", "bbb")
-    assert (tmp_path / "out" / "a.txt").read_text() == "bbb"
+    with pytest.raises(NemotronError, match="cannot be read") as caught:
+        make(tmp_path / "out", "bbb")
+    assert caught.value.code == "output_not_ours"
+    assert (tmp_path / "out" / "a.txt").read_text() == "aaa"
 
 
 def test_publish_refuses_what_is_neither_directory_nor_file(tmp_path: Path) -> None:
