@@ -189,7 +189,9 @@ class _MainThread:
         assert ident is not None  # the main thread has started
         self._ident = ident
         self._read_ticks: list[bytes] = []
-        self._clock = time.pthread_getcpuclockid(ident)
+        # macOS has a clock of the process only, which other threads move on as well.
+        own_clock = getattr(time, "pthread_getcpuclockid", None)
+        self._clock = own_clock(ident) if own_clock else time.CLOCK_PROCESS_CPUTIME_ID
         self._used_seconds = 0.0
 
     def works(self) -> bool:
