@@ -28,6 +28,8 @@ ExecutionMode = Literal["auto", "ray"]
 _WORKER_BYTES = 4 << 20
 # How long running tasks may take to finish when the run is told to stop.
 _STOP_SECONDS = 10.0
+# What tells the run to stop; a terminal and a scheduler send it to the workers as well.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Task(Protocol):
@@ -158,7 +160,8 @@ def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> G
         while True:
             # Two tasks per worker are queued; the others are not pickled before their turn.
             while len(running) < 2 * num_workers and (number := next(queue, None)) is not None:
-                running.add(pool.submit(_remote, number, tasks[number]))
+                with _blocked_signals():  # a worker that this starts inherits that
+                    running.add(pool.submit(_remote, number, tasks[number]))
             if not running:
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -177,11 +180,26 @@ def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> G
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Keep the signals that stop the run until the block has ended.
+
+    A worker inherits the block, which ends in ``_start_worker``: a signal that came before it
+    ignores them would kill the worker, and the run would end as if memory had run out.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
     """Set up a worker: it uses one core, leaves signals to its parent, and ends with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

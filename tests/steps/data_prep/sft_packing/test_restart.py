@@ -293,6 +293,24 @@ def test_a_run_told_to_stop_ends_with_75_and_the_same_command_goes_on(
     assert {**found, "artifact.json": b""} == {**wanted, "artifact.json": b""}
 
 
+def test_a_signal_does_not_kill_workers_that_are_starting(tmp_path: Path) -> None:
+    tasks = [Slow(str(number), tmp_path) for number in range(2)]
+
+    def signal_workers() -> None:
+        while len(workers := multiprocessing.active_children()) < 2:
+            time.sleep(0.001)
+        for worker in workers:
+            os.kill(worker.pid or 0, signal.SIGTERM)
+
+    signalling = threading.Thread(target=signal_workers)
+    signalling.start()
+    try:
+        run_tasks(tasks, num_workers=2, mode="auto", on_done=lambda _: None)
+    finally:
+        signalling.join()
+    assert {path.name for path in tmp_path.glob("*.done")} == {"0.done", "1.done"}
+
+
 def test_workers_told_to_stop_finish_what_they_are_at_and_begin_nothing(tmp_path: Path) -> None:
     tasks = [Slow(str(number), tmp_path) for number in range(12)]
 
