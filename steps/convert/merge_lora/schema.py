@@ -20,7 +20,7 @@ class Config(Schema):
     """Config of ``convert/merge_lora``."""
 
     backend: Backend = Field(
-        default="auto", description="auto: megatron_bridge where base_megatron_path is set"
+        default="auto", description="auto: megatron_bridge if base_megatron_path is set"
     )
     lora_checkpoint: Path = Field(
         description="adapter directory, iter_NNNNNNN directory, or the trainer's output root"
@@ -31,10 +31,11 @@ class Config(Schema):
         default=None, description="hub ids are not downloaded; pass hf_model_path or base_hf_path"
     )
     hf_model_path: Path | None = Field(
-        default=None, description="directory that config, tokenizer and chat template come from"
+        default=None,
+        description="directory of config, tokenizer and chat template; null: those of the base",
     )
     output_hf_path: Path | None = Field(
-        default=None, description="merged Hugging Face checkpoint, written where export_hf is true"
+        default=None, description="merged Hugging Face checkpoint, written if export_hf is true"
     )
     output_megatron_path: Path | None = Field(
         default=None, description="merged Megatron checkpoint; null: none is written"
@@ -68,7 +69,7 @@ class Config(Schema):
     ep: Literal[1] = 1
     nproc_per_node: Literal[1] = 1
     upstream_script: str | None = Field(
-        default=None, description="without effect: the merge is done by this step itself"
+        default=None, description="without effect: this step does the merge itself"
     )
 
     @property

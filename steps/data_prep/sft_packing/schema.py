@@ -28,12 +28,10 @@ class TokenizerConfig(Schema):
 
     model: str = Field(description="Hugging Face directory or repository id")
     type: Literal["huggingface"] = "huggingface"
-    add_bos: bool = Field(
-        default=False, description="put the BOS token first where the template did not"
-    )
+    add_bos: bool = Field(default=False, description="add the BOS token if the template does not")
     add_eos: bool = Field(
         default=True,
-        description="end a document with the EOS token where the template ends turns with none",
+        description="end a document with the EOS token if the template ends turns without one",
     )
     trust_remote_code: Literal[False] = Field(
         default=False, description="code from a repository is never run"
@@ -62,7 +60,7 @@ class TokenizationConfig(Schema):
 
     engine: Literal["tokenizers", "kitoken"] = Field(
         default="tokenizers",
-        description="kitoken is faster; used only where a trial shows it equal to tokenizers",
+        description="kitoken is faster; used only if a trial gives the same tokens as tokenizers",
     )
     cpus_per_worker: float = 1.0
 
@@ -85,7 +83,9 @@ class Config(Schema):
         description="conversations (.jsonl or .json file, directory or glob) or a blend file"
     )
     output_dir: Path = Field(description="directory of the packed_parquet artifact")
-    config_name: str = Field(default="default", description="a name for people; without effect")
+    config_name: str = Field(
+        default="default", description="a name for your own use; without effect"
+    )
 
     tokenizer: TokenizerConfig | str = Field(
         description="a Hugging Face directory or repository id, or a mapping with more options"
@@ -97,12 +97,12 @@ class Config(Schema):
     )
     reasoning: Literal["keep", "strip", "split_per_turn"] = Field(
         default="keep",
-        description="reasoning of every turn, of none, or one document per turn as at inference",
+        description="keep or strip all reasoning, or make one document per turn as at inference",
     )
     sanitize: bool = Field(
         default=True,
-        description="control strings such as <|im_end|> in what others than the assistant say "
-        "stay text",
+        description="encode control strings such as <|im_end|> as plain text in messages of anyone "
+        "but the assistant",
     )
     messages_field: str = Field(
         default="messages",
@@ -131,12 +131,12 @@ class Config(Schema):
         default=0.05,
         ge=0,
         le=1,
-        description="share of a dataset's rows that may be unusable before the run ends; rows that "
-        "used_in_filter leaves out do not count, for those that max_rows leaves out stand the ones "
-        "that it takes",
+        description="largest share of a dataset's rows that may be unusable; above it the run ends "
+        "with an error. Rows that used_in_filter leaves out do not count; with max_rows, the share "
+        "is estimated from the rows that were chosen",
     )
 
-    pack_size: int = Field(default=4096, ge=2, description="tokens of a row at training time")
+    pack_size: int = Field(default=4096, ge=2, description="tokens per row at training time")
     pad_seq_to_mult: int = Field(
         default=1,
         ge=1,
@@ -145,7 +145,7 @@ class Config(Schema):
     )
     algorithm: Algorithm = "shuffle_fill"
     long_documents: Literal["truncate_turn", "truncate", "drop", "split", "error"] = Field(
-        default="truncate_turn", description="what becomes of documents longer than pack_size"
+        default="truncate_turn", description="how to treat documents longer than pack_size"
     )
     max_doc_tokens: int | None = Field(
         default=None, ge=2, description="stored tokens of a document, at most pack_size + 1"
@@ -157,26 +157,26 @@ class Config(Schema):
     test_ratio: float = Field(default=0.01, ge=0, le=1)
     num_shards: int = Field(default=128, ge=1, description="files of the train split")
     valid_shards: int | None = Field(
-        default=None, ge=0, description="with test_shards: shards of num_shards, beats the ratios"
+        default=None, ge=0, description="with test_shards: number of shards, instead of the ratios"
     )
     test_shards: int | None = Field(default=None, ge=0)
 
-    dtype: Literal["int32"] = Field(default="int32", description="what input_ids are stored as")
+    dtype: Literal["int32"] = Field(default="int32", description="type of the stored input_ids")
     parquet_row_group_size: int = Field(default=64, ge=1, description="rows of a row group")
     parquet_compression: Literal["zstd", "snappy", "none"] = "zstd"
 
-    force: bool = Field(default=False, description="do everything again, whatever is done already")
+    force: bool = Field(default=False, description="do everything again, even what is already done")
     keep_tokens: bool = Field(
         default=True,
-        description="keep tokenized documents beside output_dir, so that packing them otherwise "
-        "needs no tokenizing",
+        description="keep tokenized documents beside output_dir, so that packing them again with "
+        "other settings needs no tokenizing",
     )
     num_workers: int | None = Field(
-        default=None, ge=1, description="processes; null: one for each core that is available"
+        default=None, ge=1, description="number of processes; null: one per available core"
     )
     execution_mode: Literal["auto", "ray"] = Field(
         default="auto",
-        description="processes of each node, or Ray (the job's nodes, RAY_ADDRESS, or a local one)",
+        description="processes on each node, or Ray (the job's nodes, RAY_ADDRESS, or local)",
     )
     plan: PlanConfig = PlanConfig()
     download: DownloadConfig = DownloadConfig()

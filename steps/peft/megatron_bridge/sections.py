@@ -50,22 +50,22 @@ class RecipeConfig(Schema):
     tensor_model_parallel_size: PositiveInt | None = None
     pipeline_model_parallel_size: PositiveInt | None = None
     context_parallel_size: PositiveInt | None = Field(
-        default=None, description="ranks that share a sequence in attention; only 1 so far"
+        default=None, description="ranks that share a sequence in attention; only 1 is supported"
     )
     expert_model_parallel_size: PositiveInt | None = Field(
-        default=None, description="ranks that share the experts; only 1 so far"
+        default=None, description="ranks that share the experts; only 1 is supported"
     )
     sequence_parallel: bool | None = Field(
         default=None,
         description=(
-            "split activations between the linears over the sequence; null: yes, wherever "
-            "tensor_model_parallel_size is more than 1"
+            "split activations between the linears over the sequence; null: true if "
+            "tensor_model_parallel_size is above 1"
         ),
     )
     data_parallel_size: PositiveInt = 1
     recompute_granularity: Literal["full"] | None = Field(
         default=None,
-        description="full: keep only each layer's input, compute the rest again backward",
+        description="full: keep only each layer's input, recompute the rest in the backward pass",
     )
 
 
@@ -81,7 +81,7 @@ class ModelConfig(Schema):
     )
     virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
         default=None,
-        description="parts of the model on each pipeline stage; more than 1: interleaved schedule",
+        description="parts of the model on each pipeline stage; above 1: interleaved schedule",
     )
     num_layers_in_first_pipeline_stage: PositiveInt | None = Field(
         default=None, description="layers of the first stage; null: as even as possible"
@@ -96,7 +96,7 @@ class ModelConfig(Schema):
         default=None, description="as recipe.expert_model_parallel_size"
     )
     expert_tensor_parallel_size: PositiveInt | None = Field(
-        default=None, description="ranks that share an expert; only 1 so far"
+        default=None, description="ranks that share an expert; only 1 is supported"
     )
     sequence_parallel: bool | None = Field(default=None, description="as recipe.sequence_parallel")
     calculate_per_token_loss: bool = Field(
@@ -107,10 +107,10 @@ class ModelConfig(Schema):
         default=None, description="as recipe.recompute_granularity"
     )
     recompute_method: Literal["uniform"] | None = Field(
-        default=None, description="uniform: every layer alike; with recompute_granularity"
+        default=None, description="uniform: the same for every layer; needs recompute_granularity"
     )
     recompute_num_layers: Literal[1] | None = Field(
-        default=None, description="layers recomputed together; with recompute_granularity"
+        default=None, description="layers recomputed together; needs recompute_granularity"
     )
 
 
@@ -132,7 +132,8 @@ class DatasetConfig(Schema):
     nano3_packed_sft_dir: str | None = None
     seq_length: PositiveInt | None = Field(default=None, description="as recipe.seq_length")
     dataloader_type: Literal["batch"] = Field(
-        default="batch", description="global batches in the order of a permutation per epoch"
+        default="batch",
+        description="global batches of rows, which are permuted anew in every epoch",
     )
     packed_sequence_specs: PackedSequenceSpecs = PackedSequenceSpecs()
 
@@ -147,7 +148,7 @@ class TrainConfig(Schema):
         default=500, description="optimizer steps between evaluations; every save is evaluated too"
     )
     eval_iters: PositiveInt = Field(
-        default=32, description="global batches per evaluation, at most"
+        default=32, description="largest number of global batches per evaluation"
     )
 
 
@@ -164,13 +165,13 @@ class PeftConfig(Schema):
     target_modules: tuple[str, ...] = ("linear_qkv", "linear_proj")
     use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(dim) instead")
     rank_pattern: dict[str, PositiveInt] = Field(
-        default={}, description="dim of the linears that a pattern names; the first match counts"
+        default={}, description="dim of the linears that match a pattern; the first match is used"
     )
     alpha_pattern: dict[str, PositiveFloat] = Field(
-        default={}, description="alpha of the linears that a pattern names; the first match counts"
+        default={}, description="alpha of the linears that match a pattern; the first match is used"
     )
     lora_plus_lr_ratio: PositiveFloat = Field(
-        default=1.0, description="learning rate of lora_b over that of lora_a (LoRA+)"
+        default=1.0, description="ratio of the learning rate of lora_b to that of lora_a (LoRA+)"
     )
 
     @field_validator("target_modules", "rank_pattern", "alpha_pattern")
@@ -219,22 +220,22 @@ class SchedulerConfig(Schema):
         description="iterations of the warm-up, kept below lr_decay_iters; the first has rate 0",
     )
     lr_decay_iters: PositiveInt | None = Field(
-        default=None, description="iteration at which the decay ends; train.train_iters where null"
+        default=None, description="iteration at which the decay ends; null: train.train_iters"
     )
     lr_warmup_fraction: float | None = Field(
         default=None,
         ge=0.0,
         le=1.0,
-        description="the warm-up as a part of lr_decay_iters, instead of lr_warmup_iters",
+        description="the warm-up as a fraction of lr_decay_iters, instead of lr_warmup_iters",
     )
     lr_warmup_init: NonNegativeFloat = Field(
         default=0.0, description="learning rate of the first iteration of the warm-up"
     )
     lr_wsd_decay_iters: PositiveInt | None = Field(
-        default=None, description="iterations of the decay of WSD, the last of lr_decay_iters"
+        default=None, description="iterations of the WSD decay, at the end of lr_decay_iters"
     )
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
-        default="exponential", description="shape of the decay of WSD"
+        default="exponential", description="shape of the WSD decay"
     )
 
     @model_validator(mode="after")
@@ -259,14 +260,14 @@ class CheckpointConfig(Schema):
     pretrained_checkpoint: str | None = None
     load: str | None = Field(
         default=None,
-        description="directory of another run's saves to go on from; an unfinished run in save "
-        "goes on by itself",
+        description="directory of another run whose saves to resume from; an unfinished run in "
+        "save is resumed without it",
     )
     ckpt_step: PositiveInt | None = Field(
-        default=None, description="the iteration of load to go on from; null: its newest whole save"
+        default=None, description="iteration of load to resume from; null: its newest intact save"
     )
     save_interval: PositiveInt = Field(
-        default=50, description="optimizer steps between saves; the last step is saved in any case"
+        default=50, description="optimizer steps between saves; the last step is always saved"
     )
     most_recent_k: int = Field(
         default=-1,
@@ -275,7 +276,7 @@ class CheckpointConfig(Schema):
     )
     finetune: Literal[True] = Field(
         default=True,
-        description="nothing of pretrained_checkpoint but its weights is taken over",
+        description="only the weights of pretrained_checkpoint are used",
     )
     fully_parallel_save: Literal[False] = Field(
         default=False, description="an adapter is small: one rank writes it"
@@ -285,11 +286,11 @@ class CheckpointConfig(Schema):
     )
     save_optim: bool = Field(
         default=True,
-        description="what a run needs to go on; false: adapters only, a stopped run starts again",
+        description="save what a run needs to resume; false: adapter only, a stopped run restarts",
     )
     save_rng: Literal[False] = Field(
         default=False,
-        description="nothing to save: all that is random follows from seed, iteration and row",
+        description="nothing to save: all randomness is derived from seed, iteration and row",
     )
 
     @model_validator(mode="after")
@@ -342,10 +343,10 @@ class LoggerConfig(Schema):
         default=None, description="directory of TensorBoard's event files; null: none are written"
     )
     tensorboard_log_interval: PositiveInt = Field(
-        default=1, description="optimizer steps between those that TensorBoard and W&B get"
+        default=1, description="optimizer steps between values sent to TensorBoard and W&B"
     )
     wandb_project: str | None = Field(
-        default=None, description="project on Weights & Biases; null: nothing goes there"
+        default=None, description="Weights & Biases project; null: nothing is sent there"
     )
     wandb_exp_name: str | None = Field(
         default=None, description="name of the run there, with wandb_project"
