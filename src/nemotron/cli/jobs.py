@@ -12,7 +12,7 @@ import typer
 from nemotron import jobs, launch, report
 from nemotron.cli import render
 from nemotron.cli.options import Debug, Json
-from nemotron.cli.terminal import last_lines, say, show
+from nemotron.cli.terminal import last_lines, lasting, say, show
 from nemotron.errors import NemotronError
 from nemotron.launch import OnInterrupt
 
@@ -75,7 +75,8 @@ def show_logs(
 ) -> int:
     """Print what a job printed."""
     found = jobs.find(job)
-    stdout = sys.stdout.buffer if tail is None else last_lines(sys.stdout.buffer, tail)
+    stdout = lasting(sys.stdout) if follow else sys.stdout.buffer
+    stdout = stdout if tail is None else last_lines(stdout, tail)
     console = launch.Console(argv=[], say=say, stdout=stdout, stderr=sys.stderr.buffer)
     return launch.logs(found, console, is_followed=follow, on_interrupt=on_interrupt) or 0
 
