@@ -15,8 +15,8 @@ from typing import Any, Self
 import torch
 
 from nemotron.artifacts import write_text
-from nemotron.processes import peak_host_memory_bytes
 from nemotron.steps._entry import PreemptedError
+from nemotron.steps._host import peak_host_memory_bytes
 from nemotron.steps._training.mirror_process import MirrorProcesses, MirrorSettings
 from nemotron.steps._training.printer import Clock, Printer
 from nemotron.steps._training.run_directory import METRICS_FILE

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +17,6 @@ from nemotron.processes import (
     _start_from_ps,
     available_cores,
     descendants,
-    peak_host_memory_bytes,
     runs,
     start_of,
 )
@@ -36,16 +34,6 @@ def test_cores_are_counted_where_the_system_does_not_bind_processes_to_some(
 ) -> None:
     monkeypatch.delattr("os.sched_getaffinity", raising=False)  # as on macOS
     assert available_cores() == os.cpu_count()
-
-
-@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
-def test_peak_memory_is_in_bytes_in_whatever_unit_the_system_counts(
-    platform: str, unit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = SimpleNamespace(ru_maxrss=7)
-    monkeypatch.setattr("resource.getrusage", lambda who: usage)
-    monkeypatch.setattr("sys.platform", platform)
-    assert peak_host_memory_bytes() == 7 * unit
 
 
 def test_a_process_is_told_from_another_with_its_pid() -> None:

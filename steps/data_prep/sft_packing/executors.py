@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from nemotron.errors import ExitCode, NemotronError
-from nemotron.processes import available_cores, peak_host_memory_bytes
 from nemotron.steps._entry import StopRequestedError, step_error
+from nemotron.steps._host import available_cores, peak_host_memory_bytes
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
 from nemotron.steps.data_prep.sft_packing.receipts import Receipt

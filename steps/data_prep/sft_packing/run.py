@@ -15,8 +15,8 @@ from typing import Any
 
 from nemotron.artifacts import MANIFEST, Producer, publish, read_artifact, verify_files
 from nemotron.errors import NemotronError
-from nemotron.processes import available_cores
 from nemotron.steps._entry import step_error
+from nemotron.steps._host import available_cores
 from nemotron.steps.data_prep.sft_packing.blend import STEP
 from nemotron.steps.data_prep.sft_packing.checks import datasets_of
 from nemotron.steps.data_prep.sft_packing.engine import EngineMismatchError
