@@ -152,3 +152,12 @@ def test_eight_way_tensor_parallelism_starts_eight_ranks_on_one_node(empty: Path
 def test_a_reserved_word_is_no_profile(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["steps", "run", "merge_lora", "-r", "wandb", "-d"]) == 2
     assert "reserved" in capsys.readouterr().err
+
+
+def test_tiny_trains_where_there_are_fewer_gpus_than_ranks() -> None:
+    step = next(step for step in STEPS if step.id == "peft/megatron_bridge")
+    plan = build(step, config="tiny")
+    assert plan.num_ranks == 2
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == "-1"
+    on_gpus = build(step, config="tiny", overrides=["run.env.env_vars.CUDA_VISIBLE_DEVICES=null"])
+    assert "CUDA_VISIBLE_DEVICES" not in on_gpus.environment
