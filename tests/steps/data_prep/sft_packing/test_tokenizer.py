@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nemotron.errors import NemotronError
 from nemotron.steps._formats.huggingface import read_chat_template
 from nemotron.steps.data_prep.sft_packing.templates import read_template
 from nemotron.steps.data_prep.sft_packing.tokenizer import load_tokenizer, template_text
+from nemotron.steps.data_prep.sft_packing.tokenizing import EncoderSettings, encoder_of
 
 
 @pytest.fixture
@@ -82,6 +84,31 @@ def test_load_tokenizer_refuses_ids_without_an_embedding(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps({"vocab_size": 319}))
     with pytest.raises(NemotronError, match="up to 319, but the model has 319") as caught:
         load_tokenizer(str(copy))
+    assert caught.value.code == "tokenizer_mismatch"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_changes_during_a_run_ends_it(copy: Path, name: str) -> None:
+    planned = load_tokenizer(str(copy))
+    settings = EncoderSettings(
+        tokenizer=str(copy),
+        tokenizer_blake3=planned.blake3,
+        special_tokens=tuple(planned.variables.items()),
+        chat_template=read_template("chatml"),
+        add_bos=False,
+        add_eos=False,
+        reasoning="keep",
+        sanitize=False,
+        engine="tokenizers",
+        today=None,
+    )
+    encoder_of(settings, planned)
+    if name == "tokenizer.json":
+        (copy / name).write_text((copy / name).read_text() + "\n")
+    else:
+        change_config(copy, **{"bos_token": "<|im_start|>"})
+    with pytest.raises(NemotronError, match="it changed while the run was going on") as caught:
+        encoder_of(replace(settings, sanitize=True))  # as another process asks for it anew
     assert caught.value.code == "tokenizer_mismatch"
 
 
