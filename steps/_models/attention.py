@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron.steps._models.config import DecoderConfig
+from nemotron.steps._tensor_parallel.kernels import kernels_for
 from nemotron.steps._tensor_parallel.prologue import RMSNormPrologue
 
 Rotary = tuple[Tensor, Tensor]
@@ -159,6 +160,9 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) 
     """Return ``[a cos - b sin, b cos + a sin]`` of heads [a, b], [S, G, heads of a group, D]."""
     if out is None:
         out = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    if kernels := kernels_for(heads):
+        kernels.rotate(heads, cos, sin, out=out)
+        return out
     (a, b), (out_a, out_b) = heads.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(heads, cos, out=out)
     out_a.addcmul_(b, sin, value=-1.0)

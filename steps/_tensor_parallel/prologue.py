@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nemotron.steps._tensor_parallel.kernels import kernels_for
+
 # Returns the dropout mask of an input: 0 where it is dropped, else 1.
 Mask = Callable[[Tensor], Tensor]
 
@@ -35,7 +37,8 @@ class Prologue(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``dh^T (output * mask)``, [R, F], and what ``gradient`` can reuse of its work.
 
-        For the norm that is None; for SwiGLU [silu(gate) | output], [S, 2 F].
+        For the norm that is None; for SwiGLU [silu(gate) | output], [S, 2 F], on a GPU only the
+        second half.
         """
         ...
 
@@ -71,6 +74,8 @@ class RMSNormPrologue:
     epsilon: float
 
     def apply(self, x_SH: Tensor, *, out: Tensor) -> Tensor:
+        if kernels := kernels_for(x_SH):
+            return kernels.rms_norm(x_SH, self.weight, self.epsilon, out=out)
         wide_SH = _widened(x_SH)
         norm_S1 = torch.linalg.vector_norm(wide_SH, dim=1, keepdim=True)
         scale_S1 = torch.rsqrt(norm_S1.square() / x_SH.shape[1] + self.epsilon)
@@ -92,6 +97,8 @@ class RMSNormPrologue:
         recomputed: Tensor | None = None,
         added_SH: Tensor | None = None,
     ) -> Tensor:
+        if kernels := kernels_for(x_SH):
+            return kernels.rms_norm_gradient(dy_SF, x_SH, statistic, self.weight, added_SH)
         # With r = 1 / rms(x) and g = w dy: dx = r g - x r^3 mean(g x).
         g_SH = _widened(dy_SF).mul_(self.weight)
         mean_S1 = torch.linalg.vecdot(g_SH, _widened(x_SH)).div_(x_SH.shape[1]).unsqueeze(1)
@@ -111,18 +118,24 @@ class SwiGLUPrologue:
     """
 
     def apply(self, x_SH: Tensor, *, out: Tensor) -> Tensor:
-        gate_SF, up_SF = x_SH.chunk(2, dim=1)
-        torch.ops.aten.silu.out(gate_SF, out=out).mul_(up_SF)
+        if kernels := kernels_for(x_SH):
+            kernels.swiglu(x_SH, out=out)
+        else:
+            gate_SF, up_SF = x_SH.chunk(2, dim=1)
+            torch.ops.aten.silu.out(gate_SF, out=out).mul_(up_SF)
         return x_SH.new_empty(0)
 
     def lora_a_gradient(
         self, dh_SR: Tensor, x_SH: Tensor, statistic: Tensor, mask: Mask | None
     ) -> tuple[Tensor, Tensor]:
-        gate_SF, up_SF = x_SH.chunk(2, dim=1)
         recomputed_SH = x_SH.new_empty(x_SH.shape)  # where the gradient will be
         silu_SF, product_SF = recomputed_SH.chunk(2, dim=1)
-        torch.ops.aten.silu.out(gate_SF, out=silu_SF)
-        torch.mul(silu_SF, up_SF, out=product_SF)
+        if kernels := kernels_for(x_SH):
+            kernels.swiglu(x_SH, out=product_SF)
+        else:
+            gate_SF, up_SF = x_SH.chunk(2, dim=1)
+            torch.ops.aten.silu.out(gate_SF, out=silu_SF)
+            torch.mul(silu_SF, up_SF, out=product_SF)
         return dh_SR.T @ dropped(product_SF, mask), recomputed_SH
 
     def gradient(
@@ -133,13 +146,17 @@ class SwiGLUPrologue:
         recomputed: Tensor | None = None,
         added_SH: Tensor | None = None,
     ) -> Tensor:
-        gate_SF, up_SF = x_SH.chunk(2, dim=1)
         dx_SH = x_SH.new_empty(x_SH.shape) if recomputed is None else recomputed
-        dgate_SF, dup_SF = dx_SH.chunk(2, dim=1)
-        if recomputed is None:
-            torch.ops.aten.silu.out(gate_SF, out=dgate_SF)
-        torch.mul(dy_SF, dgate_SF, out=dup_SF)  # where silu(gate) still is
-        torch.ops.aten.silu_backward.grad_input(dy_SF.mul_(up_SF), gate_SF, grad_input=dgate_SF)
+        if kernels := kernels_for(x_SH):
+            kernels.swiglu_gradient(dy_SF, x_SH, out=dx_SH)
+        else:
+            gate_SF, up_SF = x_SH.chunk(2, dim=1)
+            dgate_SF, dup_SF = dx_SH.chunk(2, dim=1)
+            if recomputed is None:
+                torch.ops.aten.silu.out(gate_SF, out=dgate_SF)
+            torch.mul(dy_SF, dgate_SF, out=dup_SF)  # where silu(gate) still is
+            dsilu_SF = dy_SF.mul_(up_SF)
+            torch.ops.aten.silu_backward.grad_input(dsilu_SF, gate_SF, grad_input=dgate_SF)
         return dx_SH if added_SH is None else dx_SH.add_(added_SH)
 
 

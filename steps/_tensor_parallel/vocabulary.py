@@ -8,6 +8,7 @@ S tokens, H hidden, V vocabulary, T tensor-parallel size.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from nemotron.steps._tensor_parallel.collectives import (
     gather_rows,
     scatter_sum_rows,
 )
+from nemotron.steps._tensor_parallel.kernels import kernels_for
 
-# Logits that exist at a time, fp32 elements: 8 MiB, or those of 256 tokens if that is more.
+# Logits that exist at a time, elements, at least those of _LEAST_TOKENS_AT_ONCE: few enough for the
+# cache of a CPU; on a GPU so many that reading the weight takes less time than multiplying by it.
 _LOGITS_AT_ONCE = 1 << 21
+_LOGITS_AT_ONCE_ON_GPU = 1 << 27
 _LEAST_TOKENS_AT_ONCE = 256
 
 
@@ -139,16 +143,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_SH = torch.empty_like(x_SH) if needs_dx else None
         first_row = vocabulary_rows(vocab_size, group).start
         # The same on every rank even if its shard is shorter: every chunk is a collective.
-        chunk_tokens = _LOGITS_AT_ONCE // _rows_per_rank(vocab_size, group)
-        chunk_tokens = max(_LEAST_TOKENS_AT_ONCE, chunk_tokens)
+        chunk_tokens = _chunk_tokens(_rows_per_rank(vocab_size, group), x_SH.device)
         for start in range(0, len(x_SH), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits_CV = (x_SH[chunk] @ weight_VH.T).to(loss_S.dtype)
-            local_C = labels_S[chunk] - first_row
-            loss_S[chunk], scale_C = _loss_of_chunk(logits_CV, local_C, group)
+            logits_CV = x_SH[chunk] @ weight_VH.T
+            softmax = _softmax(logits_CV, labels_S[chunk] - first_row)
+            loss_S[chunk], log_sum_C = _loss_of_chunk(softmax.statistics, group)
             if dx_SH is not None:
-                dlogits_CV = _softmax_minus_onehot(logits_CV, scale_C, local_C)
-                torch.mm(dlogits_CV.to(x_SH.dtype), weight_VH, out=dx_SH[chunk])
+                dlogits_CV = softmax.minus_onehot(log_sum_C)
+                torch.mm(dlogits_CV, weight_VH, out=dx_SH[chunk])
         if dx_SH is not None:
             ctx.save_for_backward(all_reduce(dx_SH, group))
         return loss_S
@@ -164,32 +167,71 @@ def _rows_per_rank(vocab_size: int, group: ProcessGroup) -> int:
     return -(-vocab_size // group.size)
 
 
-def _loss_of_chunk(
-    logits_CV: Tensor, local_C: Tensor, group: ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Return the loss [C], one all-gather, and turn ``logits_CV`` into exponentials, in place.
+def _chunk_tokens(columns: int, device: torch.device) -> int:
+    """Return the tokens of a chunk, a multiple of the least number."""
+    at_once = _LOGITS_AT_ONCE_ON_GPU if device.type == "cuda" else _LOGITS_AT_ONCE
+    least = _LEAST_TOKENS_AT_ONCE
+    return max(at_once // columns // least, 1) * least
 
-    The second result, [C], scales those to the softmax over all ranks.
+
+def _loss_of_chunk(statistics_3C: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return the loss and the logarithm of the sum of all exponentials, [C] each; one all-gather.
+
+    Args:
+        statistics_3C: Maximum, ``sum exp(logit - maximum)`` and the label's logit of this rank's
+            columns.
+        group: The tensor-parallel group.
     """
-    mine_C, index_C1 = _own_labels(local_C, logits_CV)
-    label_C = logits_CV.gather(1, index_C1).squeeze(1) * mine_C
-    max_C = logits_CV.amax(dim=1)
-    sum_C = logits_CV.sub_(max_C.unsqueeze(1)).exp_().sum(dim=1)
-    stats = all_gather(torch.stack([max_C, sum_C, label_C]), group)
-    max_TC, sum_TC, label_TC = stats.unbind(dim=1)
+    max_TC, sum_TC, label_TC = all_gather(statistics_3C, group).unbind(dim=1)
     top_C = max_TC.amax(dim=0)
     log_sum_C = (sum_TC * (max_TC - top_C).exp()).sum(dim=0).log() + top_C
-    return log_sum_C - label_TC.sum(dim=0), (max_C - log_sum_C).exp()
+    return log_sum_C - label_TC.sum(dim=0), log_sum_C
 
 
-def _softmax_minus_onehot(exponentials_CV: Tensor, scale_C: Tensor, local_C: Tensor) -> Tensor:
-    """Turn ``exponentials_CV`` into the softmax minus the onehot of the label, in place."""
-    dlogits_CV = exponentials_CV.mul_(scale_C.unsqueeze(1))
-    mine_C, index_C1 = _own_labels(local_C, dlogits_CV)
-    return dlogits_CV.scatter_add_(1, index_C1, -mine_C.to(dlogits_CV).unsqueeze(1))
+def _softmax(logits_CV: Tensor, local_C: Tensor) -> _Softmax | _FusedSoftmax:
+    """Return the softmax of a chunk's logits, which are overwritten.
+
+    Args:
+        logits_CV: This rank's columns of the logits.
+        local_C: Labels as numbers of these columns; other ranks' labels are not among them.
+    """
+    kernels = kernels_for(logits_CV)
+    if kernels is not None:
+        return _FusedSoftmax(logits_CV, local_C, kernels)
+    return _Softmax(logits_CV, local_C)
 
 
-def _own_labels(local_C: Tensor, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which labels are among this rank's columns, [C], and the column, [C, 1]; 0 if not."""
-    mine_C = (local_C >= 0) & (local_C < logits_CV.shape[1])
-    return mine_C, (local_C * mine_C).unsqueeze(1)
+class _Softmax:
+    """A softmax in fp32 by torch's operations.
+
+    Attributes:
+        statistics: See ``_loss_of_chunk``.
+    """
+
+    def __init__(self, logits_CV: Tensor, local_C: Tensor) -> None:
+        self._dtype = logits_CV.dtype
+        wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        self._mine_C = (local_C >= 0) & (local_C < logits_CV.shape[1])
+        self._index_C1 = (local_C * self._mine_C).unsqueeze(1)
+        label_C = wide_CV.gather(1, self._index_C1).squeeze(1) * self._mine_C
+        self._max_C = wide_CV.amax(dim=1)
+        self._exponentials_CV = wide_CV.sub_(self._max_C.unsqueeze(1)).exp_()
+        self.statistics = torch.stack([self._max_C, self._exponentials_CV.sum(dim=1), label_C])
+
+    def minus_onehot(self, log_sum_C: Tensor) -> Tensor:
+        """Return the softmax over all ranks minus the onehot of the label; can be called once."""
+        scale_C = (self._max_C - log_sum_C).exp()
+        dlogits_CV = self._exponentials_CV.mul_(scale_C.unsqueeze(1))
+        onehot_C1 = self._mine_C.to(dlogits_CV).unsqueeze(1)
+        return dlogits_CV.scatter_add_(1, self._index_C1, -onehot_C1).to(self._dtype)
+
+
+class _FusedSoftmax:
+    """The same by two kernels; the second one writes over the logits."""
+
+    def __init__(self, logits_CV: Tensor, local_C: Tensor, kernels: ModuleType) -> None:
+        self._logits_CV, self._local_C, self._kernels = logits_CV, local_C, kernels
+        self.statistics: Tensor = kernels.softmax_statistics(logits_CV, local_C)
+
+    def minus_onehot(self, log_sum_C: Tensor) -> Tensor:
+        return self._kernels.softmax_minus_onehot_(self._logits_CV, log_sum_C, self._local_C)
