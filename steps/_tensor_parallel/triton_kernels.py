@@ -90,11 +90,13 @@ def softmax_statistics(logits_CV: Tensor, local_C: Tensor) -> Tensor:
         logits_CV: This rank's columns of the logits.
         local_C: Labels as numbers of these columns, int64; the logit of other labels is 0.
     """
-    statistics_3C = logits_CV.new_empty(3, len(logits_CV), dtype=torch.float32)
+    num_tokens, num_columns = logits_CV.shape
+    statistics_3C = logits_CV.new_empty(3, num_tokens, dtype=torch.float32)
     tensors = logits_CV, local_C, statistics_3C
-    sizes = {"COLUMNS": _LOGITS_AT_A_TIME, "num_warps": 8}
-    counts = *logits_CV.shape, logits_CV.stride(0)
-    _launch(_softmax_statistics, (len(logits_CV),), *tensors, *counts, **sizes)
+    # Triton's interpreter needs a plain number for the bound of a loop.
+    sizes = {"NUM_COLUMNS": num_columns, "COLUMNS": _LOGITS_AT_A_TIME, "num_warps": 8}
+    counts = num_tokens, logits_CV.stride(0)
+    _launch(_softmax_statistics, (num_tokens,), *tensors, *counts, **sizes)
     return statistics_3C
 
 
@@ -219,7 +221,7 @@ def _rotate(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _softmax_statistics(
-    logits, labels, statistics, num_rows, num_columns, stride, COLUMNS: tl.constexpr
+    logits, labels, statistics, num_rows, stride, NUM_COLUMNS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -227,8 +229,8 @@ def _softmax_statistics(
     # Each lane has a maximum and a sum of its own until the end.
     top = tl.full([COLUMNS], _LEAST, tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, num_columns, COLUMNS):
-        inside = start + columns < num_columns
+    for start in range(0, NUM_COLUMNS, COLUMNS):
+        inside = start + columns < NUM_COLUMNS
         value = tl.load(logits + start + columns, mask=inside, other=_LEAST).to(tl.float32)
         higher = tl.maximum(top, value)
         total = total * tl.exp(top - higher) + tl.exp(value - higher)
@@ -237,7 +239,7 @@ def _softmax_statistics(
     tl.store(statistics + row, highest)
     tl.store(statistics + num_rows + row, tl.sum(total * tl.exp(top - highest), axis=0))
     label = tl.load(labels + row)
-    is_own = (label >= 0) & (label < num_columns)
+    is_own = (label >= 0) & (label < NUM_COLUMNS)
     own = tl.load(logits + label, mask=is_own, other=0.0).to(tl.float32)
     tl.store(statistics + 2 * num_rows + row, own)
 
