@@ -55,7 +55,7 @@ def test_status_shows_what_was_known_where_the_scheduler_does_not_answer(
     assert main(["jobs", "status", "2"]) == 0  # which every id has in it
     out, err = capsys.readouterr()
     assert "status     running" in out
-    assert "note: as it was known last; there is no scontrol on this host" in err
+    assert "note: this is the last known state; there is no scontrol on this host" in err
 
 
 def test_report_writes_a_page_and_with_json_prints_the_figures(

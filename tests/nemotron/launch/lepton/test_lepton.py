@@ -288,7 +288,7 @@ def test_a_key_of_lepton_that_does_nothing_is_said_to(demo: Path) -> None:
     plan_of("lepton", demo)
     words = ["run.env.nprocs_per_node=8"]
     plan = build(find_step("demo/make"), overrides=words, profile=load_profile("p"))
-    assert any("nprocs_per_node of the profile has no effect" in note for note in plan.notes)
+    assert any("the profile's nprocs_per_node has no effect" in note for note in plan.notes)
     words = ["run.env.queue_priority=high-7000"]
     plan = build(find_step("demo/make"), overrides=words, profile=load_profile("p"))
     assert any("queue_priority has no effect without" in note for note in plan.notes)
