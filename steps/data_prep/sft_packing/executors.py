@@ -168,7 +168,7 @@ def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> G
             for future in done:
                 yield _received(future.result())
     except BrokenProcessPool:
-        problem = "a worker process died; the kernel kills what takes more memory than there is"
+        problem = "a worker process died; the kernel kills processes when memory runs out"
         raise step_error(STEP, "worker_died", problem, where=f"{num_workers} workers") from None
     except BaseException as error:
         if isinstance(error, StopRequestedError):

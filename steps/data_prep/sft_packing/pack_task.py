@@ -173,8 +173,8 @@ class PackTask:
         if not self.has_ratio:
             problem = (
                 f"the {self.split} split has {rows.num_rows} rows for {len(self.files)} files; "
-                "valid_shards=null test_shards=null num_shards=1 gives every split one, and as "
-                "much as its ratio says"
+                "valid_shards=null test_shards=null num_shards=1 gives every split one file, and "
+                "as many rows as its ratio says"
             )
         raise step_error(STEP, "too_many_tiny_shards", problem, where=self.split)
 
