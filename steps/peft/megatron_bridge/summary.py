@@ -35,11 +35,11 @@ def _work(settings: RunSettings, train_rows: int, valid_rows: int) -> str:
     intervals, rows_per_step = settings.intervals, settings.batch.global_batch_size
     steps = intervals.train_iters
     work = f"{steps} steps of {rows_per_step} rows: {steps * rows_per_step / train_rows:.3g} "
-    work += f"epochs of {train_rows}"
+    work += f"epochs of {train_rows} rows"
     if settings.schedule.warmup_iters:
         work += f"; warm-up over {settings.schedule.warmup_iters:g} steps"
     if not valid_rows:
-        return f"{work}; nothing to validate on"
+        return f"{work}; no rows to validate on"
     validated = min(valid_rows, intervals.eval_iters * rows_per_step)
     every = min(steps, intervals.eval_interval, intervals.save_interval)
     return f"{work}; {validated} rows validated every {every} steps"

@@ -28,7 +28,7 @@ def test_a_run_goes_on_in_its_records_and_mirrors_whatever_becomes_of_a_tracker(
         "logger.wandb_project": "project",
     }
     assert train_here(**plan, **{"train.train_iters": 3}).exit_code == 0
-    assert capfd.readouterr().err.count("wandb: RuntimeError: it is down") == 1
+    assert capfd.readouterr().err.count("wandb has stopped: RuntimeError: it is down") == 1
     run = train_here(**plan, **{"train.train_iters": 5})
     assert run.exit_code == 0
     started, resumed = (e for e in run.events if e["event"] in ("started", "resumed"))
