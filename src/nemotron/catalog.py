@@ -192,7 +192,7 @@ def find_config(step: Step, name: str) -> Path:
     if packaged or is_local:
         return packaged or here
     names = config_names(step)
-    fix = did_you_mean(here.stem, names, "pass a name, or a path with a slash")
+    fix = did_you_mean(here.stem, names, "pass one of these names, or a path with a slash")
     problem = f"{step.id} has no config {name!r} (it has: {', '.join(names)})"
     raise NemotronError("config_unknown", problem, where=f"-c {name}", fix=fix)
 

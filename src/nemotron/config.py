@@ -84,7 +84,7 @@ def override(tree: Node, arguments: Sequence[str]) -> Node:
             raise NemotronError(
                 "argument_invalid",
                 f"{shown!r} is not key=value",
-                fix="write key=value with a dotted key, such as train.train_iters=100",
+                fix="write key=value, such as train.train_iters=100; -c NAME names a config",
             )
         path = tuple(key.split("."))
         _refuse_scalar_on_the_way(tree, path, place)

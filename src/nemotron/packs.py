@@ -111,7 +111,7 @@ def open_packs(path: Path) -> Packs:
     if not files:
         raise NemotronError(
             "packs_missing",
-            f"{path} contains no packed Parquet",
+            f"{path} contains no packed Parquet" if path.exists() else f"{path} does not exist",
             where=str(path),
             fix="pass the output_dir of data_prep/sft_packing, or Parquet files with its columns",
             exit_code=ExitCode.DATA,

@@ -102,7 +102,7 @@ class HuggingFaceCheckpoint:
             if not torch.equal(self.read("lm_head.weight"), self.read(embedding)):
                 raise NemotronError(
                     "weights_unexpected",
-                    "config.json says tie_word_embeddings, but lm_head.weight is another tensor",
+                    "tie_word_embeddings is true, but lm_head.weight differs from the embedding",
                     where=str(self._files["lm_head.weight"].path),
                     fix="set tie_word_embeddings to false in config.json, or remove lm_head.weight",
                     exit_code=ExitCode.DATA,

@@ -108,11 +108,13 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
     """Return typer's error about the command line as one of ours."""
     command, is_group = _named_command(invocation.words)
     if type(error).__name__ != "NoSuchOption":
-        return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
+        return NemotronError(
+            "usage", error.format_message().rstrip("."), fix=f"see {command} --help"
+        )
     if is_group:
         fix = "put options after the command: nemotron steps run STEP -c NAME"
     else:
-        fix = f"{command} --help"
+        fix = f"see {command} --help"
         if error.possibilities:
             fix = f"did you mean {' or '.join(error.possibilities)}?"
         if command.endswith("run"):

@@ -304,8 +304,8 @@ class CheckpointConfig(Schema):
             )
         if self.ckpt_step is not None and self.other_run is None:
             raise ValueError(
-                "ckpt_step selects a save of checkpoint.load, which must be another directory "
-                "than checkpoint.save, so that later saves are not overwritten"
+                "ckpt_step selects a save of checkpoint.load, which must be a different directory "
+                "from checkpoint.save, so that later saves are not overwritten"
             )
         return self
 

@@ -146,7 +146,7 @@ def test_files_of_others_are_read_by_their_columns(
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
-        (["stats", "nowhere"], 4, "nowhere contains no packed Parquet"),
+        (["stats", "nowhere"], 4, "nowhere does not exist"),
         (["inspect", "{}", "--row", "9999"], 2, "no row 9999"),
         (["inspect", "{}", "--split", "dev"], 2, "choose one with --split: train, valid, test"),
         (["inspect", "{}", "--tokenizer", "nowhere"], 4, "no tokenizer.json at nowhere"),

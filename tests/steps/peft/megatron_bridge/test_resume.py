@@ -337,7 +337,7 @@ def test_two_runs_never_share_a_directory(train_here: Train, resumable: Path) ->
     [
         ({"most_recent_k": 1}, "wanted -1, or 2 or more"),
         ({"ckpt_step": 3}, "ckpt_step selects a save of checkpoint.load"),
-        ({"ckpt_step": 3, "load": "a", "save": "./a"}, "must be another directory"),
+        ({"ckpt_step": 3, "load": "a", "save": "./a"}, "must be a different directory"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(checkpoint: Any, told: str) -> None:
