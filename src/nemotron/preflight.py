@@ -140,7 +140,7 @@ def _check_storage_and_shape(plan: JobPlan) -> list[Check]:
             found.append(_failed("storage_missing", problem, "run.env.mounts", fix))
     if not mounted:
         problem = "the profile mounts no storage, which a job needs for its files and outputs"
-        fix = "add mounts with path, mount_path and from; profiles init lepton writes an example"
+        fix = "add mounts with path, mount_path and from, as nemotron profiles init lepton does"
         found.append(_failed("storage_missing", problem, "run.env.mounts", fix))
     if plan.gpus_per_node and not execution.resource_shape:
         problem = f"{plan.gpus_per_node} GPU(s) per node are requested, but no resource_shape"

@@ -112,7 +112,7 @@ def _check_init(path: Path, init: Any) -> None:
     """Refuse an adapter whose initialisation has changed its base, or may have."""
     if init is None or isinstance(init, bool) or str(init).lower() in _INITS_BESIDE_THE_BASE:
         return
-    wanted = f"a bool, {', '.join(_INITS_BESIDE_THE_BASE)}: which leave the base as it is"
+    wanted = f"a bool, {', '.join(_INITS_BESIDE_THE_BASE)}, which leave the base as it is"
     problem = f"init_lora_weights is {init!r}; wanted {wanted}"
     raise adapter_error("config", path, problem, fix=_CONVERT_TO_PLAIN)
 

@@ -28,7 +28,8 @@ MERGE_IN_PEFT = (
 _REASONS = {
     "missing": (
         "an adapter consists of a config and tensors",
-        "pass a directory with adapter_config.json and adapter_model.safetensors",
+        "pass a directory with adapter_config.json and adapter_model.safetensors, or an adapter "
+        "checkpoint of Megatron-Bridge",
     ),
     "config": (
         "ignoring the setting would silently change what the adapter does",

@@ -253,9 +253,7 @@ def _check_tensors(adapter: MegatronAdapter) -> None:
     shapes = lora_shapes(adapter.config)
     for module, source in adapter.sources.items():
         if module not in shapes:
-            problem = (
-                f"{source.key} is beyond the base's last layer; layers: {adapter.config.num_layers}"
-            )
+            problem = f"{source.key} is beyond the base's {adapter.config.num_layers} layer(s)"
             raise adapter_error("shape", adapter.directory, problem)
         rows = shapes[module][0]
         if not source.is_canonical:

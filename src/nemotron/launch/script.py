@@ -41,7 +41,7 @@ _FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.S
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
 _PYTHONPATH = 'export PYTHONPATH="$nemotron_package${PYTHONPATH:+:$PYTHONPATH}"'
 _SILENT_FAILURE = (
-    "# It failed before the step was imported, which would have reported the error.",
+    "# It failed before the step was imported: a step reports its own errors.",
     'if [ "$nemotron_code" -eq 1 ] && [ ! -s "$NEMOTRON_ERROR_FILE" ]; then',
     "    python -m nemotron.packages || nemotron_code=$?",
     "fi",
@@ -175,7 +175,7 @@ def _run(plan: JobPlan) -> list[str]:
         "# A process that the signal to stop has killed was not yet listening.",
         f'if [ "$nemotron_code" -eq {int(ExitCode.PREEMPTED)} ] ||',
         '    [ "$nemotron_code" = "$nemotron_told" ]; then',
-        "    # No failure, which would end the other nodes before they have stopped as well.",
+        "    # Not a failure: that would end the other nodes before they have stopped too.",
         f'    : > "$nemotron_here/stopped.$nemotron_restart"; nemotron_code={_stopped_code(plan)}',
         "fi",
     ]
