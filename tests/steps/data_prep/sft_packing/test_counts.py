@@ -137,11 +137,11 @@ def test_sample_takes_a_share_of_the_documents(
 @pytest.mark.parametrize(
     ("overrides", "code", "problem"),
     [
-        ({"num_shards": 100}, "too_many_tiny_shards", r"has \d+ rows; num_shards=1 would fill"),
+        ({"num_shards": 100}, "too_many_tiny_shards", r"has \d+ row\(s\); num_shards=1 would fill"),
         (
             {"num_shards": 90, "valid_shards": 20, "test_shards": 20},
             "too_many_tiny_shards",
-            r"the \w+ split has \d+ rows for [25]0 files; valid_shards=null test_shards=null "
+            r"the \w+ split has \d+ row\(s\) for [25]0 files; valid_shards=null test_shards=null "
             r"num_shards=1 gives every split one file, and as many rows as its ratio says",
         ),
         ({"messages_field": "chat"}, "bad_rows", r"60 of 60 rows \(100.0%\).*no field 'chat'"),
