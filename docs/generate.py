@@ -20,7 +20,7 @@ from nemotron.errors import ExitCode
 REFERENCE = Path(__file__).parent / "reference"
 EXIT_CODES = {
     ExitCode.OK: "done",
-    ExitCode.FAILED: "it ran and failed",
+    ExitCode.FAILED: "the job ran and failed",
     ExitCode.USAGE: "usage or config; nothing was started",
     ExitCode.PREFLIGHT: "a check before the start failed; nothing was started",
     ExitCode.DATA: "bad data: inputs that contradict each other or are damaged",

@@ -79,7 +79,7 @@ def run_step(
         return error.exit_code
     except (PreemptedError, StopRequestedError) as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}; start it again to go on", flush=True)
+            print(f"{stopped}; start it again to continue", flush=True)
         return int(ExitCode.PREEMPTED)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
@@ -174,9 +174,9 @@ def _refuse_others(step: str, others: Sequence[str]) -> None:
         raise NemotronError(
             "argument_unknown",
             # Not their text: an argument may be a secret, and errors are recorded.
-            f"{step} takes no arguments, got {len(others)}",
+            f"{step} takes no arguments; got {len(others)}",
             where="after --",
-            fix="pass values as key=value before the --",
+            fix="pass config values as key=value before the --",
         )
 
 
@@ -186,7 +186,7 @@ def _unexpected(error: Exception) -> NemotronError:
         "unexpected",
         f"{type(error).__name__}: {error}{notes}",
         where=origin(error),
-        fix="this is a defect of nemotron or of its environment; report it with the lines above",
+        fix="this is a bug in nemotron or its environment; report it with the lines above",
         exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
     )
 

@@ -189,7 +189,7 @@ def _report_lost(lost: _LostRank) -> int:
     words = _Ranks.last_words.get(str(lost.rank))
     error = NemotronError(
         "rank_died",
-        lost.problem if words is None else f"{lost.problem}; last heard of after step {words.step}",
+        lost.problem if words is None else f"{lost.problem}; its last known step was {words.step}",
         where="" if words is None else words.place,
         fix=lost.fix,
         exit_code=ExitCode.RANK_DIED,
@@ -227,11 +227,11 @@ def _first_lost(failed: ChildFailedError) -> _LostRank | None:
 def _lost(rank: int, code: int | None) -> _LostRank | None:
     """Return a rank with this exit code as lost; None if it runs or could report its error."""
     if code is not None and -code in _DEADLY:
-        fix = "look at the log above; SIGKILL mostly means that memory ran out"
+        fix = "look at the log above; SIGKILL usually means that memory ran out"
         return _LostRank(rank, f"rank {rank} was killed by {signal.Signals(-code).name}", fix)
     if code == 0:
         fix = "look at the log above for what called exit in that rank"
-        return _LostRank(rank, f"rank {rank} ended, with exit code 0, before the others", fix)
+        return _LostRank(rank, f"rank {rank} exited with code 0 before the others", fix)
     return None
 
 

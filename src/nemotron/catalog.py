@@ -112,7 +112,7 @@ def find_step(name: str, root: Path | None = None) -> Step:
         )
     tails = {step_id.rpartition("/")[2]: step_id for step_id in steps}
     near = closest(name, steps) or [tails[tail] for tail in closest(name, tails)]
-    fix = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(steps)}"
+    fix = f"did you mean {' or '.join(near)}?" if near else f"choose from: {', '.join(steps)}"
     raise NemotronError("step_unknown", f"no step {name!r}", fix=fix)
 
 
@@ -187,12 +187,12 @@ def find_config(step: Step, name: str) -> Path:
             "config_ambiguous",
             f"{name} is a config of {step.id} and also a file here",
             where=f"-c {name}",
-            fix=f"-c {here.stem} for the step's, -c ./{name} for the file",
+            fix=f"pass -c {here.stem} for the step's config, or -c ./{name} for the file",
         )
     if packaged or is_local:
         return packaged or here
     names = config_names(step)
-    fix = did_you_mean(here.stem, names, "pass a name, or a path with a slash")
+    fix = did_you_mean(here.stem, names, "pass one of these names, or a path with a slash")
     problem = f"{step.id} has no config {name!r} (it has: {', '.join(names)})"
     raise NemotronError("config_unknown", problem, where=f"-c {name}", fix=fix)
 
@@ -200,5 +200,5 @@ def find_config(step: Step, name: str) -> Path:
 def _refuse_unknown(what: str, name: str | None, known: Iterable[str]) -> None:
     if name is None or name in known:
         return
-    fix = did_you_mean(name, known, f"there are: {', '.join(sorted(known))}")
+    fix = did_you_mean(name, known, f"choose from: {', '.join(sorted(known))}")
     raise NemotronError("filter_unknown", f"no {what} {name!r}", fix=fix)

@@ -106,9 +106,9 @@ def _lay_profile(tree: Node, profile: Profile | None) -> Node:
         if key not in (*YAML_KEEPS, "env_vars"):
             raise NemotronError(
                 "unknown_key",
-                f"unknown key run.env.{key} in a config",
+                f"a config cannot set run.env.{key}",
                 where=node.place,
-                fix=f"put {key} into a profile, or pass run.env.{key}=...",
+                fix=f"set {key} in a profile, or pass run.env.{key}=...",
             )
     if profile is None:
         return tree
@@ -126,7 +126,7 @@ def _without_effect(tree: Node, execution: Execution, profile: Profile | None) -
     """Yield a line per key that changes nothing."""
     for key, reason in WITHOUT_EFFECT.items():
         if key in execution.model_fields_set:
-            yield f"{key} of the profile has no effect: {reason}"
+            yield f"the profile's {key} has no effect: {reason}"
     if isinstance(execution, LeptonExecution):
         has_queue = execution.can_be_preempted or execution.can_preempt  # as nemo-run has it
         if execution.queue_priority is not None and not has_queue:
@@ -137,7 +137,7 @@ def _without_effect(tree: Node, execution: Execution, profile: Profile | None) -
         if used is not None and used.place.startswith("argument"):
             yield f"run.env.{key} has no effect on a local run"
         elif profile and child_at(profile.values, (key,)):
-            yield f"{key} of the profile has no effect on a local run"
+            yield f"the profile's {key} has no effect on a local run"
     if profile is not None:
         yield from profile.notes
         yield from _kept_over(profile, tree)
@@ -153,7 +153,7 @@ def _kept_over(profile: Profile, tree: Node) -> Iterator[str]:
         if not used.place.startswith("argument") and not is_unused:
             given, kept = (json.dumps(plain(node)) for node in (asked, used))
             yield (
-                f"{key} = {given} of the profile has no effect: {used.place} says {kept}; "
+                f"the profile's {key} = {given} has no effect: {used.place} sets {kept}; "
                 f"pass run.env.{key}={given}"
             )
 

@@ -84,7 +84,7 @@ def override(tree: Node, arguments: Sequence[str]) -> Node:
             raise NemotronError(
                 "argument_invalid",
                 f"{shown!r} is not key=value",
-                fix="write key=value with a dotted key, such as train.train_iters=100",
+                fix="write key=value, such as train.train_iters=100; -c NAME names a config",
             )
         path = tuple(key.split("."))
         _refuse_scalar_on_the_way(tree, path, place)
@@ -118,7 +118,7 @@ def _read_chain(path: Path, open_files: tuple[Path, ...]) -> Node:
             shown = " -> ".join(file.name for file in (*chain, base))
             raise NemotronError(
                 "defaults_cycle",
-                f"defaults run in a circle: {shown}",
+                f"defaults form a cycle: {shown}",
                 where=where,
                 fix="remove one of these defaults",
             )
@@ -147,9 +147,9 @@ def _missing_base(name: str, base: Path, where: str) -> NemotronError:
     there = sorted(path.name for path in base.parent.glob("*.y*ml")) if base.parent.is_dir() else []
     return NemotronError(
         "defaults_missing",
-        f"defaults names {name!r}, but there is no {display(base)}",
+        f"defaults names {name!r}, but {display(base)} does not exist",
         where=where,
-        fix=f"{display(base.parent)} has: {', '.join(there)}" if there else "mend the name",
+        fix=f"{display(base.parent)} has: {', '.join(there)}" if there else "correct the name",
     )
 
 
@@ -171,7 +171,7 @@ def _refuse_scalar_on_the_way(tree: Node, path: tuple[str, ...], place: str) -> 
             kind = "a list" if isinstance(node.value, list) else "a single value"
             raise NemotronError(
                 "not_a_section",
-                f"{dotted(path)}: {key} is {kind}, it has no keys",
+                f"{dotted(path)}: {key} is {kind} and has no keys",
                 where=place,
                 fix=f"pass {key}=[...] as a whole"
                 if isinstance(node.value, list)

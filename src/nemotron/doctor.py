@@ -53,9 +53,9 @@ def examine(output: Path) -> list[Finding]:
 def _packages() -> Iterator[Finding]:
     missing = [p for module, p in JOB_PACKAGES.items() if importlib.util.find_spec(module) is None]
     for package in missing:
-        yield Finding("failed", f"no {package}", f"python -m pip install {package}")
+        yield Finding("failed", f"{package} is not installed", f"python -m pip install {package}")
     if not missing:
-        yield Finding("ok", "every package that the steps need")
+        yield Finding("ok", "all packages that the steps need")
 
 
 def _gpus() -> Iterator[Finding]:
@@ -71,7 +71,7 @@ def _gpus() -> Iterator[Finding]:
         fix = "install torch for CUDA: https://pytorch.org/get-started/locally"
         yield Finding("warn", f"{found}, which this torch cannot use", fix)
     else:
-        yield Finding("ok", found if names else f"{found}; runs of this host compute on the CPU")
+        yield Finding("ok", found if names else f"{found}; runs on this host use the CPU")
 
 
 def _cuda_of_torch() -> str | None:
@@ -88,16 +88,16 @@ def _launchers() -> Iterator[Finding]:
     nemo_run, leptonai = _version("nemo_run"), _version("leptonai")
     if nemo_run is None:
         fix = "python -m pip install 'nemo_run>=0.11.1,<0.12' 'leptonai>=0.26.6,<0.28'"
-        yield Finding("warn", "no nemo-run; nothing can be submitted", fix)
+        yield Finding("warn", "nemo-run is not installed; no job can be submitted", fix)
         return
     fix = "python -m pip install 'leptonai>=0.26.6,<0.28'"
     if leptonai is None:
-        text = f"nemo-run {nemo_run} without leptonai, which it imports; nothing can be submitted"
+        text = f"nemo-run {nemo_run} lacks leptonai, which it imports; no job can be submitted"
         yield Finding("warn", text, fix)
         return
     yield Finding("ok", f"nemo-run {nemo_run}, leptonai {leptonai}")
     if not _has_lepton_v1():
-        yield Finding("warn", f"leptonai {leptonai} lacks what nemo-run imports", fix)
+        yield Finding("warn", f"leptonai {leptonai} lacks modules that nemo-run imports", fix)
 
 
 def _has_lepton_v1() -> bool:
@@ -109,17 +109,19 @@ def _has_lepton_v1() -> bool:
 
 def _slurm() -> Finding:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        return Finding("ok", 'no Slurm on this host; profiles reach one with tunnel = "ssh"')
+        return Finding(
+            "ok", 'no Slurm on this host; a profile reaches one elsewhere with tunnel = "ssh"'
+        )
     version = _said("sbatch", "--version").strip()
     if not _said("sinfo", "--noheader", "--format=%R").strip():
-        fix = "see what sinfo says; SLURM_CONF names the cluster"
-        return Finding("warn", f"{version or 'Slurm'}, whose controller does not answer", fix)
+        fix = "run sinfo to see the error; SLURM_CONF selects the cluster"
+        return Finding("warn", f"{version or 'Slurm'}: its controller does not answer", fix)
     return Finding("ok", f"{version} answers")
 
 
 def _containers() -> Finding:
     found = [name for name in _RUNTIMES if shutil.which(name)]
-    return Finding("ok", f"containers: {', '.join(found) or 'none; runs of this host need none'}")
+    return Finding("ok", f"containers: {', '.join(found) or 'none; runs on this host need none'}")
 
 
 def _resources(output: Path) -> Iterator[Finding]:
@@ -127,12 +129,14 @@ def _resources(output: Path) -> Iterator[Finding]:
     yield Finding("ok", f"{available_cores()} core(s), {memory / _GIB:.0f} GiB of memory")
     place = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     if not os.access(place, os.W_OK):
-        yield Finding("failed", f"{place} cannot be written", "work in a directory of your own")
+        yield Finding(
+            "failed", f"{place} is not writable", "work in a directory that you may write to"
+        )
         return
     free = shutil.disk_usage(place).free
     text = f"{free / _GIB:.0f} GiB free at {place.absolute()}"
     if free < _LITTLE_DISK:
-        yield Finding("warn", text, "name another directory for outputs, or make room")
+        yield Finding("warn", f"only {text}", "free space, or write outputs to another disk")
     else:
         yield Finding("ok", text)
 

@@ -133,10 +133,13 @@ def system_refusal(error: OSError, *, origin: str = "") -> NemotronError | None:
     """
     if error.errno not in _REFUSALS:
         return None
-    name, fix = error.filename, "see that it is there and may be used, or choose another place"
+    name, fix = (
+        error.filename,
+        "check that it exists and that you have access, or choose another path",
+    )
     if error.errno in NO_ROOM:
         name = error.filename2 or name  # of a copy, the one that was written
-        fix = "make room there (df, quota and ulimit -f say how much there is), or choose another"
+        fix = "free space there (df, quota and ulimit -f show the limits), or choose another path"
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
     return NemotronError(
         "input_output_failed",

@@ -32,7 +32,7 @@ Name = Annotated[
     _form(
         # bash's read-only variables cannot be set; those of launch.sh begin with nemotron_.
         r"(?!(BASHOPTS|BASH_VERSINFO|EUID|PPID|SHELLOPTS|UID|nemotron_.*)$)[A-Za-z_][A-Za-z0-9_]*",
-        "the name of a variable: letters, digits and _, not one of bash's own and no nemotron_*",
+        "a variable name of letters, digits and _, not read-only in bash and not nemotron_*",
     ),
 ]
 # One line without anything that would end a quoted word early.
@@ -42,15 +42,15 @@ Mount = Annotated[
     str,
     _form(r"[^\x00-\x1f\x7f'\"\\,]+", "one mount, without quotes, backslashes and commas"),
 ]
-Text = Annotated[str, _form(r"[^\x00]*", "text without NUL")]
+Text = Annotated[str, _form(r"[^\x00]*", "text without NUL characters")]
 # Linux starts no program that has a variable of 128 KiB or more.
 Value = Annotated[
-    str, _form(r"[^\x00]{0,100000}", "text without NUL, of at most 100,000 characters")
+    str, _form(r"[^\x00]{0,100000}", "text of at most 100,000 characters, without NUL")
 ]
 # nemo-run does not quote these when it calls tools; Slurm expands % in the names of log files.
 PlainPath = Annotated[
     str,
-    _form(r"/[A-Za-z0-9_./@+=-]*", "an absolute path of letters, digits and _ . / @ + = - alone"),
+    _form(r"/[A-Za-z0-9_./@+=-]*", "an absolute path of only letters, digits and _ . / @ + = -"),
 ]
 Directory = Annotated[
     str,
@@ -60,20 +60,20 @@ Image = Annotated[
     str, _form(r"[^\x00-\x20\x7f'\"\\,]*", "an image without spaces, quotes and commas")
 ]
 HostName = Annotated[
-    str, _form(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "a name of letters, digits and _ . - alone")
+    str, _form(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "a name of only letters, digits and _ . -")
 ]
 Option = Annotated[
-    str, _form(r"[a-z][a-z0-9_-]*", "an option of sbatch without its dashes, such as licenses")
+    str, _form(r"[a-z][a-z0-9_-]*", "an sbatch option without its dashes, such as licenses")
 ]
 KeyFile = Annotated[
     str,
     _form(
         r"(~?/)?[A-Za-z0-9_.@+=-][A-Za-z0-9_./@+=-]*",
-        "a path of letters, digits and _ . / @ + = - alone",
+        "a path of only letters, digits and _ . / @ + = -",
     ),
 ]
 Time = Annotated[
-    str, _form(r"(\d+-)?\d+(:\d{1,2}){0,2}", "a time of Slurm, such as 04:00:00 or 1-12:00")
+    str, _form(r"(\d+-)?\d+(:\d{1,2}){0,2}", "a Slurm time, such as 04:00:00 or 1-12:00")
 ]
 
 
@@ -132,17 +132,26 @@ class SlurmExecution(RemoteExecution):
     # With B: the signal would go to the batch shell alone, which has nothing to save.
     signal: (
         Annotated[
-            str, _form(r"(R:)?[A-Z0-9]+(@\d+)?", "such as TERM@120, without B: the ranks get it")
+            str,
+            _form(
+                r"(R:)?[A-Z0-9]+(@\d+)?",
+                "a signal such as TERM@120; a B: in front would keep it from the ranks",
+            ),
         ]
         | None
     ) = None
-    dependency: Annotated[str, _form(r"[A-Za-z0-9:,?+_]+", "such as afterok:123")] | None = None
+    dependency: (
+        Annotated[str, _form(r"[A-Za-z0-9:,?+_]+", "a dependency such as afterok:123")] | None
+    ) = None
     requeue: bool = False  # start again by itself after exit code 75
     requeue_limit: int = Field(default=20, ge=0)
     job_name_prefix: Annotated[
         str,
         # Slurm's logs are named for the job.
-        _form(r"[A-Za-z0-9_.+=@-]{1,100}", "at most 100 letters, digits and _ . + = @ - alone"),
+        _form(
+            r"[A-Za-z0-9_.+=@-]{1,100}",
+            "at most 100 characters, only letters, digits and _ . + = @ -",
+        ),
     ] = "nemotron-"
     srun_args: tuple[Text, ...] = ()
     container_env: tuple[Name, ...] = ()
@@ -165,15 +174,17 @@ class SlurmExecution(RemoteExecution):
     @model_validator(mode="after")
     def _jobs_can_be_found(self) -> SlurmExecution:
         if taken := sorted({"output", "error", "array"} & self.extra.keys()):
-            raise ValueError(f"extra cannot have {taken[0]}: a job is known by where it writes")
+            raise ValueError(f"extra cannot set {taken[0]}: jobs are found by where they write")
         if not str(self.extra.get("export", "ALL")).startswith("ALL"):
-            raise ValueError("extra cannot have export: secrets come in sbatch's environment")
+            raise ValueError(
+                "extra cannot set export: secrets reach the job in sbatch's environment"
+            )
         return self
 
     @model_validator(mode="after")
     def _ssh_says_where(self) -> SlurmExecution:
         if self.tunnel == "ssh" and self.remote_job_dir is None:
-            raise ValueError("tunnel ssh needs remote_job_dir, a directory on the cluster")
+            raise ValueError('tunnel = "ssh" needs remote_job_dir, a directory on the cluster')
         return self
 
 
@@ -221,10 +232,10 @@ EXECUTORS: dict[str, type[Execution]] = {
 WITHOUT_EFFECT = {
     "build_image": "images are imported, not built",
     "build_cache_dir": "images are imported, not built",
-    "launcher": "each step says how it starts",
-    "nprocs_per_node": "the layout of the config says how many ranks there are",
-    "ray_version": "no step runs on a Ray cluster of Lepton",
-    "existing_ray_cluster": "no step runs on a Ray cluster of Lepton",
-    "repo_root": "the installed package is shipped",
-    "custom_spec": "nemo-run does not hand it to Lepton",
+    "launcher": "each step defines how it is launched",
+    "nprocs_per_node": "the number of ranks follows from the config's layout",
+    "ray_version": "no step runs on a Lepton Ray cluster",
+    "existing_ray_cluster": "no step runs on a Lepton Ray cluster",
+    "repo_root": "the installed package is shipped instead",
+    "custom_spec": "nemo-run does not pass it on to Lepton",
 }

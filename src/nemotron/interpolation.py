@@ -34,8 +34,8 @@ _KEY_PART = re.compile(r"[^.\[\]]+")
 # Characters of a value that is referred to: references to references could grow without bound.
 _MOST_CHARACTERS = 20_000
 _FIX = (
-    "write ${KEY}, ${oc.env:NAME,default} or ${steps:PATH}, a default with unusual characters "
-    "in quotes, and \\${ for a literal ${"
+    "write ${KEY}, ${oc.env:NAME,default} or ${steps:PATH}; put a default with unusual characters "
+    "in quotes; write \\${ for a literal ${"
 )
 
 
@@ -91,7 +91,7 @@ class _Found:
             return node.text.strip()
         kinds = {dict: "a section", list: "a list", type(None): "null"}
         got = kinds.get(type(node.value), f"{node.value!r} without quotes")
-        raise ValueError(f"a reference inside of text came out as {got}; wanted a string")
+        raise ValueError(f"a reference inside text resolves to {got}; wanted a string")
 
 
 class _Resolution:
@@ -109,7 +109,7 @@ class _Resolution:
             return node
         if path in self._open:
             circle = " -> ".join(map(dotted, (*self._open[self._open.index(path) :], path)))
-            raise ValueError(f"references run in a circle: {circle}")
+            raise ValueError(f"references form a cycle: {circle}")
         if path not in self._done:
             self._open.append(path)
             try:
@@ -140,7 +140,7 @@ class _Resolution:
                 relative = "".join(map(str, args))
                 here = str(_steps_path(relative))
                 return _Found(Node(f"{_KEPT}{relative}}}" if self._keep_steps else here))
-            raise ValueError(f"{name} with {len(args)} arguments is none of the references here")
+            raise ValueError(f"{name} with {len(args)} argument(s) is not a supported reference")
 
         try:
             with warnings.catch_warnings():
@@ -168,7 +168,7 @@ class _Resolution:
             raise _invalid(problem, place, did_you_mean(dotted(target), known, _FIX))
         found = transform(node, self.resolve, target)
         if sum(1 + len(str(leaf.value)) for _, leaf in leaves(found)) > _MOST_CHARACTERS:
-            raise ValueError(f"{dotted(target)} is too long to be referred to")
+            raise ValueError(f"{dotted(target)} is too long for a reference")
         return _Found(found)
 
 
@@ -192,7 +192,7 @@ def _variable(
     if isinstance(default, str) and text[0] in "'\"":
         return _Found(Node(default))
     if not isinstance(default, str) and "${" in text:
-        raise ValueError("a list or section as a default holds no references")
+        raise ValueError("a list or section used as a default cannot contain references")
     # A number as it was written: 25.10 must not become 25.1.
     return _Found(parse_value(default if isinstance(default, str) else text, place))
 
@@ -201,7 +201,7 @@ def _steps_path(relative: str) -> Path:
     parts = PurePosixPath(relative).parts
     path = STEPS_ROOT / relative
     if not parts or PurePosixPath(relative).is_absolute() or ".." in parts or not path.exists():
-        raise ValueError(f"{relative!r} names nothing that ships here")
+        raise ValueError(f"no file {relative!r} ships with the steps")
     return path
 
 

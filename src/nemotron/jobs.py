@@ -313,7 +313,7 @@ def _read_record(path: Path) -> JobRecord:
         if isinstance(error, ValidationError) and (keys := _unknown_keys(error)):
             raise NemotronError(
                 "job_damaged",
-                f"{path / RECORD} is of another version of nemotron: it has {', '.join(keys)}",
+                f"{path / RECORD} is from another version of nemotron: it has {', '.join(keys)}",
                 where=str(path / RECORD),
                 fix="use the version that ran the job",
                 exit_code=ExitCode.IO,
@@ -352,9 +352,9 @@ def find(name: str, root: Path | None = None) -> Job:
         return read_job(root / matches[0])
     if matches:
         newest = ", ".join(matches[: -_NUM_NAMED - 1 : -1])
-        which = "one of" if len(matches) <= _NUM_NAMED else "the newest are"
+        which = "choose one of" if len(matches) <= _NUM_NAMED else "the newest are"
         raise NemotronError(
-            "job_ambiguous", f"{name!r} fits {len(matches)} jobs", fix=f"{which}: {newest}"
+            "job_ambiguous", f"{name!r} matches {len(matches)} jobs", fix=f"{which}: {newest}"
         )
     fix = f"the newest is {ids[-1]}" if ids else "run a step first: nemotron steps list"
     raise NemotronError("job_unknown", f"no job {name!r} in {root}", fix=fix)

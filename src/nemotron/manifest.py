@@ -138,6 +138,6 @@ def read_manifest(path: Path) -> Manifest:
             "manifest_invalid",
             f"{display(path)} is not TOML: {error}",
             where=display(path),
-            fix="mend the file",
+            fix="correct the file",
         ) from None
     return validate(from_plain(table, display(path)), Manifest, what="manifest key")

@@ -41,10 +41,10 @@ def main() -> int:
         return int(ExitCode.OK)
     error = NemotronError(
         "package_missing",
-        f"Python {platform.python_version()} of the job has no {', '.join(missing)}",
+        f"the job's Python {platform.python_version()} has no {', '.join(missing)}",
         where=sys.executable,
-        why="only nemotron itself is shipped; what it is built on comes from the image",
-        fix="choose another container_image, or add to startup_commands of the profile: "
+        why="only nemotron itself is shipped; its dependencies come from the image",
+        fix="choose another container_image, or add to the profile's startup_commands: "
         f"python -m pip install {' '.join(missing)}",
         exit_code=ExitCode.PREFLIGHT,
     )

@@ -43,7 +43,7 @@ def open_file(path: Path) -> pq.ParquetFile:
         item = kind.value_type if is_list else kind
         is_flag = name == "loss_mask" and pa.types.is_boolean(item)
         if not is_list or not (is_flag or pa.types.is_integer(item)):
-            raise damaged(path, f"its {name} is {kind}, no list of integers")
+            raise damaged(path, f"its column {name} is {kind}, not a list of integers")
     return file
 
 
@@ -108,13 +108,15 @@ def check_row(path: Path, number: int, row: dict[str, list[int]]) -> None:
 
     ids, mask, starts = (row[name] for name in COLUMNS)
     if len(ids) != len(mask):
-        raise damaged(path, f"row {number} has {len(ids)} input_ids, {len(mask)} loss_mask")
+        raise damaged(
+            path, f"row {number} has {len(ids)} input_ids but {len(mask)} loss_mask values"
+        )
     sizes = (np.array([len(ids)]), np.array([len(starts)]), np.array(starts, dtype=np.int64))
     if _first_bad_row(*sizes) is not None:
         raise _bad_starts(path, number)
     bad = next((token for token in ids if not 0 <= token < _MOST_IDS), None)
     if bad is not None:
-        raise damaged(path, f"row {number} has {bad} among its input_ids")
+        raise damaged(path, f"row {number} has {bad} in its input_ids, which no token has")
 
 
 def file_properties(path: Path) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def file_properties(path: Path) -> dict[str, Any]:
     numbers = {key: int(value) for key, value in found.items() if _NUMBER.fullmatch(value)}
     size = found.get("pack_size")
     if size is not None and "pack_size" not in numbers:
-        raise damaged(path, f"its metadata has pack_size {size!r}, no number")
+        raise damaged(path, f"its metadata has pack_size {size!r}, which is not a number")
     return found | numbers
 
 
@@ -167,4 +169,4 @@ def _first_bad_row(lengths: Any, documents: Any, starts: Any) -> int | None:
 
 
 def _bad_starts(path: Path, row: int) -> NemotronError:
-    return damaged(path, f"seq_start_id of row {row} does not rise from 0 to below its length")
+    return damaged(path, f"seq_start_id of row {row} does not increase from 0 to below its length")

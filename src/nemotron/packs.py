@@ -111,9 +111,9 @@ def open_packs(path: Path) -> Packs:
     if not files:
         raise NemotronError(
             "packs_missing",
-            f"{path} holds no packed Parquet",
+            f"{path} contains no packed Parquet" if path.exists() else f"{path} does not exist",
             where=str(path),
-            fix="pass the output_dir of data_prep/sft_packing, or Parquet files of its columns",
+            fix="pass the output_dir of data_prep/sft_packing, or Parquet files with its columns",
             exit_code=ExitCode.DATA,
         )
     return Packs(path, {"": files}, file_properties(files[0]))
@@ -183,7 +183,7 @@ def draw_histogram(stats: dict[str, SplitStats], file: Path) -> None:
         lengths = list(item.document_lengths)
         counts = list(item.document_lengths.values())
         axes.hist(lengths, bins=60, weights=counts, histtype="step", label=name or "rows")
-    axes.set(xlabel="tokens of a document at training time", ylabel="documents", yscale="log")
+    axes.set(xlabel="document length in tokens, at training time", ylabel="documents", yscale="log")
     axes.legend()
     with writing(file):
         figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
@@ -199,7 +199,7 @@ def read_row(packs: Packs, split: str, number: int) -> dict[str, list[int]]:
     if split not in packs.splits:
         names = ", ".join(packs.splits)
         raise NemotronError(
-            "split_missing", f"no split {split!r}; there are: {names}", fix="pass --split NAME"
+            "split_missing", f"no split {split!r}", fix=f"choose one with --split: {names}"
         )
     first = 0
     for path in packs.splits[split]:
@@ -217,7 +217,7 @@ def read_row(packs: Packs, split: str, number: int) -> dict[str, list[int]]:
             first += rows
     raise NemotronError(
         "row_missing",
-        f"no row {number}; the split has {first}, from 0",
+        f"no row {number}; the split has {first} row(s), numbered from 0",
         where=str(packs.path),
         fix=f"pass --row with a number below {first}",
     )
@@ -241,9 +241,9 @@ def load_tokenizer(packs: Packs, tokenizer: str | None) -> Tokenizer:
     if not name or not path.is_file():
         raise NemotronError(
             "tokenizer_missing",
-            f"no tokenizer.json at {name}" if name else "the packs do not name their tokenizer",
+            f"no tokenizer.json at {name}" if name else "the packs do not record their tokenizer",
             where=str(packs.path),
-            fix="pass --tokenizer with the directory of the model that was packed for",
+            fix="pass --tokenizer DIR, the directory of the model that the data was packed for",
             exit_code=ExitCode.DATA,
         )
     wanted = packs.properties.get("tokenizer_blake3")
@@ -252,7 +252,7 @@ def load_tokenizer(packs: Packs, tokenizer: str | None) -> Tokenizer:
             "tokenizer_mismatch",
             f"{path} is not the tokenizer that made these packs",
             where=str(packs.path),
-            fix="pass --tokenizer with the directory of the model that was packed for",
+            fix="pass --tokenizer DIR, the directory of the model that the data was packed for",
             exit_code=ExitCode.DATA,
         )
     return Tokenizer.from_file(str(path))

@@ -100,13 +100,13 @@ def _check_nodes(plan: JobPlan) -> list[Check]:
     gpus = plan.gpus_per_node
     is_shared = info.shares_work and plan.executor == "slurm"
     if info.launch == "python" and plan.nodes > 1 and not is_shared:
-        place = " of Lepton" if info.shares_work else ""
-        problem = f"{plan.step.id} runs on one node{place}; run.env.nodes is {plan.nodes}"
+        place = " on Lepton" if info.shares_work else ""
+        problem = f"{plan.step.id} runs on a single node{place}; run.env.nodes is {plan.nodes}"
         fix = "pass run.env.nodes=1"
         found.append(_failed("layout_invalid", problem, "run.env.nodes", fix))
     elif info.launch == "torchrun" and plan.num_ranks % plan.nodes:
-        problem = f"{plan.num_ranks} rank(s) do not spread evenly over {plan.nodes} node(s)"
-        fix = "choose run.env.nodes to divide the product of the parallel sizes"
+        problem = f"{plan.num_ranks} rank(s) cannot be spread evenly over {plan.nodes} node(s)"
+        fix = "choose run.env.nodes so that it divides the product of the parallel sizes"
         found.append(_failed("layout_invalid", problem, "run.env.nodes", fix))
     elif info.launch == "torchrun" and gpus and plan.nproc_per_node > gpus:
         problem = f"{plan.nproc_per_node} ranks per node do not fit on {gpus} GPU(s) per node"
@@ -135,16 +135,16 @@ def _check_storage_and_shape(plan: JobPlan) -> list[Check]:
         assert plan.workspace is not None  # noqa: S101 - a Lepton job has one
         place = Path(os.path.normpath(plan.workspace / path))
         if not any(place.is_relative_to(target) for target in mounted):
-            problem = f"{name} {place} is on none of the mounts: {', '.join(mounted)}"
-            fix = "choose a place below a mount_path of the profile"
+            problem = f"{name} {place} is not on any of the mounts: {', '.join(mounted)}"
+            fix = "choose a path below a mount_path of the profile"
             found.append(_failed("storage_missing", problem, "run.env.mounts", fix))
     if not mounted:
-        problem = "the profile mounts no storage, where a job's files come and what it writes stays"
-        fix = "add mounts with path, mount_path and from: nemotron profiles init lepton has one"
+        problem = "the profile mounts no storage, which a job needs for its files and outputs"
+        fix = "add mounts with path, mount_path and from, as nemotron profiles init lepton does"
         found.append(_failed("storage_missing", problem, "run.env.mounts", fix))
     if plan.gpus_per_node and not execution.resource_shape:
-        problem = f"{plan.gpus_per_node} GPU(s) per node are asked for, and no resource_shape"
-        fix = "name the shape in the profile; on Lepton it alone brings GPUs"
+        problem = f"{plan.gpus_per_node} GPU(s) per node are requested, but no resource_shape"
+        fix = "set resource_shape in the profile; on Lepton only the shape provides GPUs"
         found.append(_failed("shape_missing", problem, "run.env.resource_shape", fix))
     return found
 
@@ -153,7 +153,7 @@ def _check_secrets(plan: JobPlan, dry_run: bool) -> list[Check]:
     found: list[Check] = []
     for name in plan.execution.secrets:
         if plan.executor == "lepton":
-            text = f"secret {name}: taken from the workspace by the job"
+            text = f"secret {name}: the job takes it from the workspace"
             found.append(Check("pending", text))
         elif os.environ.get(name):
             found.append(Check("ok", f"secret {name} is set"))
@@ -219,7 +219,7 @@ def missing_elsewhere(plan: JobPlan, item: PlannedInput) -> NemotronError:
         error.code,
         problem,
         where=error.where,
-        why="a remote run does not make the inputs that are missing first, as a local one does",
+        why="unlike a local run, a remote run does not make missing inputs first",
         fix=f"make it first: nemotron steps run {maker}",
         exit_code=error.exit_code,
     )
@@ -265,10 +265,10 @@ def _check_elsewhere(plan: JobPlan, item: PlannedInput, dry_run: bool) -> Check:
     named = f"{item.type} at {item.path}"
     place = place_elsewhere(plan, item)
     if place is None:
-        return Check("pending", f"{named}: not checked from here")
+        return Check("pending", f"{named}: cannot be checked from here")
     if isinstance(plan.execution, SlurmExecution) and plan.execution.tunnel == "ssh":
         host = plan.execution.host
-        return Check("pending", f"{named}: looked for on {host} when the job is submitted")
+        return Check("pending", f"{named}: checked on {host} when the job is submitted")
     if _exists(str(place)):
         return Check("ok", f"{item.type} is at {place}")
     error = missing_elsewhere(plan, item)
@@ -349,7 +349,7 @@ def _other_output(item: PlannedInput, maker: JobPlan, made: list[str]) -> Nemotr
     command = f"nemotron steps run {label(maker)} {keys[0] if keys else 'output'}={item.path}"
     return NemotronError(
         "producer_output_differs",
-        f"no {item.type} at {item.path}; {label(maker)} writes to {', '.join(made) or 'no place'}",
+        f"no {item.type} at {item.path}; {label(maker)} writes to {', '.join(made) or 'nowhere'}",
         where=item.key,
         fix=f"{command}, or pass {item.key}={made[0] if made else 'PATH'}",
         exit_code=ExitCode.PREFLIGHT,

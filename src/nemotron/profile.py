@@ -85,7 +85,7 @@ def read_tables(start: Path) -> dict[str, Node]:
             if name in tables:
                 raise NemotronError(
                     "profile_invalid",
-                    f"[{name}] stands in {tables[name].place} and in {display(path)}",
+                    f"[{name}] is defined in {tables[name].place} and in {display(path)}",
                     where=display(path),
                     fix="rename one of them",
                 )
@@ -112,7 +112,7 @@ def write_template(executor: str, directory: Path | None = None) -> Path:
     except FileExistsError:
         raise NemotronError(
             "profile_exists",
-            f"there is {path} already",
+            f"{path} already exists",
             where=str(path),
             fix=f"edit it, or remove it first: rm {path}",
         ) from None
@@ -143,7 +143,7 @@ def _env_file(start: Path) -> Path | None:
     if not path.is_file():
         raise NemotronError(
             "profile_invalid",
-            f"there is no file {named}",
+            f"no file {named}",
             where=ENV_FILE_VARIABLE,
             fix=f"point {ENV_FILE_VARIABLE} at a file with profiles, or unset it",
         )
@@ -158,7 +158,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, Node]]:
             "profile_invalid",
             f"cannot read {display(path)}: {error}",
             where=display(path),
-            fix="mend the file",
+            fix="make it a readable TOML file in UTF-8",
         ) from None
     for name, table in content.items():
         if name in RESERVED:
@@ -166,9 +166,9 @@ def _read_file(path: Path) -> Iterator[tuple[str, Node]]:
         if not isinstance(table, dict):
             raise NemotronError(
                 "profile_invalid",
-                f"{name} stands outside of a table",
+                f"{name} is outside any table",
                 where=display(path),
-                fix="put it below the [profile] that it belongs to",
+                fix="move it below the [profile] that it belongs to",
             )
         _refuse_times(table, f"{display(path)} [{name}]")
         yield name, from_plain(table, f"{display(path)} [{name}]")
@@ -182,7 +182,7 @@ def _refuse_times(table: Mapping[str, object], place: str) -> None:
         elif isinstance(value, datetime.time | datetime.date):
             raise NemotronError(
                 "profile_invalid",
-                f"{key} = {value} stands without quotes",
+                f"{key} = {value} is not in quotes",
                 where=place,
                 fix=f'put it in quotes: {key} = "{value}"',
             )
@@ -194,7 +194,7 @@ def _unused(start: Path) -> Iterator[str]:
     for path in (*_profile_files(start), *([env_file] if env_file else [])):
         for name in tomllib.loads(path.read_text(encoding="utf-8")).keys() & {*RESERVED}:
             instead = "; pass logger.wandb_project=NAME" if name == "wandb" else ""
-            yield f"[{name}] of {display(path)} has no effect{instead}"
+            yield f"[{name}] in {display(path)} has no effect{instead}"
 
 
 def _extended(name: str, tables: dict[str, Node], below: tuple[str, ...]) -> Node:
@@ -203,7 +203,7 @@ def _extended(name: str, tables: dict[str, Node], below: tuple[str, ...]) -> Nod
         circle = " -> ".join((*below, name))
         raise NemotronError(
             "profile_cycle",
-            f"profiles extend each other in a circle: {circle}",
+            f"profiles extend each other in a cycle: {circle}",
             where=tables[name].place,
             fix="remove one of these extends",
         )
@@ -223,13 +223,13 @@ def _extended(name: str, tables: dict[str, Node], below: tuple[str, ...]) -> Nod
 
 
 def _unknown(name: str, tables: dict[str, Node], below: tuple[str, ...]) -> NemotronError:
-    there_are = f"there are: {', '.join(sorted(tables))}; more in profiles/NAME.toml or env.toml"
+    there_are = f"choose from: {', '.join(sorted(tables))}; define others in profiles/ or env.toml"
     fix = did_you_mean(name, tables, there_are)
     if below:
-        problem = f"[{below[-1]}] extends {name!r}, which is no profile"
+        problem = f"[{below[-1]}] extends {name!r}, which is not a profile"
         return NemotronError("profile_unknown", problem, where=tables[below[-1]].place, fix=fix)
     if name in RESERVED:
-        problem = f"[{name}] is reserved for settings; it is no profile"
+        problem = f"[{name}] is reserved for settings and is not a profile"
         return NemotronError("profile_unknown", problem, fix=fix)
     return NemotronError("profile_unknown", f"no profile {name!r}", fix=fix)
 
@@ -255,9 +255,9 @@ def _refuse_files_of_steps(written: Node) -> None:
         if isinstance(node.value, str) and "${steps:" in node.value:
             raise NemotronError(
                 "profile_invalid",
-                f"{dotted(path)} refers to ${{steps:...}} in a profile for another machine",
+                f"{dotted(path)} uses ${{steps:...}}, which a profile for another machine cannot",
                 where=node.place,
-                fix="write such references into a config; they are resolved where the job runs",
+                fix="use such references in a config; they are resolved where the job runs",
             )
 
 

@@ -246,7 +246,7 @@ def _build_section(node: yaml.MappingNode, source: str) -> dict[str, Node]:
         if not isinstance(key, yaml.ScalarNode) or not key.value:
             raise _marked("a key must be a word", key)
         if key.value in section:
-            raise _marked(f"the key {key.value!r} stands here twice", key)
+            raise _marked(f"the key {key.value!r} appears twice in this section", key)
         child = _build(value, source)
         # A section or list starts on the line below its key, but users look for the key.
         section[key.value] = replace(child, place=f"{source}:{key.start_mark.line + 1}")
@@ -258,4 +258,4 @@ def _marked(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
 
 
 def _invalid(problem: str, where: str) -> NemotronError:
-    return NemotronError("yaml_invalid", problem, where=where, fix="mend the YAML at that line")
+    return NemotronError("yaml_invalid", problem, where=where, fix="correct the YAML at that line")

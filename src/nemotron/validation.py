@@ -92,7 +92,7 @@ def refuse_secrets(tree: Node, *, references: str = "") -> None:
             failures.append(
                 NemotronError(
                     "secret_in_config",
-                    f"{dotted(path)} holds what looks like a credential",
+                    f"{dotted(path)} contains what looks like a credential",
                     where=node.place,
                     why="configs and profiles are written to disk and shown; secrets must not be",
                     fix="export it as an environment variable, and name that in the profile: "
@@ -118,9 +118,9 @@ def refuse_home(tree: Node, *, leave_out: Collection[str]) -> None:
         [
             NemotronError(
                 "home_in_config",
-                f"{dotted(path)} is {node.value!r}; ~ stands for a home only in a shell",
+                f"{dotted(path)} is {node.value!r}; only a shell expands ~",
                 where=node.place,
-                fix="write the path from / on, as it is where the job runs; here it is "
+                fix="write the absolute path on the machine where the job runs; here it is "
                 f"{os.path.expanduser(node.value)}",  # noqa: PTH111 - never fails
             )
             for path, node in leaves(tree)
@@ -241,7 +241,7 @@ def _unknown_key(
     near = [start + key for key in closest(dotted(path), known)]
     siblings = [start + key for key in known if key.rpartition(".")[0] == section]
     owner = dotted((*prefix, *path[:-1]))
-    there_are = f"{owner} has: " if owner else "there are: "
+    there_are = f"{owner} has: " if owner else "the keys are: "
     return NemotronError(
         "unknown_key",
         f"unknown {what} {dotted((*prefix, *path))}",

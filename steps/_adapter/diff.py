@@ -83,15 +83,15 @@ def _page(found: dict[str, Any]) -> str:
     modules = found["modules"]
     apart = [name for name, each in modules.items() if each["difference"] > 0]
     lines.append(
-        f"{len(apart)} of {len(modules)} modules differ; relative difference of what is added to "
-        f"the weights: {found['relative_difference']:.3e}"
+        f"modules that differ: {len(apart)} of {len(modules)}; relative difference of what they "
+        f"add to the weights: {found['relative_difference']:.3e}"
     )
     apart.sort(key=lambda name: -modules[name]["difference"])
     for name in apart[:_SHOWN]:
         each = modules[name]
         lines.append(f"  {name}: {each['difference']:.3e} of {each['norm']:.3e}")
     if len(apart) > _SHOWN:
-        lines.append(f"  and {len(apart) - _SHOWN} more (--json has all)")
+        lines.append(f"  and {len(apart) - _SHOWN} more (--json lists all)")
     return "\n".join(lines)
 
 

@@ -51,8 +51,8 @@ def _write(partial: Path, opened: OpenedAdapter, layout: str) -> str:
         )
         if kind == "CanonicalLoRA" and _adapts_linear_fc1(opened):
             print(
-                "warning: load it at tensor-parallel size 1; at another Megatron-Bridge takes the "
-                "rows of linear_fc1's factors in another order, without a word",
+                "warning: load it at tensor-parallel size 1; at any other, Megatron-Bridge "
+                "silently reads the rows of linear_fc1's factors in a different order",
                 file=sys.stderr,
             )
         return f"Megatron-Bridge's {kind}"
@@ -70,7 +70,7 @@ def _read_back(partial: Path, opened: OpenedAdapter) -> None:
     directory = find_any_adapter(partial)
     assert directory is not None  # just written
     if not _is_same(opened.adapter, open_any_adapter(directory, config=opened.base.config)):
-        raise damaged(partial, "what was read back is not what was written")
+        raise damaged(partial, "the adapter read back differs from the one written")
 
 
 def _is_same(one: LoraAdapter, other: LoraAdapter) -> bool:

@@ -150,7 +150,7 @@ def _find(path: Path) -> tuple[Path, Artifact | None]:
     """Return the directory of the adapter at ``path`` and its record, files verified."""
     directory = find_any_adapter(path)
     if directory is None:
-        problem = f"neither PEFT's nor Megatron-Bridge's adapter files are at {path}"
+        problem = f"{path} has neither PEFT's nor Megatron-Bridge's adapter files"
         raise adapter_error("missing", path, problem)
     return directory, read_adapter_record(directory)
 
@@ -204,10 +204,10 @@ def _check_model_files(
 ) -> None:
     """Check that ``files`` describe the base and have the tokenizer that the adapter records."""
     if not describes(files, weights.config):
-        raise _other_base(f"{files}/config.json describes another model than the base", files)
+        raise _other_base(f"{files}/config.json describes a different model than the base", files)
     wanted, got = _recorded(record).get("tokenizer_blake3"), tokenizer_blake3(files)
     if wanted is not None and got is not None and got != wanted:
-        problem = f"{files}/tokenizer.json is not what {directory} was trained with"
+        problem = f"{files}/tokenizer.json is not the tokenizer that {directory} was trained with"
         raise _other_base(problem, files)
 
 
@@ -233,7 +233,7 @@ def _check_fingerprint(
 def _base_missing(directory: Path) -> NemotronError:
     return NemotronError(
         "base_missing",
-        f"the base that {directory} records is not a directory here",
+        f"{directory} records no base that is a directory here",
         where=str(directory),
         fix="pass --base DIR, the base it was trained on, Megatron or Hugging Face",
     )

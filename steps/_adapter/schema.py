@@ -13,8 +13,12 @@ from nemotron.config import Schema
 class VerifyConfig(Schema):
     """Config of ``nemotron adapter verify``."""
 
-    adapter: Path = Field(description="adapter directory, checkpoint, or a root of either")
-    base: Path | None = Field(default=None, description="base; null: the one that it records")
+    adapter: Path = Field(
+        description="PEFT adapter, Megatron-Bridge adapter checkpoint, or output root of either"
+    )
+    base: Path | None = Field(
+        default=None, description="base; null: the one that the adapter records"
+    )
     as_json: bool = Field(default=False, description="print JSON")
 
 
@@ -28,4 +32,4 @@ class ExportConfig(VerifyConfig):
     """Config of ``nemotron adapter export``."""
 
     output: Path = Field(description="directory to write")
-    layout: Literal["peft", "megatron_bridge"] = Field(description="what to write")
+    layout: Literal["peft", "megatron_bridge"] = Field(description="layout to write")

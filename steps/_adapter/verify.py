@@ -44,21 +44,21 @@ def describe(opened: OpenedAdapter) -> dict[str, Any]:
 
 
 def _page(found: dict[str, Any]) -> str:
-    base = "its fingerprint is the recorded one"
+    base = "fingerprint as recorded by the adapter"
     if not found["base_is_verified"]:
-        base = "names and shapes fit; the adapter records no fingerprint"
+        base = "names and shapes match; the adapter records no fingerprint"
     files = "BLAKE3 as in artifact.json"
     if not found["files_are_verified"]:
-        files = "no artifact.json: a changed value that is finite cannot be found"
+        files = "no artifact.json: changed values cannot be detected unless they are not finite"
     loss = found["valid_loss"]
-    needs = [f"merge     with {option} only" for option in found["merge_needs"]]
+    needs = [f"merge     only with {option}" for option in found["merge_needs"]]
     return "\n".join(
         [
             f"adapter   {found['adapter']} ({found['layout']})",
             f"base      {found['base']}: {base}",
             f"files     {files}",
             f"lora      r {found['dim']}, alpha {found['alpha']:g}, {found['num_modules']} modules "
-            f"({', '.join(found['target_modules'])}); names, shapes, ranks fit, all values finite",
+            f"({', '.join(found['target_modules'])}); names, shapes, ranks match; all are finite",
             f"held-out  loss {loss:.4f}" if loss is not None else "held-out  never measured",
             *needs,
         ]

@@ -265,7 +265,7 @@ def open_adapter(directory: Path, *, config: DecoderConfig) -> Adapter:
     for name, shape in wanted.items():
         check_shape(file, name, shape)
         if not all_finite(file.read(name)):
-            problem = f"{name} holds values that are not finite"
+            problem = f"{name} has values that are not finite"
             raise adapter_error("not_finite", file.path, problem)
     return Adapter(
         directory=directory,
@@ -296,7 +296,7 @@ def _require_files(directory: Path) -> None:
         (directory / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     )
     if (directory / _PICKLED).is_file() and not has_weights:
-        problem = f"{directory} holds a pickled adapter ({_PICKLED})"
+        problem = f"{directory} has a pickled adapter ({_PICKLED})"
         raise pickled_weights(directory, problem, _CONVERT_PICKLED)
     if not has_config or not has_weights:
         file = ADAPTER_WEIGHTS if has_config else ADAPTER_CONFIG

@@ -46,8 +46,8 @@ _NOT_HONOURED = (
 _INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 _CONVERT_TO_PLAIN = (
     "save it in PEFT as plain LoRA: model.save_pretrained(DIR, path_initial_model_for_weight_"
-    "conversion=INITIAL), INITIAL being the adapter as it was saved before training; a LoftQ "
-    "adapter fits its quantised base only: merge it in PEFT"
+    "conversion=INITIAL), where INITIAL is the adapter as saved before training; a LoftQ "
+    "adapter fits only its quantised base: merge it in PEFT"
 )
 
 
@@ -74,7 +74,9 @@ def check_pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str, 
     for module, value in pattern.items():
         is_number = isinstance(value, kinds) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or (key == "rank_pattern" and value < 1):
-            raise adapter_error("config", path, f"{key} gives {module} {value!r}; wanted a number")
+            raise adapter_error(
+                "config", path, f"{key} sets {module} to {value!r}; wanted a number"
+            )
         refuse_bad_pattern(path, key, module)
     return pattern
 
@@ -110,7 +112,7 @@ def _check_init(path: Path, init: Any) -> None:
     """Refuse an adapter whose initialisation has changed its base, or may have."""
     if init is None or isinstance(init, bool) or str(init).lower() in _INITS_BESIDE_THE_BASE:
         return
-    wanted = f"a bool, {', '.join(_INITS_BESIDE_THE_BASE)}: those leave the base as it is"
+    wanted = f"a bool, {', '.join(_INITS_BESIDE_THE_BASE)}, which leave the base as it is"
     problem = f"init_lora_weights is {init!r}; wanted {wanted}"
     raise adapter_error("config", path, problem, fix=_CONVERT_TO_PLAIN)
 
@@ -139,7 +141,7 @@ def check_scaling(path: Path, values: Mapping[str, Any], file: SafetensorsFile) 
         got = values.get(key) or (False if key == "use_rslora" else {})
         if got != wanted:
             kind = "rank" if key in ("r", "rank_pattern") else "alpha"
-            problem = f"{key} is {got}; {file.path.name} was saved with {wanted}"
+            problem = f"{key} is {got}, but {file.path.name} was saved with {wanted}"
             raise adapter_error(kind, path, problem)
 
 
@@ -152,16 +154,16 @@ def check_keys(file: SafetensorsFile, wanted: Mapping[str, Any]) -> None:
     if missing:
         for half in (".lora_A.weight", ".lora_B.weight"):
             if set(missing) == {name for name in wanted if name.endswith(half)}:
-                problem = f"all {len(missing)} tensors *{half} are missing: one half of each pair"
+                problem = f"every tensor *{half} is missing ({len(missing)}): one half of each pair"
                 raise adapter_error("half_missing", file.path, problem)
         close = get_close_matches(missing[0], unexpected, n=1)
         hint = f" (the file has {close[0]})" if close else ""
-        problem = f"{len(missing)} of {len(wanted)} tensors are missing, first {missing[0]}{hint}"
+        problem = f"missing tensors: {len(missing)} of {len(wanted)}, first {missing[0]}{hint}"
         raise adapter_error("keys_missing", file.path, problem)
     if unexpected:
         close = get_close_matches(unexpected[0], list(wanted), n=1)
         hint = f" (closest: {close[0]})" if close else ""
-        problem = f"{len(unexpected)} tensors are unexpected, first {unexpected[0]}{hint}"
+        problem = f"unexpected tensors: {len(unexpected)}, first {unexpected[0]}{hint}"
         raise adapter_error("keys_unexpected", file.path, problem)
 
 
@@ -171,7 +173,7 @@ def _refuse_prefix(file: SafetensorsFile, wanted: str) -> None:
     found = next((name for name in file.entries if name.endswith(core)), None)
     if found is not None:
         prefixes = f"{found.removesuffix(core)!r}; wanted {wanted.removesuffix(core)!r}"
-        raise adapter_error("prefix", file.path, f"its tensors are under the prefix {prefixes}")
+        raise adapter_error("prefix", file.path, f"its tensors have the prefix {prefixes}")
 
 
 def check_shape(file: SafetensorsFile, name: str, wanted: tuple[int, ...]) -> None:
@@ -184,5 +186,5 @@ def check_shape(file: SafetensorsFile, name: str, wanted: tuple[int, ...]) -> No
     if is_rank:
         problem = f"{name} has rank {got[rank_dim]}; {ADAPTER_CONFIG} says {wanted[rank_dim]}"
         raise adapter_error("rank", file.path, problem)
-    problem = f"{name} is {list(got)}; its rank and the base ask for {list(wanted)}"
+    problem = f"{name} has shape {list(got)}; its rank and the base require {list(wanted)}"
     raise adapter_error("shape", file.path, problem)

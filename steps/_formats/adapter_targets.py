@@ -64,7 +64,7 @@ def refuse_bad_pattern(path: Path, key: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        problem = f"{key}: {pattern!r} is no pattern: {error}"
+        problem = f"{key}: {pattern!r} is not a valid pattern: {error}"
         raise adapter_error("config", path, problem) from None
 
 
@@ -88,7 +88,7 @@ def _layers(path: Path, values: Mapping[str, Any]) -> tuple[list[int] | None, li
     layers = [given] if isinstance(given, int) else given or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        problem = f"layers_to_transform is {given!r}; wanted numbers of layers"
+        problem = f"layers_to_transform is {given!r}; wanted layer numbers"
         raise adapter_error("config", path, problem)
     if not isinstance(patterns, list) or not all(isinstance(each, str) for each in patterns):
         raise adapter_error("config", path, f"layers_pattern is {patterns!r}; wanted names")

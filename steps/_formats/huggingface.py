@@ -102,7 +102,7 @@ class HuggingFaceCheckpoint:
             if not torch.equal(self.read("lm_head.weight"), self.read(embedding)):
                 raise NemotronError(
                     "weights_unexpected",
-                    "config.json says tie_word_embeddings, but lm_head.weight is not the embedding",
+                    "tie_word_embeddings is true, but lm_head.weight differs from the embedding",
                     where=str(self._files["lm_head.weight"].path),
                     fix="set tie_word_embeddings to false in config.json, or remove lm_head.weight",
                     exit_code=ExitCode.DATA,
@@ -208,17 +208,17 @@ def _read_index(index_path: Path) -> dict[str, SafetensorsFile]:
     if not isinstance(places, dict) or not places:
         raise damaged(index_path, "it has no weight_map")
     if not all(isinstance(file, str) for file in places.values()):
-        raise damaged(index_path, "its weight_map gives names that are no text")
+        raise damaged(index_path, "its weight_map has file names that are not text")
     files: dict[str, SafetensorsFile] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file:
             raise damaged(index_path, f"{file!r} points outside the directory")
         if not (directory / file).is_file():
-            raise damaged(directory / file, f"the file is missing; {INDEX_FILE} names it")
+            raise damaged(directory / file, f"the file is missing, but {INDEX_FILE} names it")
         files[file] = SafetensorsFile(directory / file)
     for name, file in places.items():
         if name not in files[file].entries:
-            raise damaged(directory / file, f"{name} is not in it; {INDEX_FILE} says so")
+            raise damaged(directory / file, f"{name} is not in it, but {INDEX_FILE} says it is")
     return {name: files[file] for name, file in places.items()}
 
 
@@ -238,7 +238,7 @@ def _pickled(directory: Path) -> NemotronError:
         "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2]); "
         "T.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
     )
-    return pickled_weights(directory, f"{directory} holds pickled weights (.bin or .pt)", script)
+    return pickled_weights(directory, f"{directory} has pickled weights (.bin or .pt)", script)
 
 
 def _wrong_shape(
@@ -246,9 +246,9 @@ def _wrong_shape(
 ) -> NemotronError:
     return NemotronError(
         "weights_shape",
-        f"{name} is {list(got)}; config.json asks for {list(wanted)}",
+        f"{name} has shape {list(got)}; config.json requires {list(wanted)}",
         where=str(path),
-        why="the weights are not those of the model that the config describes",
+        why="the weights do not belong to the model that the config describes",
         fix="use a checkpoint whose config.json and weights belong together",
         exit_code=ExitCode.DATA,
     )

@@ -27,29 +27,30 @@ MERGE_IN_PEFT = (
 )
 _REASONS = {
     "missing": (
-        "an adapter is a config and its tensors",
-        "pass a directory with adapter_config.json and adapter_model.safetensors",
+        "an adapter consists of a config and tensors",
+        "pass a directory with adapter_config.json and adapter_model.safetensors, or an adapter "
+        "checkpoint of Megatron-Bridge",
     ),
     "config": (
-        "what is not honoured would change what the adapter does, and nobody would see it",
+        "ignoring the setting would silently change what the adapter does",
         "use a plain LoRA adapter on linear layers of the decoder",
     ),
     "prefix": (
         "PEFT would load none of them and leave the base as it is",
         "rename the tensors to base_model.model.<module>.lora_A.weight, as PEFT saves them",
     ),
-    "half_missing": ("half of a product changes nothing", _SAVED),
-    "keys_missing": ("modules without tensors would stay as they are in the base", _SAVED),
-    "keys_unexpected": ("what belongs to no module of the base would be left out", _SAVED),
-    "rank": ("the product is scaled by alpha / rank: another rank is another model", _CONFIG),
-    "alpha": ("the product is scaled by alpha / rank: another alpha is another model", _CONFIG),
+    "half_missing": ("an adapter is a product: half of it changes nothing", _SAVED),
+    "keys_missing": ("modules without tensors would be left as they are in the base", _SAVED),
+    "keys_unexpected": ("tensors that belong to no module of the base would be left out", _SAVED),
+    "rank": ("the adapter is scaled by alpha / rank: another rank makes another model", _CONFIG),
+    "alpha": ("the adapter is scaled by alpha / rank: another alpha makes another model", _CONFIG),
     "shape": (
-        "the adapter was trained on a model of other sizes, or its file was changed",
+        "the adapter was trained on a model of another size, or its file was changed",
         "use the base that the adapter was trained on, and the config it was saved with",
     ),
     "not_finite": (
-        "one such value makes every logit not a number",
-        "take an earlier save of the adapter; this training diverged",
+        "one such value turns every logit into NaN",
+        "use an earlier save of the adapter; its training diverged",
     ),
 }
 

@@ -149,9 +149,9 @@ class MegatronCheckpoint:
         if got != wanted and not is_padded:
             raise NemotronError(
                 "weights_shape",
-                f"{name} is {list(got)}; the config asks for {list(wanted)}",
+                f"{name} has shape {list(got)}; the config requires {list(wanted)}",
                 where=str(self.iteration_dir),
-                why="the weights are not those of the model that the config describes",
+                why="the weights do not belong to the model that the config describes",
                 fix="use a checkpoint whose config and weights belong together",
                 exit_code=ExitCode.DATA,
             )
@@ -232,8 +232,8 @@ def find_iteration_dir(path: Path) -> Path:
     if name is None:
         what = "has no tracker file" if path.is_dir() else "does not exist"
         if (path / "config.json").is_file():
-            raise _missing(path, f"{path} is a Hugging Face checkpoint, no Megatron checkpoint")
-        raise _missing(path, f"{path} {what} and is no iteration directory")
+            raise _missing(path, f"{path} is a Hugging Face checkpoint, not a Megatron checkpoint")
+        raise _missing(path, f"{path} {what} and is not an iteration directory")
     if not (path / name).is_dir():
         raise _missing(path, f"the tracker in {path} names {name}, which does not exist")
     return path / name
@@ -268,7 +268,7 @@ def _check_format(iteration_dir: Path) -> None:
             "checkpoint_format",
             f"{iteration_dir} has .metadata but no metadata.json; wanted ckpt_format torch_dist",
             where=str(iteration_dir),
-            why="fsdp_dtensor checkpoints look so, and torch_dist ones whose save did not finish",
+            why="fsdp_dtensor checkpoints look like this, and so do unfinished torch_dist saves",
             fix="save or convert it with ckpt_format torch_dist, or take an earlier iteration",
             exit_code=ExitCode.DATA,
         )

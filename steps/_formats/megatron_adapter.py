@@ -180,17 +180,17 @@ def _find_sources(
             continue
         match = _KEY.fullmatch(name)
         if match is None or not _is_known(match):
-            problem = f"{name} is no tensor of an adapter on the decoder's linears"
+            problem = f"{name} is not a tensor of an adapter on the decoder's linears"
             raise adapter_error("keys_unexpected", directory, problem)
         key = name.rsplit(".", 2)[0]
         halves.setdefault(key, set()).add(match["half"])
         sources |= _sources_of(key, match, config)
     for key, found in halves.items():
         if len(found) == 1:
-            problem = f"{key} has linear_{found.pop()} only: one half of the pair is missing"
+            problem = f"{key} has only linear_{found.pop()}: one half of the pair is missing"
             raise adapter_error("half_missing", directory, problem)
     if not sources:
-        raise adapter_error("keys_missing", directory, "it has no tensor of an adapter")
+        raise adapter_error("keys_missing", directory, "it has no adapter tensors")
     order = {module: place for place, module in enumerate(lora_shapes(config))}
     return dict(sorted(sources.items(), key=lambda item: order.get(item[0], 0)))
 
@@ -242,10 +242,10 @@ def _check_targets(
                 wanted.add(module)
     missing, unexpected = sorted(wanted - set(sources)), sorted(set(sources) - wanted)
     if missing:
-        problem = f"{len(missing)} adapted modules have no tensors, first {missing[0]}"
+        problem = f"adapted modules without tensors: {len(missing)}, first {missing[0]}"
         raise adapter_error("keys_missing", directory, problem)
     if unexpected:
-        problem = f"{unexpected[0]} has tensors, but target_modules {targets} does not name it"
+        problem = f"{unexpected[0]} has tensors, but target_modules {targets} does not include it"
         raise adapter_error("keys_unexpected", directory, problem)
 
 
@@ -253,7 +253,7 @@ def _check_tensors(adapter: MegatronAdapter) -> None:
     shapes = lora_shapes(adapter.config)
     for module, source in adapter.sources.items():
         if module not in shapes:
-            problem = f"{source.key}: the base has {adapter.config.num_layers} layers"
+            problem = f"{source.key} is beyond the base's {adapter.config.num_layers} layer(s)"
             raise adapter_error("shape", adapter.directory, problem)
         rows = shapes[module][0]
         if not source.is_canonical:
@@ -264,7 +264,7 @@ def _check_tensors(adapter: MegatronAdapter) -> None:
         for half in ("in", "out"):
             if not all_finite(adapter._read(source, half)):
                 name = f"{source.key}.linear_{half}.weight"
-                problem = f"{name} holds values that are not finite"
+                problem = f"{name} has values that are not finite"
                 raise adapter_error("not_finite", adapter.directory, problem)
 
 
@@ -286,8 +286,8 @@ def _check_split(adapter: MegatronAdapter) -> None:
         if num_parts not in (1, 2 * adapter.tp_size):
             problem = (
                 f"{name} was saved in {num_parts} parts, that is at tensor-parallel size "
-                f"{num_parts // 2}; run_config.yaml says {adapter.tp_size}, and the order of its "
-                "rows depends on it"
+                f"{num_parts // 2}, but run_config.yaml says {adapter.tp_size}, and the "
+                "order of its rows depends on it"
             )
             raise adapter_error("config", adapter.directory, problem)
 
@@ -306,7 +306,7 @@ def _check_shape(
     if is_matrix and got[other] == wanted[other]:
         problem = f"{name} has rank {got[rank]}; peft.dim is {adapter.dim}"
         raise adapter_error("rank", adapter.directory, problem)
-    problem = f"{name} is {list(got)}; rank and base ask for {[*leading, *wanted]}"
+    problem = f"{name} has shape {list(got)}; its rank and the base require {[*leading, *wanted]}"
     raise adapter_error("shape", adapter.directory, problem)
 
 

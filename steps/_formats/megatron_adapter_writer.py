@@ -20,7 +20,7 @@ from nemotron.steps._models.layouts import join_lora_rows, lora_hf_modules
 from nemotron.steps._models.targets import LINEARS
 
 _BRIDGE_PEFT = "megatron.bridge.peft"
-_KEEP = "leave it in PEFT's layout, which merges as well: nemotron steps run convert/merge_lora"
+_KEEP = "keep it in PEFT's layout, which can be merged too: nemotron steps run convert/merge_lora"
 Pair = tuple[Tensor, Tensor]
 
 
@@ -69,7 +69,7 @@ def _one_scale(adapter: LoraAdapter) -> float:
     scales = {adapter.scale(module) for module in adapter.modules}
     ranks = {len(adapter.read(module)[0]) for module in adapter.modules}
     if len(scales) > 1 or ranks != {adapter.dim}:
-        problem = "its modules differ in rank or scale; Megatron-Bridge has one of each"
+        problem = "its modules differ in rank or scale; Megatron-Bridge allows only one of each"
         raise adapter_error("config", adapter.directory, problem, fix=_KEEP)
     return scales.pop()
 
@@ -82,7 +82,7 @@ def _adapted_linears(adapter: LoraAdapter) -> list[str]:
         names = _names(adapter, linear)
         found = {tuple(part in modules for part in lora_hf_modules(name)) for name in names}
         if len(found) > 1:
-            problem = f"{linear} is adapted in some layers only; Megatron-Bridge stacks all layers"
+            problem = f"{linear} is adapted only in some layers; Megatron-Bridge stacks all layers"
             raise adapter_error("config", adapter.directory, problem, fix=_KEEP)
         adapted += [linear] if any(found.pop()) else []
     return adapted

@@ -226,9 +226,9 @@ def _check_dtypes(weights: Weights) -> torch.dtype:
             if weights.dtype(name) != dtype:
                 raise NemotronError(
                     "weights_dtype",
-                    f"{name} is {weights.dtype(name)} and {other} is {dtype}",
+                    f"{name} is {weights.dtype(name)}, but {other} is {dtype}",
                     where=name,
-                    why=f"both are part of {rule.megatron}, which has one type",
+                    why=f"both are part of {rule.megatron}, which has a single type",
                     fix="save the model with one type for all layers",
                     exit_code=ExitCode.DATA,
                 )

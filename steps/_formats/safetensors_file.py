@@ -54,7 +54,7 @@ class SafetensorsFile:
             size_bytes = os.fstat(stream.fileno()).st_size
             header_bytes = int.from_bytes(stream.read(8), "little")
             if size_bytes < 8 or header_bytes > min(size_bytes - 8, _MAX_HEADER_BYTES):
-                raise damaged(path, "the header is cut short; this is not a safetensors file")
+                raise damaged(path, "the header is truncated; this is not a safetensors file")
             header = _parse_header(path, stream.read(header_bytes))
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.entries = {
@@ -63,7 +63,7 @@ class SafetensorsFile:
         }
         end = max((entry.end for entry in self.entries.values()), default=8 + header_bytes)
         if end != size_bytes:
-            raise damaged(path, f"the file has {size_bytes} bytes; its header says {end}")
+            raise damaged(path, f"the file has {size_bytes} bytes, but its header says {end}")
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, whose memory is the page cache; see ``map_tensor``.
@@ -76,7 +76,7 @@ class SafetensorsFile:
         try:
             return map_tensor(self.path, start=entry.start, shape=entry.shape, dtype=dtype)
         except ValueError:
-            raise damaged(self.path, f"{name} is cut short") from None
+            raise damaged(self.path, f"{name} is truncated") from None
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of one tensor.
@@ -90,8 +90,8 @@ class SafetensorsFile:
                 "weights_dtype",
                 f"{name} is {kind}; wanted one of {', '.join(DTYPES)}",
                 where=str(self.path),
-                why="a quantized tensor is no weight without its scales",
-                fix="use the checkpoint that is not quantized",
+                why="a quantized tensor cannot be used without its scales",
+                fix="use the unquantized checkpoint",
                 exit_code=ExitCode.DATA,
             )
         return DTYPES[kind]
@@ -187,9 +187,9 @@ def _parse_entry(path: Path, name: str, entry: Any, *, data_start: int) -> Tenso
         kind, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
         start, end = (data_start + int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
-        raise damaged(path, f"the header's entry of {name} does not parse") from None
+        raise damaged(path, f"the header's entry for {name} does not parse") from None
     width = DTYPES[kind].itemsize if kind in DTYPES else None
     is_valid = data_start <= start <= end and all(size >= 0 for size in shape)
     if not is_valid or (width is not None and math.prod(shape) * width != end - start):
-        raise damaged(path, f"the header's entry of {name} contradicts itself")
+        raise damaged(path, f"the header's entry for {name} contradicts itself")
     return TensorEntry(kind, shape, start, end)

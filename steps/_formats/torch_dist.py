@@ -138,12 +138,14 @@ class TorchDistReader:
         for file, end in sorted(ends.items()):
             path = self.directory / file
             if Path(file).name != file:
-                raise damaged(self.directory / METADATA_FILE, f"{file!r} points outside")
+                raise damaged(
+                    self.directory / METADATA_FILE, f"{file!r} points outside the directory"
+                )
             if not path.is_file():
-                raise damaged(path, "the file is missing; .metadata names it")
+                raise damaged(path, "the file is missing, but .metadata names it")
             size_bytes = path.stat().st_size
             if size_bytes < end:
-                problem = f"the file has {size_bytes} bytes; .metadata needs {end}"
+                problem = f"the file has {size_bytes} bytes, but .metadata needs {end}"
                 raise damaged(path, problem)
 
 

@@ -133,7 +133,7 @@ def read_metadata(path: Path) -> Metadata:
             "unsafe_pickle",
             f"{path} refers to {name}, which no checkpoint needs",
             where=str(path),
-            why="loading it could run code; nothing of it was run",
+            why="loading it could run code; none was run",
             fix="do not use this checkpoint unless you know who wrote it",
             exit_code=ExitCode.DATA,
         ) from None

@@ -186,7 +186,7 @@ def read_back(
         problem = error
     name = written.checksums.first_difference(reread.all_digests())
     if name is not None:  # the cause, if compare has found a problem as well
-        raise damaged(where, f"{name} does not read back as it was written")
+        raise damaged(where, f"{name} differs from what was written when read back")
     if problem is not None:
         raise problem
     return properties

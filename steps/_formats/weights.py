@@ -170,10 +170,10 @@ def check_names(got: Iterable[str], wanted: Iterable[str], *, where: str) -> Non
     unexpected = sorted(set(got) - set(wanted))
     if missing:
         code, first, others = "weights_incomplete", missing[0], unexpected
-        problem = f"{len(missing)} tensors of the model are not there, first {first}"
+        problem = f"missing tensors of the model: {len(missing)}, first {first}"
     elif unexpected:
         code, first, others = "weights_unexpected", unexpected[0], wanted
-        problem = f"{len(unexpected)} tensors are not the model's, first {first}"
+        problem = f"tensors that are not the model's: {len(unexpected)}, first {first}"
     else:
         return
     close = get_close_matches(first, others, n=1)
@@ -181,7 +181,7 @@ def check_names(got: Iterable[str], wanted: Iterable[str], *, where: str) -> Non
         code,
         problem + (f" (closest: {close[0]})" if close else ""),
         where=where,
-        why="the weights are not those of the model that the config describes",
+        why="the weights do not belong to the model that the config describes",
         fix="use a checkpoint whose config.json and weights belong together",
         exit_code=ExitCode.DATA,
     )
@@ -198,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise damaged(path, "this is not a JSON object")
+        raise damaged(path, "it is not a JSON object")
     return value
 
 
@@ -216,8 +216,8 @@ def pickled_weights(directory: Path, problem: str, script: str) -> NemotronError
         "pickled_weights",
         f"{problem} and no safetensors",
         where=str(directory),
-        why="loading a pickle can run code, so they are not read",
-        fix=f"convert it where you trust it: {command}",
+        why="loading a pickle can run code, so pickles are not read",
+        fix=f"if you trust it, convert it: {command}",
         exit_code=ExitCode.DATA,
     )
 
@@ -228,7 +228,7 @@ def damaged(path: object, problem: str) -> NemotronError:
         "artifact_damaged",
         f"{path}: {problem}",
         where=str(path),
-        why="a file was cut short or changed after it was written",
-        fix="copy or produce the checkpoint again",
+        why="a file was truncated or changed after it was written",
+        fix="copy or create the checkpoint again",
         exit_code=ExitCode.DATA,
     )

@@ -194,7 +194,7 @@ def _window_size(config: Mapping[str, Any]) -> int | None:
         default_types = [_SLIDING if layer >= num_full else _FULL for layer in layers]
         has_window = {kind == _SLIDING for kind in config.get("layer_types") or default_types}
     if len(has_window) > 1:
-        raise unsupported("some layers have a sliding window and some have not")
+        raise unsupported("some layers have a sliding window and some do not")
     return window if has_window == {True} else None
 
 
@@ -225,5 +225,5 @@ def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
     for key in ROPE_SCALING_KEYS:
         number(rope, key)
         if isinstance(rope[key], str):  # what another reader of it would not take
-            raise unsupported(f"{key} of the rope scaling is {rope[key]!r}; wanted a number")
+            raise unsupported(f"{key} in the rope scaling is {rope[key]!r}; wanted a number")
     return {"rope_type": "llama3"} | {key: rope[key] for key in ROPE_SCALING_KEYS}

@@ -79,7 +79,7 @@ def unsupported(problem: str) -> NemotronError:
     return NemotronError(
         "model_unsupported",
         problem,
-        why="a field that the model code does not honour would give wrong logits silently",
+        why="ignoring a field of the config would silently give wrong logits",
         fix="use a Llama, Mistral, Qwen2 or Qwen3 model whose config has none of these",
         exit_code=ExitCode.DATA,
     )

@@ -328,6 +328,6 @@ def _not_fused(name: str, keys: Sequence[str]) -> NemotronError:
         "adapter_not_fused",
         f"{name}: {', '.join(keys)} do not share one lora_A",
         why="the adapter was not trained on the fused layer",
-        fix="merge it into its base: convert/merge_lora takes it as it is",
+        fix="merge it into its base: convert/merge_lora accepts it as it is",
         exit_code=ExitCode.DATA,
     )

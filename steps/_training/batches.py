@@ -217,11 +217,13 @@ def _list_values(column: pa.ChunkedArray) -> list[np.ndarray]:
 def _check_row(row: PackedRow, vocab_size: int, where: str) -> None:
     starts, num_tokens = row.seq_start_id, len(row.input_ids)
     if num_tokens == 0 or len(row.loss_mask) != num_tokens:
-        raise BadRowError(f"{where}: {num_tokens} input_ids, {len(row.loss_mask)} loss_mask")
+        raise BadRowError(
+            f"{where}: {num_tokens} input_ids but {len(row.loss_mask)} loss_mask values"
+        )
     is_rising = bool((np.diff(starts) > 0).all())
     if len(starts) == 0 or starts[0] != 0 or starts[-1] >= num_tokens or not is_rising:
-        raise BadRowError(f"{where}: seq_start_id does not rise from 0 to below {num_tokens}")
+        raise BadRowError(f"{where}: seq_start_id does not increase from 0 to below {num_tokens}")
     if num_tokens == len(starts):
         raise BadRowError(f"{where}: no document has two tokens, so there is nothing to predict")
     if row.input_ids.min() < 0 or row.input_ids.max() >= vocab_size:
-        raise BadRowError(f"{where}: an id is outside of the vocabulary of {vocab_size}")
+        raise BadRowError(f"{where}: a token id is outside the vocabulary of {vocab_size}")

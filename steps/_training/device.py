@@ -39,7 +39,7 @@ def own_device() -> torch.device:
     if local_rank >= num_gpus:
         raise NemotronError(
             "too_few_gpus",
-            f"rank {local_rank} of this host has no GPU: {num_gpus} are visible",
+            f"rank {local_rank} of this host has no GPU; visible GPUs: {num_gpus}",
             where="LOCAL_RANK",
             fix=f"lower the parallel sizes, or {_ON_THE_CPU}",
         )
@@ -68,8 +68,8 @@ def refuse_mixed_devices(store: Store, rank: int, device: torch.device) -> None:
             f"rank {rank} on {socket.gethostname()} computes on {device.type}, "
             f"rank 0 on {host} on {of_first}",
             where=_VISIBLE,
-            why="the ranks would wait for each other in different libraries, without end",
-            fix="look at the GPUs and the driver of the host without (nvidia-smi), or exclude it",
+            why="the ranks would wait for each other forever, in different libraries",
+            fix="check GPUs and driver of the host that has none (nvidia-smi), or exclude it",
         )
 
 
@@ -86,10 +86,10 @@ def _refuse_a_missing_gpu() -> None:
         return
     raise NemotronError(
         "no_gpu",
-        f"the job asked for {asked} GPU(s) per node; torch {torch.__version__} sees none on "
+        f"the job requested {asked} GPU(s) per node; torch {torch.__version__} sees none on "
         f"{socket.gethostname()}",
         where=GPUS_PER_NODE,
         why="torch was built for the CPU, the driver is older than its CUDA, or the container has "
         "no devices",
-        fix=f"look at nvidia-smi and torch.cuda.init() there, or {_ON_THE_CPU}",
+        fix=f"check nvidia-smi and torch.cuda.init() there, or {_ON_THE_CPU}",
     )

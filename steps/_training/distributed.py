@@ -162,10 +162,10 @@ def _world_size(tensor_size: int, pipeline_size: int, data_size: int) -> int:
     if started != wanted:
         raise NemotronError(
             "world_size",
-            f"{started} ranks were started; the layout needs {wanted} "
+            f"ranks started: {started}; the layout needs {wanted} "
             f"(TP {tensor_size} x PP {pipeline_size} x DP {data_size})",
             where="WORLD_SIZE",
-            fix=f"start torchrun with {wanted} ranks, or set recipe.data_parallel_size",
+            fix=f"start torchrun with {wanted} rank(s), or set recipe.data_parallel_size",
         )
     return started
 

@@ -89,9 +89,7 @@ class Heartbeat:
             raise SystemExit(int(ExitCode.RANK_DIED)) from error
 
     def _own_exit(self, error: SystemExit) -> None:
-        problem = (
-            f"the rank ended itself, with exit code {error.code}, after step {self.last_step()}"
-        )
+        problem = f"the rank exited by itself with code {error.code}, after step {self.last_step()}"
         died = NemotronError(
             "rank_died",
             problem,
@@ -121,14 +119,17 @@ class Heartbeat:
         except RuntimeError as error:
             # If the store is gone, so is the launcher, and nothing else would end this rank.
             if not self._leaving.is_set():
-                self._end_with(f"the rendezvous store of the job is gone: {error}", "")
+                self._end_with(
+                    f"the rendezvous store of the job is gone: {error}",
+                    "check how the launcher of rank 0's node ended",
+                )
 
     def _end(self, rank: int, text: str) -> None:
         words = _parse(text)
         self._end_with(
             f"rank {rank} has done nothing for {self._timeout_seconds} s; "
             f"its last step was {words.step}",
-            "look at the process and the host of that rank; dist.heartbeat_timeout_seconds is the "
+            "check the process and the host of that rank; dist.heartbeat_timeout_seconds sets the "
             "limit",
             where=words.place,
         )

@@ -234,7 +234,8 @@ class Trainer:
         if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
             ranks = self._not_finite_on(own)
             raise LossNotFiniteError(
-                f"iteration {iteration}: loss {lm_loss}, norm {grad_norm}; first on ranks {ranks}"
+                f"iteration {iteration}: loss {lm_loss}, gradient norm {grad_norm}; "
+                f"first on rank(s) {ranks}"
             )
         learning_rate = self._update(iteration, grad_norm)
         values = {"lm_loss": lm_loss, "grad_norm": grad_norm, "learning_rate": learning_rate}

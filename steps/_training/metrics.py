@@ -139,7 +139,7 @@ class MetricsLog:
     def save_failed(self, iteration: int, problem: str) -> None:
         """Record that nothing was saved at ``iteration``; training continues."""
         self._append({"event": "save_failed", "iteration": iteration, "problem": problem})
-        self._print(f"nothing saved at iteration {iteration}: {problem}; earlier saves are whole")
+        self._print(f"save failed at iteration {iteration}: {problem}; earlier saves are intact")
 
     def stopped(self, iteration: int) -> None:
         """Record that the run was asked to stop and did, before its end."""
@@ -154,7 +154,7 @@ class MetricsLog:
             with self._path.open("ab", buffering=0) as stream:
                 self._pending = self._pending[_write(stream, self._pending.encode()) :]
         except OSError as error:
-            self._print(f"{self._path} cannot be written now: {error}")
+            self._print(f"{self._path} cannot be written at the moment: {error}")
 
     def _at(self, iteration: int) -> str:
         return f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters}"

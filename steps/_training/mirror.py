@@ -138,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Copy until stdin closes; return 1, having said why, if the tracker failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--metrics", type=Path, required=True)
-    parser.add_argument("--offset", type=int, required=True, help="bytes of it to pass over")
-    parser.add_argument("--every", type=int, required=True, help="steps between those copied")
+    parser.add_argument("--offset", type=int, required=True, help="bytes of it to skip")
+    parser.add_argument("--every", type=int, required=True, help="steps between copied ones")
     kinds = parser.add_subparsers(dest="kind", required=True)
     kinds.add_parser("tensorboard").add_argument("directory")
     wandb = kinds.add_parser("wandb")
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(
-            f"warning: nothing more goes to {arguments.kind}: {reason}; the run goes on, and "
+            f"warning: logging to {arguments.kind} has stopped: {reason}; the run continues, and "
             f"{arguments.metrics} has everything",
             file=sys.stderr,
             flush=True,

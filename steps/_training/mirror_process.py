@@ -83,9 +83,7 @@ class MirrorProcesses:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                _warn(
-                    f"{kind} was not done {seconds:.0f} s after the run: its last values are lost"
-                )
+                _warn(f"{kind} did not finish within {seconds:.0f} s: its last values are lost")
                 continue
             if process.returncode < 0:
                 _warn(f"{kind} was killed by signal {-process.returncode}")

@@ -131,7 +131,7 @@ def choose_start(
             if not changes:
                 return in_place
             reason = "; ".join(changes)
-            notes += (f"the finished run in {output} is not continued, since {reason}",)
+            notes += (f"the finished run in {output} is not continued, because of {reason}",)
     if load is None:
         return Start(notes=notes)
     start = _start_from(load, ckpt_step, train_iters, identity, digests)
@@ -218,14 +218,14 @@ def _start_from(
     found = _newest_whole_save(load, ckpt_step=ckpt_step, digests=digests)
     saved = found.saved
     if saved is None:
-        which = "whole save" if ckpt_step is None else f"whole save of iteration {ckpt_step}"
+        which = "intact save" if ckpt_step is None else f"intact save of iteration {ckpt_step}"
         raise NoSaveToLoadError("; ".join([f"{load} has no {which} to resume from", *found.notes]))
     # checkpoint.* says where this run comes from; the save's own says where that run came from.
     own = {key: value for key, value in identity.items() if not key.startswith("checkpoint.")}
     theirs = {k: value for k, value in saved.identity.items() if not k.startswith("checkpoint.")}
     changes = differences(theirs, own) + _nothing_to_do(saved, train_iters)
     if changes:
-        raise _mismatch(saved, f"{saved.directory} is of another run", changes)
+        raise _mismatch(saved, f"{saved.directory} is from another run", changes)
     return Start(saved, notes=found.notes)
 
 
@@ -261,12 +261,12 @@ def _newest_whole_save(
         try:
             verify_save(path, digests=digests)
             if not (path / STATE_FILE).is_file():
-                notes.append(f"{path} is an adapter only (checkpoint.save_optim), passed over")
+                notes.append(f"skipped {path}, which has only the adapter (checkpoint.save_optim)")
                 continue
             saved = read_saved(path)
         except (NemotronError, OSError, ValueError, KeyError, TypeError) as error:
             damaged.append(path)
-            notes.append(f"{path} is damaged and passed over: {error.args[0]}")
+            notes.append(f"skipped {path}, which is damaged: {error.args[0]}")
             continue
         return _FoundSave(saved, tuple(damaged), tuple(notes))
     return _FoundSave(None, tuple(damaged), tuple(notes))

@@ -132,9 +132,9 @@ def _is_run(directory: Path) -> bool:
 def _not_ours(place: Path, directory: Path) -> NemotronError:
     return NemotronError(
         "output_not_ours",
-        f"{place} holds what no run wrote; it would make room for a run in {directory}",
+        f"{place} has files that no run wrote; a run in {directory} would move or delete them",
         where="checkpoint.save",
-        fix="pass another checkpoint.save, or move that away yourself",
+        fix="pass another checkpoint.save, or move the files away yourself",
         exit_code=ExitCode.IO,
     )
 
@@ -142,9 +142,9 @@ def _not_ours(place: Path, directory: Path) -> NemotronError:
 def _is_where_we_are(directory: Path) -> NemotronError:
     return NemotronError(
         "output_not_ours",
-        f"{directory} is the working directory; the next run there would have to move it",
+        f"{directory} is the working directory, which the next run there would have to move",
         where="checkpoint.save",
-        fix="pass a directory of its own, such as checkpoint.save=output/mine",
+        fix="pass a directory for the run alone, such as checkpoint.save=output/mine",
         exit_code=ExitCode.IO,
     )
 
@@ -152,7 +152,7 @@ def _is_where_we_are(directory: Path) -> NemotronError:
 def _loaded_from(place: Path, load: Path) -> NemotronError:
     return NemotronError(
         "output_path_overlaps_inputs",
-        f"checkpoint.load={load} lies in {place}, which makes room for the new run",
+        f"checkpoint.load={load} is in {place}, which the new run would move or delete",
         where="checkpoint.load",
-        fix="pass another checkpoint.save, or give that run another name first",
+        fix="pass another checkpoint.save, or rename that run's directory first",
     )

@@ -72,7 +72,7 @@ def test_resolve_lists_the_candidates_of_an_ambiguous_name(demo_root: Path) -> N
     [
         ("demo/mkae", "did you mean demo/make?"),
         ("trian", "did you mean demo/train?"),
-        ("zzz", "there are: demo/loop, demo/make, demo/train, demo/use, other/use"),
+        ("zzz", "choose from: demo/loop, demo/make, demo/train, demo/use, other/use"),
     ],
 )
 def test_resolve_unknown_step_names_the_closest_id(demo_root: Path, name: str, fix: str) -> None:
@@ -94,7 +94,7 @@ def test_select_combines_filters_and_knows_special_cases(demo_root: Path) -> Non
     [
         ("category", "dmo", "did you mean demo?"),
         ("consumes", "raw_json", "did you mean raw_jsonl?"),
-        ("produces", "xxx", "there are: "),
+        ("produces", "xxx", "choose from: "),
         ("tag", "fats", "did you mean fast?"),
     ],
 )
@@ -133,7 +133,7 @@ def test_find_config_refuses_a_name_that_means_two_files(demo_root: Path, here: 
     (here / "tiny.yaml").touch()
     with pytest.raises(NemotronError, match="also a file here") as caught:
         find_config(find_step("demo/use", demo_root), "tiny.yaml")
-    assert caught.value.fix == "-c tiny for the step's, -c ./tiny.yaml for the file"
+    assert caught.value.fix == "pass -c tiny for the step's config, or -c ./tiny.yaml for the file"
 
 
 def test_find_config_lists_what_there_is(demo_root: Path, here: Path) -> None:

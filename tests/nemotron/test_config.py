@@ -90,7 +90,7 @@ def test_defaults_may_name_a_config_that_ships_with_the_steps(tmp_path: Path) ->
 
 def test_a_reference_of_defaults_that_names_nothing_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, top="defaults: [base, '${steps:nope.yaml}']\n", base="{}\n")
-    with pytest.raises(NemotronError, match=r"'nope.yaml' names nothing that ships here") as caught:
+    with pytest.raises(NemotronError, match=r"no file 'nope.yaml' ships with the steps") as caught:
         read_config(path)
     assert caught.value.where.endswith("top.yaml:1")
 

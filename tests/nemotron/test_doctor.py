@@ -44,8 +44,8 @@ def test_a_machine_without_packages_is_told_without_them(here: Path) -> None:
         text=True,
         check=True,
     )
-    assert "failed no torch: python -m pip install torch\n" in done.stdout
-    assert "warn no nemo-run; nothing can be submitted: " in done.stdout
+    assert "failed torch is not installed: python -m pip install torch\n" in done.stdout
+    assert "warn nemo-run is not installed; no job can be submitted: " in done.stdout
 
 
 def test_gpus_that_torch_cannot_use_and_a_cluster_that_is_silent_are_warned_of(
@@ -66,7 +66,7 @@ def test_gpus_that_torch_cannot_use_and_a_cluster_that_is_silent_are_warned_of(
     monkeypatch.setattr(doctor, "_cuda_of_torch", lambda: None)
     found = {finding.text: finding.status for finding in doctor.examine(here)}
     assert found["2 GPU(s): NVIDIA H200, which this torch cannot use"] == "warn"
-    assert found["slurm 22.05.8, whose controller does not answer"] == "warn"
+    assert found["slurm 22.05.8: its controller does not answer"] == "warn"
 
 
 def test_a_machine_without_leptonai_is_told_that_nothing_can_be_submitted(
@@ -77,5 +77,5 @@ def test_a_machine_without_leptonai_is_told_that_nothing_can_be_submitted(
     monkeypatch.setattr(doctor, "_version", lambda p: None if p == "leptonai" else version(p))
     (found,) = [finding for finding in doctor.examine(here) if "leptonai" in finding.text]
     assert found.status == "warn"
-    assert found.text.endswith(" without leptonai, which it imports; nothing can be submitted")
+    assert found.text.endswith(" lacks leptonai, which it imports; no job can be submitted")
     assert found.fix == "python -m pip install 'leptonai>=0.26.6,<0.28'"

@@ -85,7 +85,7 @@ def test_a_write_without_room_names_what_was_written_and_asks_for_room(number: i
     refused = system_refusal(caught.value, origin="output_file.py:65")
     assert refused is not None
     assert (refused.where, refused.exit_code) == ("out", ExitCode.IO)
-    assert refused.fix.startswith("make room there")
+    assert refused.fix.startswith("free space there")
 
 
 def test_a_copy_without_room_names_the_copy() -> None:
@@ -101,4 +101,4 @@ def test_what_is_read_in_vain_is_not_taken_for_what_is_written() -> None:
     refused = system_refusal(caught.value)
     assert refused is not None
     assert refused.where == "in"
-    assert refused.fix.startswith("see that it is there")
+    assert refused.fix.startswith("check that it exists")

@@ -87,7 +87,7 @@ def test_steps_refuses_what_is_not_below_the_steps(
 ) -> None:
     monkeypatch.setattr(interpolation, "STEPS_ROOT", tmp_path)
     (tmp_path.parent / "x").touch()
-    with pytest.raises(NemotronError, match="names nothing that ships here"):
+    with pytest.raises(NemotronError, match="ships with the steps"):
         resolved(f"${{steps:{path}}}")
 
 
@@ -191,12 +191,12 @@ def test_a_circle_of_references_is_named_once(text: str, circle: str) -> None:
     with pytest.raises(NemotronError) as caught:
         section(text)
     assert not isinstance(caught.value, CombinedError)
-    assert caught.value.problem.endswith(f"references run in a circle: {circle}")
+    assert caught.value.problem.endswith(f"references form a cycle: {circle}")
 
 
 @pytest.mark.parametrize("kind", ["{x: 1}", "[1]", "null"])
 def test_only_a_scalar_may_stand_inside_of_text(kind: str) -> None:
-    with pytest.raises(NemotronError, match="a reference inside of text came out as"):
+    with pytest.raises(NemotronError, match="a reference inside text resolves to"):
         section(f"a: {kind}\nb: x${{a}}\n")
 
 
@@ -205,7 +205,7 @@ def test_only_a_scalar_may_stand_inside_of_text(kind: str) -> None:
 )
 def test_references_to_references_cannot_blow_up(value: str) -> None:
     lines = [f"a{i + 1}: {value.replace('REFERENCE', f'${{a{i}}}')}" for i in range(30)]
-    with pytest.raises(NemotronError, match="too long to be referred to"):
+    with pytest.raises(NemotronError, match="too long for a reference"):
         section("\n".join(["a0: word", *lines]))
 
 
@@ -222,7 +222,7 @@ def test_a_reference_that_is_not_closed_is_refused(text: str) -> None:
 
 
 def test_a_null_inside_of_text_is_refused() -> None:
-    with pytest.raises(NemotronError, match="came out as null"):
+    with pytest.raises(NemotronError, match="resolves to null"):
         resolved("${oc.env:UNSET_A,null}/x")
 
 

@@ -123,7 +123,7 @@ def test_find_takes_an_id_or_a_part_that_only_one_has(here: Path) -> None:
     first, second = create("demo/a"), create("demo/b")
     assert jobs.find(first.record.id).record.id == first.record.id
     assert jobs.find("demo-b").record.id == second.record.id
-    with pytest.raises(NemotronError, match="fits 2 jobs"):
+    with pytest.raises(NemotronError, match="matches 2 jobs"):
         jobs.find("demo")
     with pytest.raises(NemotronError, match="no job 'zzz'") as caught:
         jobs.find("zzz")
@@ -134,7 +134,7 @@ def test_a_record_of_a_later_version_is_named_and_not_called_damaged(here: Path)
     job = create()
     path = job.path / jobs.RECORD
     path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red"}))
-    with pytest.raises(NemotronError, match=r"is of another version of nemotron: it has colour"):
+    with pytest.raises(NemotronError, match=r"is from another version of nemotron: it has colour"):
         jobs.read_job(job.path)
 
 
@@ -205,7 +205,7 @@ def test_an_error_that_comes_from_elsewhere_is_written_without_secrets(
 
 def test_a_name_that_fits_many_jobs_is_told_with_the_newest_few(here: Path) -> None:
     ids = sorted(create().record.id for _ in range(12))
-    with pytest.raises(NemotronError, match="fits 12 jobs") as caught:
+    with pytest.raises(NemotronError, match="matches 12 jobs") as caught:
         jobs.find("demo")
     assert caught.value.fix == f"the newest are: {', '.join(ids[:-6:-1])}"
 

@@ -49,5 +49,5 @@ def test_what_is_missing_is_named_with_a_fix_without_any_package(tmp_path: Path)
         check=False,
     )
     assert done.returncode == 3, done.stderr
-    assert "error[package_missing]: Python 3." in done.stderr
+    assert "error[package_missing]: the job's Python 3." in done.stderr
     assert json.loads(file.read_text())["fix"].endswith("tokenizers torch xxhash pyyaml")

@@ -97,7 +97,7 @@ def test_the_profile_wins_the_rest_and_the_arguments_win_over_all(slurm: Path) -
 
 def test_a_config_may_not_set_other_keys_of_the_profile(slurm: Path) -> None:
     (slurm / "mine.yaml").write_text("run:\n  env:\n    partition: x\n")
-    with pytest.raises(NemotronError, match=r"run\.env\.partition in a config") as caught:
+    with pytest.raises(NemotronError, match=r"config cannot set run\.env\.partition") as caught:
         plan("demo/make", config="mine.yaml", profile="slurm")
     assert caught.value.where == "mine.yaml:3"
 
@@ -182,9 +182,9 @@ def test_keys_of_a_profile_without_effect_on_a_local_run_are_noted(demo: Path) -
     keys = 'container_image = "x"\ngpus_per_node = 8\nextra = { qos = "high" }\n'
     (demo / "env.toml").write_text(f'[mine]\nextends = "local"\n{keys}')
     assert plan("demo/train", profile="mine").notes == (
-        "container_image of the profile has no effect on a local run",
-        "gpus_per_node of the profile has no effect on a local run",
-        "extra of the profile has no effect on a local run",
+        "the profile's container_image has no effect on a local run",
+        "the profile's gpus_per_node has no effect on a local run",
+        "the profile's extra has no effect on a local run",
     )
 
 
@@ -195,10 +195,10 @@ def test_a_value_that_the_yaml_keeps_names_the_profile_that_asked_for_another(sl
     assert job.origins["run.env.gpus_per_node"].overrides == "profiles/slurm.toml [slurm]"
     assert job.origins["run.env.nodes"].overrides == ""
     assert job.notes == (
-        'container_image = "registry.example/profile:1" of the profile has no effect: '
-        f'{place} says "registry.example/demo:25.10"; '
+        'the profile\'s container_image = "registry.example/profile:1" has no effect: '
+        f'{place} sets "registry.example/demo:25.10"; '
         'pass run.env.container_image="registry.example/profile:1"',
-        f"gpus_per_node = 8 of the profile has no effect: {place} says 4; "
+        f"the profile's gpus_per_node = 8 has no effect: {place} sets 4; "
         "pass run.env.gpus_per_node=8",
     )
     job = plan(

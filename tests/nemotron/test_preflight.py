@@ -180,7 +180,7 @@ def test_a_local_layout_that_cannot_be_is_refused(demo: Path, override: str, pro
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["run.env.nodes=3"], "2 rank(s) do not spread evenly over 3 node(s)"),
+        (["run.env.nodes=3"], "2 rank(s) cannot be spread evenly over 3 node(s)"),
         (["recipe.tensor_model_parallel_size=8"], "8 ranks per node do not fit on 4 GPU(s)"),
         (["run.env.nproc_per_node=8"], "the config needs 2 rank(s)"),
     ],
@@ -203,13 +203,17 @@ def test_a_remote_step_needs_an_image(demo: Path) -> None:
     ("before", "after", "problem"),
     [
         (STORAGE, "", "the profile mounts no storage"),
-        ("", 'nemo_run_dir = "/scratch"', "nemo_run_dir /scratch is on none of the mounts: /store"),
+        (
+            "",
+            'nemo_run_dir = "/scratch"',
+            "nemo_run_dir /scratch is not on any of the mounts: /store",
+        ),
         (
             "",
             'workspace = "/work"\nnemo_run_dir = "/store/nemo-run"',
-            "the output /work/out/train is on none of the mounts: /store",
+            "the output /work/out/train is not on any of the mounts: /store",
         ),
-        ('resource_shape = "gpu"', "", "4 GPU(s) per node are asked for, and no resource_shape"),
+        ('resource_shape = "gpu"', "", "4 GPU(s) per node are requested, but no resource_shape"),
     ],
 )
 def test_a_lepton_profile_that_cannot_work_is_refused(
@@ -231,7 +235,7 @@ def test_a_lepton_job_without_gpus_needs_no_shape(demo: Path) -> None:
 def test_what_a_workspace_has_not_been_asked_for_is_pending(demo: Path) -> None:
     cluster(demo, f'[c]\n{LEPTON}\nsecrets = ["HF_TOKEN"]\n')
     found = checks("demo/train", profile="c")
-    assert "secret HF_TOKEN: taken from the workspace by the job" in texts(found, "pending")
+    assert "secret HF_TOKEN: the job takes it from the workspace" in texts(found, "pending")
 
 
 @pytest.fixture
@@ -278,7 +282,7 @@ def test_an_input_that_nobody_can_see_from_here_is_left_to_the_job(
     found = checks("demo/train", *overrides, profile="c", dry_run=False)
     assert not failures(found)
     (pending, *_) = texts(found, "pending")
-    assert pending.endswith(": not checked from here")
+    assert pending.endswith(": cannot be checked from here")
 
 
 SSH = 'executor = "slurm"\ntunnel = "ssh"\nremote_job_dir = "/jobs"'

@@ -77,7 +77,7 @@ def test_an_unknown_profile_is_refused_with_what_there_is(here: Path) -> None:
     assert caught.value.fix == "did you mean prod?"
     with pytest.raises(NemotronError) as caught:
         load_profile("zzz")
-    assert caught.value.fix.startswith("there are: local, prod")
+    assert caught.value.fix.startswith("choose from: local, prod")
 
 
 def test_an_unknown_key_is_refused_with_the_closest(here: Path) -> None:
@@ -110,14 +110,14 @@ def test_a_value_of_the_wrong_type_is_refused(here: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "wanted"),
     [
-        ("time = '4 hours'", "time is '4 hours'; wanted a time of Slurm, such as 04:00:00"),
-        ('time = "5\\n"', "wanted a time of Slurm"),
+        ("time = '4 hours'", "time is '4 hours'; wanted a Slurm time, such as 04:00:00"),
+        ('time = "5\\n"', "wanted a Slurm time"),
         ('account = "a\'b"', "wanted one line without quotes and backslashes"),
         ('partition = "p\\n#SBATCH --wrap=x"', "wanted one line without quotes"),
-        ("host = '-oProxyCommand=x'", "wanted a name of letters, digits"),
-        ("remote_job_dir = '/a b'", "wanted an absolute path of letters"),
+        ("host = '-oProxyCommand=x'", "wanted a name of only letters, digits"),
+        ("remote_job_dir = '/a b'", "wanted an absolute path of only letters"),
         # Slurm's log is named for the job, and a file's name has 255 characters at most.
-        (f"job_name_prefix = '{'a' * 230}'", "wanted at most 100 letters, digits and _"),
+        (f"job_name_prefix = '{'a' * 230}'", "wanted at most 100 characters, only letters"),
     ],
 )
 def test_a_value_that_no_directive_or_command_can_hold_is_refused_in_words(
@@ -133,10 +133,14 @@ def test_a_value_that_no_directive_or_command_can_hold_is_refused_in_words(
 @pytest.mark.parametrize(
     ("written", "problem", "fix"),
     [
-        ("time = 04:00:00", "time = 04:00:00 stands without quotes", 'time = "04:00:00"'),
-        ("extra = { begin = 16:00:00 }", "begin = 16:00:00 stands without", 'begin = "16:00:00"'),
-        ('mounts = ["~/data:/data"]', "mounts[0] is '~/data:/data'; ~ stands for a home", "/data"),
-        ('extra = { export = "NONE" }', "secrets come in sbatch's environment", ""),
+        ("time = 04:00:00", "time = 04:00:00 is not in quotes", 'time = "04:00:00"'),
+        ("extra = { begin = 16:00:00 }", "begin = 16:00:00 is not in quotes", 'begin = "16:00:00"'),
+        (
+            'mounts = ["~/data:/data"]',
+            "mounts[0] is '~/data:/data'; only a shell expands ~",
+            "/data",
+        ),
+        ('extra = { export = "NONE" }', "secrets reach the job in sbatch's environment", ""),
     ],
 )
 def test_a_value_that_would_mean_something_else_is_refused(
@@ -163,7 +167,7 @@ def test_a_key_without_effect_may_begin_with_a_home(here: Path) -> None:
 def test_settings_of_other_tools_are_said_to_have_no_effect(here: Path) -> None:
     (here / "env.toml").write_text('[wandb]\nproject = "x"\n[p]\nexecutor = "slurm"\n')
     (note,) = load_profile("p").notes
-    assert note == "[wandb] of env.toml has no effect; pass logger.wandb_project=NAME"
+    assert note == "[wandb] in env.toml has no effect; pass logger.wandb_project=NAME"
 
 
 def test_an_unknown_executor_is_refused(here: Path) -> None:

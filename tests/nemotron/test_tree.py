@@ -66,7 +66,7 @@ def test_every_value_knows_its_line_and_its_text() -> None:
     [
         ("a: &x 1\nb: *x\n", "anchors and aliases", 1),
         ("a: 1\nb: [\n", "flow node", 3),
-        ("a: 1\na: 2\n", "stands here twice", 2),
+        ("a: 1\na: 2\n", "appears twice", 2),
         ("a: !!python/name:os.system\n", "tags are not supported", 1),
         ("1: [a]\n? [x]\n: 2\n", "a key must be a word", 2),
         ("a: 1\n---\nb: 2\n", "a single document", 2),

@@ -129,7 +129,7 @@ def test_a_missing_key_is_named_with_the_file() -> None:
         ("recipe: {seq_lenght: 1}", "did you mean recipe.seq_length?"),
         ("seq_length: 1", "did you mean recipe.seq_length?"),
         ("recipe: {zzz: 1}", "recipe has: recipe._target_, recipe.seq_length, recipe.lr"),
-        ("qqqq: 1", "there are: recipe, tokenizer"),
+        ("qqqq: 1", "the keys are: recipe, tokenizer"),
     ],
 )
 def test_an_unknown_key_comes_with_the_closest_names(text: str, fix: str) -> None:

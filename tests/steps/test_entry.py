@@ -64,7 +64,7 @@ def test_an_argument_that_the_step_does_not_know_is_one_error(
 ) -> None:
     code = run_step("a/b", Config, fail, [*arguments, "--tp", "4"])
     assert code == ExitCode.USAGE
-    assert "error[argument_unknown]: a/b takes no arguments, got 2" in capsys.readouterr().err
+    assert "error[argument_unknown]: a/b takes no arguments; got 2" in capsys.readouterr().err
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(

@@ -85,7 +85,7 @@ def run(tmp_path: Path, run_forked: RunForked) -> Run:
         (["waiting", "silent"], 7, "exitcode  : 7", "Traceback"),
         (["waiting", "killed"], 8, "error[rank_died]: rank 1 was killed by SIGKILL", "Traceback"),
         # A rank that left is the cause, not the one that then waited for it in vain.
-        (["puzzled at last", "well"], 8, "error[rank_died]: rank 1 ended, with exit", "Traceback"),
+        (["puzzled at last", "well"], 8, "error[rank_died]: rank 1 exited with", "Traceback"),
         # All are told by the one that was, and it takes the time that they take.
         (["told", "told in time"], 75, "", "Traceback"),
         # Told before it could listen: nothing is lost.

@@ -125,7 +125,7 @@ def write_text(path: Path, text: str) -> None:
 @cache
 def _say_unlocked() -> None:
     """Say that there are no locks, but once: a training takes a lock for every save."""
-    text = "note: the file system of the output has no locks; no other run may write there"
+    text = "note: the output's file system has no locks; make sure that no other run writes there"
     print(text, file=sys.stderr)
 
 
@@ -184,7 +184,7 @@ def _held_beside(directory: Path, step: str) -> str:
     except (ValueError, KeyError, TypeError):
         return f"holds an {MANIFEST} that cannot be read, so that any file there may be yours"
     if writer != step:
-        return f"is what {writer} wrote"
+        return f"was written by {writer}"
     found = sorted(path for path in directory.rglob("*") if path.is_file())
     names = [path.relative_to(directory).as_posix() for path in found]
     foreign = [name for name in names if name not in written]

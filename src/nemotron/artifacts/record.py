@@ -15,9 +15,9 @@ from nemotron.errors import ExitCode, NemotronError
 
 TYPES_FILE = Path(__file__).parents[1] / "steps" / "types.toml"
 _WHY = {
-    "artifact_damaged": "a file was cut short or changed after it was written",
-    "artifact_format": "another version of nemotron wrote it; 1 had sha256 of files, 2 has BLAKE3, "
-    "3 has that of a file's pieces where they are known",
+    "artifact_damaged": "a file was truncated or changed after it was written",
+    "artifact_format": "another version of nemotron wrote it; 1 has sha256 of files, 2 has BLAKE3, "
+    "3 also has BLAKE3 of the pieces of files",
 }
 
 
@@ -39,7 +39,7 @@ class FileEntry(_Frozen):
     @model_validator(mode="after")
     def _pieces_make_the_file(self) -> Self:
         if sum(size for size, _ in self.pieces) != self.size_bytes:
-            raise ValueError(f"the pieces of {self.path} are not {self.size_bytes} bytes together")
+            raise ValueError(f"the pieces of {self.path} do not add up to {self.size_bytes} bytes")
         return self
 
     @property
@@ -120,7 +120,7 @@ def read_artifact(directory: Path, wanted: str) -> Artifact:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         if place == "format_version":
-            problem = f"{manifest} is of format {first['input']}: {first['msg']}"
+            problem = f"{manifest} has format {first['input']}: {first['msg']}"
             raise _damaged(directory, problem, code="artifact_format") from None
         raise _damaged(directory, f"{manifest}: {place}: {first['msg']}") from None
     if not is_a(artifact.type, wanted):
@@ -154,7 +154,7 @@ def verify_files(directory: Path, artifact: Artifact, *, digests: bool = True) -
     parts = [part for entry in artifact.files for part in _parts(entry)]
     for part, found in zip(parts, blake3_parts(directory, parts), strict=True):
         if found != part.blake3:
-            problem = f"{directory / part.file} does not have the BLAKE3 that artifact.json says"
+            problem = f"{directory / part.file} does not have the BLAKE3 in artifact.json"
             raise _damaged(directory, problem + part.place)
 
 
@@ -176,7 +176,7 @@ def refuse_unlisted(directory: Path, artifact: Artifact, pattern: str) -> None:
             "artifact_unlisted",
             f"{path} is not in artifact.json",
             where=str(directory),
-            why="it was put there after the artifact was written, or is left of an earlier copy",
+            why="it was added after the artifact was written, or is left over from an earlier copy",
             fix="remove it, or copy the artifact again into an empty directory",
             exit_code=ExitCode.DATA,
         )
@@ -225,7 +225,7 @@ def _parts(entry: FileEntry) -> Iterator[FilePart]:
     start = 0
     for size, digest in entry.pieces:
         is_all = size == entry.size_bytes
-        place = "" if is_all else f" of bytes {start:,} to {start + size:,}"
+        place = "" if is_all else f": bytes {start:,} to {start + size:,}"
         yield FilePart(entry.path, start, size, digest, place)
         start += size
 
@@ -236,6 +236,6 @@ def _damaged(directory: Path, problem: str, *, code: str = "artifact_damaged") -
         problem,
         where=str(directory),
         why=_WHY[code],
-        fix="write the artifact again with the step that produced it",
+        fix="produce the artifact again with the step that wrote it",
         exit_code=ExitCode.DATA,
     )

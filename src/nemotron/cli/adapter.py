@@ -19,7 +19,7 @@ from nemotron.errors import ExitCode, NemotronError
 from nemotron.launch.ending import reported_error
 
 app = typer.Typer(
-    help="LoRA adapters: verify, compare, write in another layout.",
+    help="Verify, compare and export LoRA adapters.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -28,20 +28,18 @@ Adapter = Annotated[
     Path,
     typer.Argument(
         metavar="ADAPTER",
-        help="Directory of PEFT's layout, checkpoint of Megatron-Bridge, or a root of either.",
+        help="PEFT adapter, Megatron-Bridge adapter checkpoint, or output root of either.",
     ),
 ]
 Base = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR", help="Base, Megatron or Hugging Face; by default the recorded one."
-    ),
+    typer.Option(metavar="DIR", help="Base, Megatron or Hugging Face; default: the one recorded."),
 ]
 
 
 @app.command("verify")
 def verify(adapter: Adapter, base: Base = None, as_json: Json = False, debug: Debug = False) -> int:
-    """Make every check that a merge makes of adapter and base, and print what it needs."""
+    """Check an adapter and its base as a merge does, and print the overrides it needs."""
     return _run("verify", {"adapter": adapter, "base": base}, as_json=as_json)
 
 
@@ -53,7 +51,7 @@ def diff(
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Compare what two adapters of one base add to its weights."""
+    """Compare what two adapters of the same base add to its weights."""
     return _run("diff", {"adapter": adapter, "other": other, "base": base}, as_json=as_json)
 
 
@@ -112,13 +110,16 @@ def _death(done: subprocess.CompletedProcess[bytes]) -> NemotronError | None:
     said = "" if is_seen else done.stderr.decode(errors="replace").strip()
     if code < 0:
         how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        fix, exit_code = "signal 9 mostly means that memory ran out", ExitCode.RANK_DIED
+        fix, exit_code = (
+            "signal 9 usually means that memory ran out: use a machine with more",
+            ExitCode.RANK_DIED,
+        )
     else:
-        how, fix = f"ended with exit code {code}", "run it without --json, which shows all it says"
+        how, fix = f"ended with exit code {code}", "run it without --json to see all of its output"
         exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
     return NemotronError(
         "adapter_failed",
-        f"the process that does the work {how} and reported no error",
+        f"the worker process {how} without reporting an error",
         why=said.rpartition("\n")[2].strip(),
         fix=fix,
         exit_code=exit_code,

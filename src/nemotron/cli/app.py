@@ -79,7 +79,7 @@ def _refuse_bytes(argv: Sequence[str]) -> None:
             raise NemotronError(
                 "argument_invalid",
                 f"{word!a} is not UTF-8",
-                fix="rename what it names, or export LC_ALL=C.UTF-8 if it is UTF-8 already",
+                fix="rename the file, or export LC_ALL=C.UTF-8 if its name is UTF-8 already",
             )
 
 
@@ -108,15 +108,17 @@ def _usage_error(error: Any, invocation: Invocation) -> NemotronError:
     """Return typer's error about the command line as one of ours."""
     command, is_group = _named_command(invocation.words)
     if type(error).__name__ != "NoSuchOption":
-        return NemotronError("usage", error.format_message().rstrip("."), fix=f"{command} --help")
+        return NemotronError(
+            "usage", error.format_message().rstrip("."), fix=f"see {command} --help"
+        )
     if is_group:
-        fix = "options stand after the command: nemotron steps run STEP -c NAME"
+        fix = "put options after the command: nemotron steps run STEP -c NAME"
     else:
-        fix = f"{command} --help"
+        fix = f"see {command} --help"
         if error.possibilities:
             fix = f"did you mean {' or '.join(error.possibilities)}?"
         if command.endswith("run"):
-            fix += " (values are key=value; what is for the run module stands after --)"
+            fix += " (config values are key=value; arguments for the run module go after --)"
     return NemotronError("unknown_option", f"{command} has no option {error.option_name}", fix=fix)
 
 
@@ -139,8 +141,7 @@ def _unexpected(error: Exception) -> NemotronError:
     return NemotronError(
         "unexpected",
         f"{type(error).__name__}: {error}",
-        fix="this is a defect of nemotron; report it with the output of the same command "
-        "and --debug",
+        fix="this is a bug in nemotron; report it with the output of the same command with --debug",
         exit_code=ExitCode.IO if isinstance(error, OSError) else ExitCode.FAILED,
     )
 

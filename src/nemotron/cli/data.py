@@ -15,7 +15,7 @@ from nemotron import packs
 from nemotron.cli.options import Debug, Json
 
 app = typer.Typer(
-    help="Look into packed data.",
+    help="Inspect packed data.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -48,15 +48,15 @@ def show_stats(
 @app.command("inspect")
 def show_row(
     path: Packed,
-    row: Annotated[int, typer.Option("--row", min=0, help="Number of the row, from 0.")] = 0,
+    row: Annotated[int, typer.Option("--row", min=0, help="Row number, from 0.")] = 0,
     split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "train",
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Directory, if not where it was.")
+        str | None, typer.Option("--tokenizer", help="Tokenizer directory, if it has moved.")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a row as text: trained tokens coloured, or in <<...>> where colours cannot be."""
+    """Show a row as text, with trained tokens in colour, or in <<...>> without colours."""
     found = packs.open_packs(path)
     name = "" if "" in found.splits else split
     columns = packs.read_row(found, name, row)

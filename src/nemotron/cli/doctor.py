@@ -14,7 +14,7 @@ OUTPUT = Path("output")  # where the configs of the steps write
 
 
 def show_machine(as_json: Json = False, debug: Debug = False) -> int:
-    """Say what this machine has for runs, and what it lacks with a fix."""
+    """Show what this machine has for runs, and a fix for what is missing."""
     findings = doctor.examine(OUTPUT)
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))

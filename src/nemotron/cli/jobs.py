@@ -24,7 +24,7 @@ app = typer.Typer(
 
 JobName = Annotated[
     str,
-    typer.Argument(metavar="JOB", help="Job id, a part that only it has, or the scheduler's id."),
+    typer.Argument(metavar="JOB", help="Job id, a unique part of it, or the scheduler's id."),
 ]
 
 
@@ -52,7 +52,7 @@ def show_status(job: JobName, as_json: Json = False, debug: Debug = False) -> No
     try:
         found = launch.refresh(found)
     except NemotronError as error:  # as in the list: what was known last is better than nothing
-        say(f"note: as it was known last; {error.problem}")
+        say(f"note: this is the last known state; {error.problem}")
     _show(found, as_json)
 
 
@@ -62,11 +62,11 @@ def show_logs(
     follow: Annotated[
         bool,
         typer.Option(
-            "-f", "--follow", help="Go on until the job has ended; exit with the job's exit code."
+            "-f", "--follow", help="Follow until the job has ended; exit with its exit code."
         ),
     ] = False,
     tail: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Only the last N lines so far.")
+        int | None, typer.Option(min=1, metavar="N", help="Show only the last N lines so far.")
     ] = None,
     on_interrupt: Annotated[
         OnInterrupt, typer.Option(help="What the first Ctrl-C does to a remote job.")
@@ -83,7 +83,7 @@ def show_logs(
 
 @app.command("cancel")
 def cancel_job(job: JobName, as_json: Json = False, debug: Debug = False) -> None:
-    """End a job; one that has ended stays as it is."""
+    """Cancel a job; one that has ended stays as it is."""
     _show(launch.cancel(jobs.find(job)), as_json)
 
 
@@ -101,15 +101,16 @@ def wait_for_job(job: JobName, as_json: Json = False, debug: Debug = False) -> i
 def write_report(
     target: Annotated[str, typer.Argument(metavar="JOB|DIR", help="Job, or directory of a run.")],
     against: Annotated[
-        str | None, typer.Option(metavar="JOB|DIR", help="Another run, shown beside it.")
+        str | None, typer.Option(metavar="JOB|DIR", help="Another run to compare with.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The page; report-NAME.html by default.")
+        Path | None,
+        typer.Option("-o", "--output", help="File to write; default: report-NAME.html."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a page of a training run's curves and figures; with --json, print the figures."""
+    """Write a training run's curves and figures as HTML; with --json, print the figures."""
     run = report.read_run(target)
     other = None if against is None else report.read_run(against)
     if as_json:

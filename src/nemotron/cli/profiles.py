@@ -31,7 +31,7 @@ def list_profiles(as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command("show")
 def show_profile(name: ProfileName, as_json: Json = False, debug: Debug = False) -> None:
-    """Show a profile as a run would use it: extended, resolved, with the place of every value."""
+    """Show a profile as a run would use it, resolved, with the origin of every value."""
     found = profile.load_profile(name)
     if as_json:
         print(json.dumps(render.profile_data(found), indent=2))
@@ -44,13 +44,13 @@ def init_profile(
     executor: Annotated[Literal["local", "slurm", "lepton"], typer.Argument(help="Executor.")],
     debug: Debug = False,
 ) -> None:
-    """Write profiles/EXECUTOR.toml here, to be edited: profiles for every step."""
+    """Write profiles/EXECUTOR.toml, a template with a profile for every step, to edit."""
     print(f"wrote {profile.write_template(executor)}; next: nemotron profiles check {executor}")
 
 
 @app.command("check")
 def check_profile(name: ProfileName, as_json: Json = False, debug: Debug = False) -> int:
-    """Ask the cluster of a profile whether it would work; nothing is submitted."""
+    """Ask a profile's cluster whether the profile would work; nothing is submitted."""
     checks = launch.check_profile(profile.load_profile(name))
     failures = preflight.failures(checks)
     if as_json:

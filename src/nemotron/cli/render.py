@@ -238,7 +238,7 @@ def job_table(jobs: Sequence[Job]) -> str:
     """Return the jobs as a table."""
     if not jobs:
         return "No jobs here."
-    rows = [("JOB", "STATUS", "EXIT", "STARTED", "PROFILE", "PLACED")]
+    rows = [("JOB", "STATUS", "EXIT", "STARTED", "PROFILE", "SCHEDULER ID")]
     for job in jobs:
         record = job.record
         code = "" if record.exit_code is None else str(record.exit_code)
@@ -260,7 +260,7 @@ def job_page(record: JobRecord) -> str:
         "started": record.started or "",
         "ended": record.ended or "",
         "reason": record.reason,
-        "placed": _placement(record),
+        "scheduler": _placement(record),
         "restarts": str(record.restarts) if record.restarts else "",
         "host": f"{record.host} (pid {record.pid})",
         "directory": record.directory,

@@ -21,7 +21,7 @@ from nemotron.profile import load_profile
 app = typer.Typer(help="The steps: list, show, run.", no_args_is_help=True, rich_markup_mode=None)
 
 StepName = Annotated[
-    str, typer.Argument(metavar="STEP", help="Step id, or its last part if only one has it.")
+    str, typer.Argument(metavar="STEP", help="Step id, or its last part if that is unique.")
 ]
 
 
@@ -67,16 +67,18 @@ def run_step(
     step: StepName,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the config."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that override the config's."),
     ] = None,
     config: Annotated[
         str, typer.Option("-c", "--config", metavar="NAME|PATH", help="Config of the step.")
     ] = catalog.DEFAULT_CONFIG,
     run: Annotated[
-        str | None, typer.Option("-r", "--run", metavar="PROFILE", help="Run there, attached.")
+        str | None,
+        typer.Option("-r", "--run", metavar="PROFILE", help="Run with this profile, attached."),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option("-b", "--batch", metavar="PROFILE", help="Run there, detached.")
+        str | None,
+        typer.Option("-b", "--batch", metavar="PROFILE", help="Run with this profile, detached."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("-d", "--dry-run", help="Print the plan; write and start nothing.")
@@ -86,15 +88,15 @@ def run_step(
     ] = False,
     on_interrupt: Annotated[
         OnInterrupt,
-        typer.Option(help="What the first Ctrl-C of an attached remote run does."),
+        typer.Option(help="What the first Ctrl-C does in an attached remote run."),
     ] = "ask",
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Run a step. What stands after -- goes to its run module as it is."""
+    """Run a step. Arguments after -- go to its run module unchanged."""
     if run is not None and batch is not None:
         raise NemotronError(
-            "options_exclude", f"-r {run} and -b {batch} exclude each other", fix="give one of them"
+            "options_exclude", f"-r {run} and -b {batch} cannot be combined", fix="pass one of them"
         )
     invocation: Invocation = context.obj
     name = run if run is not None else batch

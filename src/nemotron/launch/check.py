@@ -54,25 +54,27 @@ def _check_slurm(execution: SlurmExecution) -> Iterator[Check]:
     for mount in execution.mounts:
         source = mount.partition(":")[0]
         if host.run(["test", "-e", source]).returncode:
-            yield _failed(f"mount source {source} is not there", "mend mounts")
+            yield _failed(f"mount source {source} does not exist", "correct mounts in the profile")
         else:
-            yield Check("ok", f"mount source {source} is there")
+            yield Check("ok", f"mount source {source} exists")
 
 
 def _check_partition(host: Host, key: str, name: str) -> Check:
     known = host.require(["sinfo", "--noheader", "--format=%R"]).decode().split()
     if all(part in known for part in name.split(",")):
-        return Check("ok", f"{key} {name} is there")
-    return _failed(f"{key} {name} is none of: {', '.join(known)}", f"mend {key}")
+        return Check("ok", f"{key} {name} exists")
+    return _failed(
+        f"{key} {name} is not one of: {', '.join(known)}", f"correct {key} in the profile"
+    )
 
 
 def _check_directory(host: Host, path: str) -> Check:
     """Check that jobs' files can be written, without writing any."""
     script = 'p=$1; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; [ -d "$p" ] && [ -w "$p" ]'
     if host.run(["sh", "-c", script, "sh", path]).returncode:
-        fix = f"make it, or set remote_job_dir: mkdir -p {shlex.quote(path)}"
-        return _failed(f"remote_job_dir {path} cannot be written", fix)
-    return Check("ok", f"remote_job_dir {Path(path)} can be written")
+        fix = f"create it (mkdir -p {shlex.quote(path)}), or set remote_job_dir"
+        return _failed(f"remote_job_dir {path} is not writable", fix)
+    return Check("ok", f"remote_job_dir {Path(path)} is writable")
 
 
 def _failed(problem: str, fix: str) -> Check:

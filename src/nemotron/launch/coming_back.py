@@ -152,10 +152,10 @@ def _local_log(
 def _refuse_lost(record: JobRecord) -> None:
     if record.status == "lost":
         is_remote = record.placement is not None
-        why = "its scheduler has forgotten it" if is_remote else "its launcher is gone"
+        why = "its scheduler no longer knows it" if is_remote else "its launcher is gone"
         raise NemotronError(
             "job_lost",
-            f"{record.id} ended without a word: {why}",
+            f"how {record.id} ended is not known: {why}",
             where=record.log,
             fix=f"look at its log: nemotron jobs logs {record.id}",
             exit_code=ExitCode.RANK_DIED,

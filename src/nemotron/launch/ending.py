@@ -79,7 +79,7 @@ def _killed(number: int, log: str) -> Ending:
         "job_killed",
         f"the job was killed by signal {number} ({name})",
         where=log,
-        fix="look at the end of the log; SIGKILL mostly means that memory ran out",
+        fix="look at the end of the log; SIGKILL usually means that memory ran out",
         exit_code=ExitCode.RANK_DIED,
     )
     return Ending(int(error.exit_code), error.to_dict(), str(error))
@@ -89,7 +89,7 @@ def _failed(code: int, log: str) -> Ending:
     """Keep the exit code: one that is none of a step's own comes from a command before the step."""
     error = NemotronError(
         "job_failed",
-        f"the job ended with exit code {code} and reported no error",
+        f"the job ended with exit code {code} without reporting an error",
         where=log,
         fix="look at the end of the log",
     )

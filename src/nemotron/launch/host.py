@@ -81,9 +81,9 @@ class Host:
             said = done.stderr.decode(errors="replace").strip()[-2000:]
             raise NemotronError(
                 "command_failed",
-                f"{command[0]} on {self.name or 'this host'} ended with {done.returncode}: {said}",
+                f"{command[0]} on {self.name or 'this host'} failed with {done.returncode}: {said}",
                 where=shlex.join(command)[:500],
-                fix="run the command there by hand",
+                fix="run the command there by hand to find out why",
                 exit_code=ExitCode.SUBMISSION,
             )
         return done.stdout
@@ -103,7 +103,7 @@ class Host:
     def _silent(self, program: str, timeout: float) -> NemotronError:
         return NemotronError(
             "host_silent",
-            f"{program} on {self.name or 'this host'} did not answer in {timeout:.0f} s",
+            f"{program} on {self.name or 'this host'} did not answer within {timeout:.0f} s",
             fix="try again; the scheduler may be busy",
             exit_code=ExitCode.SUBMISSION,
         )
@@ -112,8 +112,8 @@ class Host:
         said = stderr.decode(errors="replace").strip().splitlines()
         return NemotronError(
             "host_unreachable",
-            f"ssh to {self.name} failed: {said[-1] if said else 'it said nothing'}",
-            fix=f"make this work without a question: {shlex.join(self._ssh())} true",
+            f"ssh to {self.name} failed: {said[-1] if said else 'it printed no error'}",
+            fix=f"make this work without a prompt: {shlex.join(self._ssh())} true",
             exit_code=ExitCode.SUBMISSION,
         )
 
@@ -132,7 +132,7 @@ def _missing(program: str) -> NemotronError:
         fix = 'install it, or run this on a login node of the cluster with tunnel = "local"'
     return NemotronError(
         "command_missing",
-        f"there is no {program} on this host",
+        f"{program} is not installed on this host",
         fix=fix,
         exit_code=ExitCode.SUBMISSION,
     )

@@ -102,7 +102,9 @@ def submit(
         NemotronError: ``submission_failed``, ``workspace_refused``.
     """
     lepton_jobs.require_node_group(_execution(plan))
-    console.say("sending the job's files through a helper job; Ctrl-C waits for it, twice does not")
+    console.say(
+        "sending the job's files through a helper job; Ctrl-C waits for it, a second one does not"
+    )
     name = job_name(job_id)
     nemo = load_nemo()
     interrupts.keep_from_now_on()
@@ -141,7 +143,7 @@ def _taken_after_all(name: str, refused: NemotronError) -> str:
         if lepton_jobs.has_job(name):
             return name
     except NemotronError as error:
-        problem = f"{refused.problem}; nor does it say whether there is a job {name}: "
+        problem = f"{refused.problem}; whether job {name} exists is not known either: "
         raise NemotronError(
             refused.code,
             problem + error.problem,
@@ -190,9 +192,9 @@ def _check_extra(execution: LeptonExecution) -> None:
         [
             NemotronError(
                 "unknown_key",
-                f"nemo-run's Lepton executor has no field {name}, or it has a key of its own",
+                f"{name} is not a field of nemo-run's Lepton executor, or has a key of its own",
                 where=f"run.env.extra.{name}",
-                fix=f"one of: {', '.join(sorted(known))}; other keys go beside extra",
+                fix=f"extra takes: {', '.join(sorted(known))}; set other keys outside extra",
             )
             for name in execution.extra
             if name not in known
@@ -232,9 +234,9 @@ def _chunks(archive: Archive) -> tuple[str, ...]:
         raise NemotronError(
             "code_too_large",
             f"the code is {len(text):,} characters packed; "
-            f"a Lepton job takes {_MOST_CODE_CHARACTERS:,}",
+            f"a Lepton job takes at most {_MOST_CODE_CHARACTERS:,}",
             where="${steps:...} of the config" if len(text) > 2 * _MOST_CODE_CHARACTERS else "",
-            why="it goes into the job itself, and the example model of -c tiny with it",
+            why="it is part of the job itself, and so is the example model of -c tiny",
             fix="put the package on the mounted storage and set code_path in the profile, "
             "or point the config at files of that storage",
             exit_code=ExitCode.PREFLIGHT,
@@ -257,7 +259,7 @@ def _check_size(*texts: str) -> None:
         raise NemotronError(
             "config_too_large",
             f"config and script are {size:,} characters packed; "
-            f"they reach a Lepton job up to {_MOST_FILE_CHARACTERS:,}",
-            fix="move what is long into a file on the mounted storage and give its path",
+            f"a Lepton job takes at most {_MOST_FILE_CHARACTERS:,}",
+            fix="move long values into a file on the mounted storage and pass its path",
             exit_code=ExitCode.PREFLIGHT,
         )

@@ -125,7 +125,7 @@ class LeptonHandle:
         if name == "Completed" or (is_deleted and _succeeded(job)):
             return State.ended(0, None, 0)
         if is_deleted and not status.failed:
-            return _cancelled("job_deleted", "the job was deleted before it had ended")
+            return _cancelled("job_deleted", "the job was deleted before it ended")
         return self._failed()
 
     def _failed(self) -> State:
@@ -155,7 +155,7 @@ def open_client() -> Any:
     except Exception as error:
         raise NemotronError(
             "workspace_unknown",
-            f"no Lepton workspace to talk to: {str(error).splitlines()[0]}",
+            f"cannot connect to a Lepton workspace: {str(error).splitlines()[0]}",
             fix="run lep login, or export LEPTON_WORKSPACE_ID, LEPTON_WORKSPACE_TOKEN and "
             "LEPTON_WORKSPACE_URL",
             exit_code=ExitCode.SUBMISSION,
@@ -193,9 +193,9 @@ def require_node_group(execution: LeptonExecution) -> None:
     if execution.node_group not in names:
         raise NemotronError(
             "node_group_unknown",
-            f"node_group {execution.node_group!r} is none of: {', '.join(map(str, names))}",
+            f"node_group {execution.node_group!r} is not one of: {', '.join(map(str, names))}",
             where="run.env.node_group",
-            fix="mend node_group in the profile",
+            fix="correct node_group in the profile",
             exit_code=ExitCode.SUBMISSION,
         )
 
@@ -203,7 +203,7 @@ def require_node_group(execution: LeptonExecution) -> None:
 def check_workspace(execution: LeptonExecution) -> Iterator[Check]:
     """Yield the checks of a profile that its workspace can answer."""
     require_node_group(execution)
-    yield Check("ok", f"the workspace answers; node group {execution.node_group} is there")
+    yield Check("ok", f"the workspace answers; node group {execution.node_group} exists")
     wanted = dict.fromkeys((*execution.secrets, *execution.secret_vars.values()))
     if not wanted:
         return
@@ -217,7 +217,7 @@ def check_workspace(execution: LeptonExecution) -> Iterator[Check]:
             "secret_missing",
             f"the workspace has no secret {name}",
             where="secrets and secret_vars of the profile",
-            fix="make it in the workspace, or mend the name",
+            fix="create it in the workspace, or correct the name",
             exit_code=ExitCode.PREFLIGHT,
         )
         yield Check("failed", error.problem, error)
@@ -238,7 +238,10 @@ def _asking() -> Iterator[None]:
         elif status is None:
             code, fix = "workspace_silent", "check LEPTON_WORKSPACE_URL and the network; try again"
         else:
-            code, fix = "workspace_failed", "try again; if it stays, ask who runs the workspace"
+            code, fix = (
+                "workspace_failed",
+                "try again; if it persists, ask the workspace's administrators",
+            )
         raise NemotronError(
             code, f"Lepton: {said}", fix=fix, exit_code=ExitCode.SUBMISSION
         ) from None
@@ -260,7 +263,7 @@ def _cancelled(code: str, problem: str) -> State:
 
 
 def _gone(job: str) -> State:
-    problem = f"the workspace has no job {job} any more"
+    problem = f"the workspace no longer has job {job}"
     error = NemotronError("job_gone", problem, exit_code=ExitCode.RANK_DIED)
     return State.ended(int(error.exit_code), error.to_dict(), 0, "lost")
 

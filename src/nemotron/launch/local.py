@@ -83,8 +83,8 @@ def _produce_inputs(plan: JobPlan, console: Console, signals: SignalForwarder) -
         if name in done:
             raise NemotronError(
                 "producer_output_missing",
-                f"{name} ended well, but what {plan.step.id} needs is still not there",
-                fix=f"look at what it wrote: nemotron steps run {name} --dry-run",
+                f"{name} succeeded, but the input that {plan.step.id} needs is still missing",
+                fix=f"see where it writes: nemotron steps run {name} --dry-run",
                 exit_code=ExitCode.PREFLIGHT,
             )
         done.add(name)
@@ -145,7 +145,9 @@ def _note(change: Callable[[], None], console: Console) -> None:
     try:
         change()
     except OSError as error:
-        console.say(f"note: the job's record cannot be written: {error.strerror}; the job goes on")
+        console.say(
+            f"note: the job's record cannot be written: {error.strerror}; the job continues"
+        )
 
 
 class _Log:
@@ -161,7 +163,7 @@ class _Log:
         except OSError as error:
             if not self._has_failed:
                 problem = f"{jobs.LOG} cannot be written: {error.strerror}"
-                self._console.say(f"note: the job's {problem}; the job goes on")
+                self._console.say(f"note: the job's {problem}; the job continues")
             self._has_failed = True
 
 

@@ -181,8 +181,8 @@ def submit(executor: Executor, *, job_id: str, task: str, base: Path) -> str:
     if refused:
         raise NemotronError(
             "submission_failed",
-            f"the job was not taken: {refused}",
-            fix="mend what it names; --dry-run shows the scripts",
+            f"the job could not be submitted: {refused}",
+            fix="correct what the message names; --dry-run shows the scripts",
             exit_code=ExitCode.SUBMISSION,
         )
     return handle.rpartition("/")[2].partition(";")[0]

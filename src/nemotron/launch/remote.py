@@ -142,7 +142,7 @@ def _states(job: Job, handle: Handle, console: Console) -> Iterator[State]:
             _show(console, handle.new_output(is_last=True))
         if state.restarts > restarts:
             restarts = state.restarts
-            console.say(f"queued again (restart {restarts})")
+            console.say(f"requeued (restart {restarts})")
         if state.status == "queued" and state.reason not in ("", "None", said):
             said = state.reason
             console.say(f"waiting: {state.reason}")
@@ -154,7 +154,7 @@ def _ended(state: State, console: Console) -> int:
     assert state.exit_code is not None  # noqa: S101 - caller
     if state.error is not None:
         error = state.error
-        console.say(f"the job {state.status}: [{error['code']}] {error['problem']}")
+        console.say(f"job {state.status}: [{error['code']}] {error['problem']}")
         if error.get("fix"):
             console.say(f"  fix: {error['fix']}")
     return state.exit_code
@@ -173,7 +173,7 @@ def _shall_leave(
         is_terminal = sys.stdin is not None and sys.stdin.isatty()
         choice = _ask(console, interrupts) if is_terminal else "leave"
     if choice == "cancel" and interrupts.count < 2:
-        console.say(f"cancelling {job.record.id}; Ctrl-C again leaves it as it is")
+        console.say(f"cancelling {job.record.id}; press Ctrl-C again to leave it as it is")
         handle.cancel()
         return False
     leave(job, console)
@@ -182,7 +182,9 @@ def _shall_leave(
 
 def leave(job: Job, console: Console) -> None:
     """Say how to come back to a job that keeps running."""
-    console.say(f"{job.record.id} goes on; come back with: nemotron jobs logs -f {job.record.id}")
+    console.say(
+        f"{job.record.id} keeps running; to follow it: nemotron jobs logs -f {job.record.id}"
+    )
 
 
 def _ask(console: Console, interrupts: _CtrlC) -> OnInterrupt:

@@ -41,7 +41,7 @@ _FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.S
 _STOP = (signal.SIGTERM, signal.SIGUSR1)
 _PYTHONPATH = 'export PYTHONPATH="$nemotron_package${PYTHONPATH:+:$PYTHONPATH}"'
 _SILENT_FAILURE = (
-    "# Before the step was imported: it would have said what went wrong.",
+    "# It failed before the step was imported: a step reports its own errors.",
     'if [ "$nemotron_code" -eq 1 ] && [ ! -s "$NEMOTRON_ERROR_FILE" ]; then',
     "    python -m nemotron.packages || nemotron_code=$?",
     "fi",
@@ -135,7 +135,7 @@ def _leave_end(limit: int) -> list[str]:
         '    if [ -e "$nemotron_stopped" ] && [ "$nemotron_code" -eq 0 ]; then',
         f"        nemotron_code={int(ExitCode.PREEMPTED)}",
         f'        if [ -z "$nemotron_told" ] && [ "$nemotron_restart" -lt {limit} ]; then',
-        "            echo 'nemotron: stopped and saved; queued again'",
+        "            echo 'nemotron: stopped and saved; requeued'",
         '            scontrol requeue "$SLURM_JOB_ID" && exit 0',
         "        fi",
         "    fi",
@@ -165,17 +165,17 @@ def _run(plan: JobPlan) -> list[str]:
     """Return the lines that run the step and set ``nemotron_code`` to how it ended."""
     return [
         "set +e",
-        "# The ranks are told to stop as well; this shell waits for what they make of it.",
+        "# The ranks are told to stop as well; this shell waits for them to end.",
         "nemotron_told=",
         *(f"trap nemotron_told={128 + number} {number.name[3:]}" for number in _STOP),
         "trap : INT",
         _run_line(plan),
         "nemotron_code=$?",
         *(() if plan.execution.run_command else _SILENT_FAILURE),
-        "# What a signal to stop killed could not listen yet.",
+        "# A process that the signal to stop has killed was not yet listening.",
         f'if [ "$nemotron_code" -eq {int(ExitCode.PREEMPTED)} ] ||',
         '    [ "$nemotron_code" = "$nemotron_told" ]; then',
-        "    # Not a failure that would end the other nodes before they have stopped as well.",
+        "    # Not a failure: that would end the other nodes before they have stopped too.",
         f'    : > "$nemotron_here/stopped.$nemotron_restart"; nemotron_code={_stopped_code(plan)}',
         "fi",
     ]

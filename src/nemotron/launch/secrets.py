@@ -55,7 +55,7 @@ def _refusal(what: str, where: str, text: str, known: frozenset[str]) -> Nemotro
     names = [name for name, value in os.environ.items() if value in known and value in text]
     return NemotronError(
         "secret_in_job",
-        f"{what} is a secret" + (f", that of {names[0]}" if names else ""),
+        f"{what} is a secret" + (f" ({names[0]})" if names else ""),
         where=where,
         why="the files of a job are written to disk and shown; secrets must not be",
         fix='name its variable in the profile instead: secrets = ["HF_TOKEN"]; '

@@ -167,7 +167,7 @@ def _placement(plan: JobPlan, host: Host, job_id: str, number: str) -> Placement
     if not number.isdigit():
         raise NemotronError(
             "submission_failed",
-            f"sbatch answered {number!r}; wanted the number of a job",
+            f"sbatch answered {number!r}; wanted a job number",
             exit_code=ExitCode.SUBMISSION,
         )
     return Placement(
@@ -195,7 +195,7 @@ def _executor(
     if not set(root) <= set(_PLAIN):
         raise NemotronError(
             "path_unsuitable",
-            f"nemo-run cannot work below {root!r}",
+            f"nemo-run cannot use the directory {root!r}",
             where="run.env.remote_job_dir",
             fix="set remote_job_dir to a path of letters, digits and _ . / @ + = -",
         )
@@ -203,9 +203,9 @@ def _executor(
     if plan.image is None and any("/nemo_run" in str(value) for value in (root, *options.values())):
         raise NemotronError(
             "path_unsuitable",
-            "without a container nemo-run puts the job's directory in place of /nemo_run",
+            "without a container, nemo-run replaces /nemo_run with the job's directory",
             where="the directory of this run, remote_job_dir, setup_lines or srun_args",
-            fix="say it in other words, or set remote_job_dir to another directory",
+            fix="avoid /nemo_run there, or set remote_job_dir to another directory",
         )
     return load_nemo().slurm_executor(
         options, source=source, job_root=root, machine=host_of(execution), pre_command=pre_command
@@ -322,7 +322,7 @@ def _remove(host: Host, path: str, console: Console) -> None:
         host.require(["rm", "-f", "--", path])
     except NemotronError as error:
         # Not raised: Slurm may have the job by now, which must not be recorded as not submitted.
-        console.say(f"{error.problem}; it holds secrets: remove {path} on {host.name} by hand")
+        console.say(f"{error.problem}; the file has secrets: remove {path} on {host.name} by hand")
 
 
 @contextmanager

@@ -27,11 +27,15 @@ _ENDINGS: dict[str, tuple[ExitCode, str, str]] = {
     "TIMEOUT": (
         ExitCode.PREEMPTED,
         "the job reached its time limit",
-        "run it again to go on from its newest save, or set signal and requeue in the profile",
+        "run it again to resume from its newest save, or set signal and requeue in the profile",
     ),
-    "PREEMPTED": (ExitCode.PREEMPTED, "the job was preempted", "run it again to go on"),
-    "NODE_FAIL": (ExitCode.RANK_DIED, "a node of the job failed", "run it again to go on"),
-    "OUT_OF_MEMORY": (ExitCode.RANK_DIED, "the job ran out of memory", "ask for more: mem"),
+    "PREEMPTED": (ExitCode.PREEMPTED, "the job was preempted", "run it again to continue"),
+    "NODE_FAIL": (ExitCode.RANK_DIED, "a node of the job failed", "run it again to continue"),
+    "OUT_OF_MEMORY": (
+        ExitCode.RANK_DIED,
+        "the job ran out of memory",
+        "request more memory with mem",
+    ),
     "BOOT_FAIL": (ExitCode.SUBMISSION, "a node of the job did not boot", "run it again"),
     "DEADLINE": (ExitCode.SUBMISSION, "the job missed its deadline", "run it again"),
     "REVOKED": (ExitCode.SUBMISSION, "the job was revoked", "run it again"),
@@ -189,7 +193,7 @@ class SlurmHandle:
             return self._ended(exits[self._restarts], 0)
         error = NemotronError(
             "job_lost",
-            f"Slurm does not know job {self.placement.id} any more, and it left no exit code",
+            f"Slurm no longer knows job {self.placement.id}, which left no exit code",
             where=self.placement.directory,
             fix="look at the end of the log",
             exit_code=ExitCode.RANK_DIED,
@@ -209,7 +213,7 @@ class SlurmHandle:
         if name in ("COMPLETED", "FAILED"):
             return self._ended(int(code), int(number or 0))
         exit_code, problem, fix = _ENDINGS.get(
-            name, (ExitCode.FAILED, f"Slurm says {name}", "look at the end of the log")
+            name, (ExitCode.FAILED, f"Slurm reports {name}", "look at the end of the log")
         )
         error = NemotronError(f"job_{name.lower()}", problem, fix=fix, exit_code=exit_code)
         status = "cancelled" if name == "CANCELLED" else None
@@ -229,8 +233,8 @@ class SlurmHandle:
             "job_not_started",
             f"{node} could not start the job",
             where=self.placement.directory,
-            fix=f"see that compute nodes have {self.placement.directory} and may write there, or "
-            "set remote_job_dir to a place that they have; slurmd's log says more",
+            fix=f"check that compute nodes have {self.placement.directory} and may write there, or "
+            "set remote_job_dir to a directory that they have; slurmd's log has the details",
             exit_code=ExitCode.SUBMISSION,
         )
         return State.ended(int(error.exit_code), error.to_dict(), self._restarts)

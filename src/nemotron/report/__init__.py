@@ -43,7 +43,7 @@ def write_page(run: TrainingRun, against: TrainingRun | None, path: Path | None)
         raise NemotronError(
             "report_not_written",
             f"{path} cannot be written: {error.strerror}",
-            fix="pass -o FILE in a directory that is there and can be written",
+            fix="pass -o FILE in a directory that exists and is writable",
             exit_code=ExitCode.IO,
         ) from None
     return path

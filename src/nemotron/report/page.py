@@ -43,25 +43,25 @@ _CHARTS = (
     ("Tokens per second", "tokens_per_second", 1.0),
     ("Supervised tokens per second", "supervised_tokens_per_second", 1.0),
     ("TFLOP/s per rank", "tflops_per_rank", 1.0),
-    ("Peak memory of a rank, GiB", "peak_memory_bytes", float(_GIB)),
+    ("Peak memory per rank, GiB", "peak_memory_bytes", float(_GIB)),
 )
 _FIGURES = {
-    "status": "last job",
+    "status": "status of the last job",
     "iterations": "iterations",
-    "train_iters": "of",
+    "train_iters": "planned iterations",
     "best_valid_loss": "best validation loss",
-    "best_iteration": "after iteration",
+    "best_iteration": "iteration of the best validation loss",
     "first_valid_loss": "first validation loss",
     "last_valid_loss": "last validation loss",
     "first_loss": "first training loss",
     "last_loss": "last training loss",
     "tokens": "tokens",
     "supervised_tokens": "supervised tokens",
-    "step_seconds": "seconds in steps",
+    "step_seconds": "seconds spent in steps",
     "tokens_per_second": "tokens per second",
     "supervised_tokens_per_second": "supervised tokens per second",
     "tflops_per_rank": "TFLOP/s per rank",
-    "peak_memory_bytes": "peak memory of a rank, bytes",
+    "peak_memory_bytes": "peak memory per rank, bytes",
     "directory": "directory",
 }
 
@@ -83,10 +83,10 @@ def report_page(run: TrainingRun, against: TrainingRun | None = None) -> str:
         "</div>",
     ]
     if against is not None:
-        parts += ["<h2>What was asked for differently</h2>", _difference(run, against)]
+        parts += ["<h2>Config differences</h2>", _difference(run, against)]
     for index, each in enumerate(runs):
         named = f"{_key(index)}{escape(each.name)}"
-        parts += [f"<h2>{named}: what happened</h2>", _happenings(each)]
+        parts += [f"<h2>{named}: events</h2>", _happenings(each)]
         parts += [f"<h2>{named}: saves</h2>", _saves(each)]
         parts += [f"<h2>{named}: config</h2>", _config(each)]
     return "\n".join([*parts, "</body></html>\n"])
@@ -111,7 +111,7 @@ def _charts(runs: Sequence[TrainingRun]) -> list[str]:
             Line(f"{each.name} validation", each.validations, index, is_marked=True),
         )
     ]
-    charts = [_figure("Loss: training, and validation dashed", losses)]
+    charts = [_figure("Loss (training solid, validation dashed)", losses)]
     for title, field, scale in _CHARTS:
         lines = [
             Line(each.name, [(x, y / scale) for x, y in each.series(field)], index)
@@ -132,7 +132,7 @@ def _difference(run: TrainingRun, against: TrainingRun) -> str:
         for key, pair in config_difference(run, against).items()
     ]
     names = [f"{_key(index)}{escape(each.name)}" for index, each in enumerate((run, against))]
-    return _table(["key", *names], rows) if rows else "<p>Nothing.</p>"
+    return _table(["key", *names], rows) if rows else "<p>None.</p>"
 
 
 def _happenings(run: TrainingRun) -> str:
@@ -144,7 +144,7 @@ def _happenings(run: TrainingRun) -> str:
         ]
         for each in run.happenings
     ]
-    return _table(["time", "iteration", "what"], rows)
+    return _table(["time", "iteration", "event"], rows)
 
 
 def _saves(run: TrainingRun) -> str:

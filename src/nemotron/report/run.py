@@ -86,12 +86,12 @@ def read_run(target: str, root: Path | None = None) -> TrainingRun:
     if (Path(target) / METRICS_FILE).is_file():
         return _read(Path(target).resolve().name, Path(target).resolve(), root)
     if Path(target).is_dir():
-        raise _no_metrics(f"{target} holds no {METRICS_FILE}")
+        raise _no_metrics(f"{target} contains no {METRICS_FILE}")
     record = jobs.find(target, root).record
     for directory in _outputs(record, _output_keys()):
         if (directory / METRICS_FILE).is_file():
             return _read(record.id, directory, root)
-    raise _no_metrics(f"job {record.id} ({record.step}) left no {METRICS_FILE}")
+    raise _no_metrics(f"job {record.id} ({record.step}) wrote no {METRICS_FILE}")
 
 
 def summary(run: TrainingRun) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _told(event: Mapping[str, Any]) -> str:
         "started": "started",
         "resumed": f"resumed from {event.get('directory')}",
         "stopped": "stopped on request",
-        "save_failed": f"nothing saved: {event.get('problem')}",
+        "save_failed": f"save failed: {event.get('problem')}",
     }
     return texts.get(str(event.get("event")), "")
 
@@ -276,6 +276,6 @@ def _no_metrics(problem: str) -> NemotronError:
     return NemotronError(
         "no_metrics",
         problem,
-        fix="name a run of peft/megatron_bridge, by its job or by its checkpoint.save directory",
+        fix="pass a run of peft/megatron_bridge: its job, or its checkpoint.save directory",
         exit_code=ExitCode.DATA,
     )

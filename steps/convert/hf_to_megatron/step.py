@@ -26,8 +26,8 @@ def run(config: Config, producer: Producer) -> None:
     weights = HuggingFaceCheckpoint(source)
     if megatron_would_misread(weights.config.rope_scaling):
         print(
-            "warning: Megatron has other constants of Llama 3 rope scaling than this model; it "
-            "would compute other logits. The steps here take the constants of hf/config.json",
+            "warning: Megatron's constants of Llama 3 rope scaling differ from this model's; it "
+            "would compute other logits. The steps here use the constants of hf/config.json",
             file=sys.stderr,
         )
     artifact = publish_megatron(

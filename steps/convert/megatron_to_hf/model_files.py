@@ -28,7 +28,7 @@ def model_files(checkpoint: MegatronCheckpoint, hf_model_path: Path | None) -> I
     given = hf_model_path or checkpoint.hf_dir
     if given is not None:
         if not describes(given, checkpoint.config):
-            problem = f"{given}/config.json describes another model than {checkpoint.root}"
+            problem = f"{given}/config.json describes a different model than {checkpoint.root}"
             raise step_error(STEP, "other_model", problem, where="hf_model_path")
         yield given
         return
@@ -39,8 +39,8 @@ def model_files(checkpoint: MegatronCheckpoint, hf_model_path: Path | None) -> I
         config = checkpoint.config.to_hf(dtype_name=dtype)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         print(
-            f"note: config.json follows from {checkpoint.iteration_dir}/run_config.yaml; begin and "
-            "end tokens and the generation config are in hf_model_path only",
+            f"note: config.json was made from {checkpoint.iteration_dir}/run_config.yaml; begin "
+            "and end tokens and the generation config can only come from hf_model_path",
             file=sys.stderr,
         )
         yield directory

@@ -31,7 +31,7 @@ def _contradictions(config: Config) -> dict[str, str]:
     if config.is_megatron_base and config.base_hf_path is not None:
         found["base_hf_path"] = (
             f"base_megatron_path={config.base_megatron_path} is the base to merge; "
-            f"base_hf_path={config.base_hf_path} would be another"
+            f"base_hf_path={config.base_hf_path} would be a second one"
         )
     if config.backend == "hf_peft" and config.base_megatron_path is not None:
         found["base_megatron_path"] = (

@@ -68,7 +68,7 @@ def open_inputs(
             ``base_model_mismatch``, ``adapter_not_validated``, and what ``open_with_base`` raises.
     """
     if find_any_adapter(lora_checkpoint) is None:
-        problem = f"neither PEFT's nor Megatron-Bridge's adapter files are at {lora_checkpoint}"
+        problem = f"{lora_checkpoint} has neither PEFT's nor Megatron-Bridge's adapter files"
         raise step_error(STEP, "missing_adapter", problem, where="lora_checkpoint")
     if base is None or not base.is_dir():
         raise step_error(STEP, "missing_base_checkpoint", f"{base} does not exist")
@@ -84,8 +84,8 @@ def open_inputs(
         )
     if not opened.is_base_verified:
         print(
-            f"warning: {opened.adapter.directory} does not record its base: whether it is {base} "
-            "is not checked",
+            f"warning: {opened.adapter.directory} does not record its base: whether that is {base} "
+            "was not checked",
             file=sys.stderr,
         )
     return MergeInputs(
@@ -135,8 +135,8 @@ def _other_chat_template(opened: OpenedAdapter, model_files: Path) -> str | None
     if _sha256_text(template) == wanted:
         return template
     print(
-        f"warning: {adapter_dir} was trained with another chat template than that of {model_files} "
-        f"and carries no {CHAT_TEMPLATE}; the output gets the base's",
+        f"warning: {adapter_dir} was trained with a different chat template than {model_files} has "
+        f"and has no {CHAT_TEMPLATE} of its own; the output gets the base's",
         file=sys.stderr,
     )
     return None

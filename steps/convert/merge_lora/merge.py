@@ -59,7 +59,7 @@ class MergedWeights:
             self.changes[name] = rms_change(lora_a, lora_b, scale=scale)
         for block in blocks:
             if not all_finite(block):
-                problem = f"{name} holds values that are not finite"
+                problem = f"{name} has values that are not finite"
                 raise step_error(STEP, "merged_not_finite", problem)
             yield block
 
@@ -186,18 +186,18 @@ def _verify(inputs: MergeInputs, written: Weights) -> dict[str, Any]:
     if not found.is_equal:
         problem = (
             f"logits of the merged weights differ by {difference:.3e} from those of base and "
-            f"adapter, and by {found.rounded_difference:.3e} where their sum is rounded alike; "
-            f"allowed are {found.tolerance:.3e}"
+            f"adapter, and by {found.rounded_difference:.3e} if their sum is rounded the same way; "
+            f"the tolerance is {found.tolerance:.3e}"
         )
         raise step_error(STEP, "merged_differs", problem)
     print(
-        f"logits of base + adapter and of merged differ by {difference:.3e} at most "
+        f"logits of base + adapter and of the merged weights differ by at most {difference:.3e} "
         f"({found.num_tokens} tokens; the adapter changes them by up to {change:.3e})"
     )
     if difference > change / 2:
         print(
-            "warning: most of what the adapter does is lost in rounding the merged weights to the "
-            "base's type; serve the adapter beside the base, or merge into one of a wider type",
+            "warning: most of the adapter's effect is lost by rounding the merged weights to the "
+            "base's type; serve base and adapter unmerged, or merge into a base of a wider type",
             file=sys.stderr,
         )
     return {"verified": asdict(found)}
@@ -221,7 +221,7 @@ def _describe_merge(inputs: MergeInputs, merged: MergedWeights) -> dict[str, Any
 def _report(inputs: MergeInputs, merged: MergedWeights, *, debug: bool) -> None:
     for name, change in merged.changes.items() if debug else ():
         print(f"{name}: root mean square change {change:.3e}")
-    print(f"{inputs.adapter.directory} is merged into {inputs.base_path}")
+    print(f"merged {inputs.adapter.directory} into {inputs.base_path}")
     print(
         f"{len(merged.changes)} of {len(merged.names)} tensors merged (r {inputs.adapter.dim}, "
         f"alpha {inputs.adapter.alpha:g}), root mean square change up to "

@@ -28,7 +28,8 @@ class Config(Schema):
     base_hf_path: Path | None = Field(default=None, description="base, Hugging Face directory")
     base_megatron_path: Path | None = Field(default=None, description="base, Megatron checkpoint")
     hf_model_id: None = Field(
-        default=None, description="hub ids are not downloaded; pass hf_model_path or base_hf_path"
+        default=None,
+        description="models are not downloaded by hub id; pass hf_model_path or base_hf_path",
     )
     hf_model_path: Path | None = Field(
         default=None,
@@ -42,7 +43,7 @@ class Config(Schema):
     )
     export_hf: bool = Field(default=True, description="write output_hf_path")
     save_tokenizer: bool = Field(
-        default=True, description="put tokenizer and chat template into output_hf_path"
+        default=True, description="copy tokenizer and chat template to output_hf_path"
     )
     allow_unverified_base: bool = Field(
         default=False, description="merge an adapter that does not record its base"
@@ -69,7 +70,7 @@ class Config(Schema):
     ep: Literal[1] = 1
     nproc_per_node: Literal[1] = 1
     upstream_script: str | None = Field(
-        default=None, description="without effect: this step does the merge itself"
+        default=None, description="has no effect: this step does the merge itself"
     )
 
     @property

@@ -59,10 +59,10 @@ class Dataset(BaseModel):
     def _check_path(self) -> Self:
         is_hub = self.path.startswith(HUB)
         if "://" in self.path and not is_hub:
-            raise ValueError(f"{self.path} is neither local nor {HUB}")
+            raise ValueError(f"{self.path} is neither a local path nor {HUB}...")
         if not is_hub and (self.split or self.subset):
             raise ValueError(
-                "split and subset choose files of a data set on the hub; to give one split of the "
+                "split and subset select files of a data set on the hub; to give one split of the "
                 "output its own data, list it under train, valid or test instead of datasets"
             )
         return self
@@ -82,7 +82,7 @@ class Blend(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.datasets) == any((self.train, self.valid, self.test)):
-            raise ValueError("wanted either datasets, or lists called train, valid and test")
+            raise ValueError("wanted either datasets, or lists named train, valid and test")
         if not self.datasets and not self.train:
             raise ValueError("train is empty")
         names = [dataset.name for dataset in self.sources]

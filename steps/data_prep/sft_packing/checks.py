@@ -98,5 +98,5 @@ def _check_context_length(config: Config) -> None:
     context = model.get("text_config", model).get("max_position_embeddings")
     longest = config.max_stored_tokens - 1
     if isinstance(context, int) and longest > context:
-        problem = f"documents of up to {longest} tokens; the model's context is {context}"
+        problem = f"documents may have up to {longest} tokens; the model's context is {context}"
         raise step_error(STEP, "seq_length_mismatch", problem, where=str(path))

@@ -233,9 +233,9 @@ def _require_answer(messages: list[dict[str, Any]]) -> None:
     keys = ("content", "tool_calls", "reasoning_content")
     said = [answer for answer in answers if any(answer.get(key) for key in keys)]
     if not said:
-        raise BadRowError("empty_answer", "the assistant says nothing")
+        raise BadRowError("empty_answer", "the assistant's messages are empty")
     if all(answer.get("weight") == 0 for answer in said):
-        raise BadRowError("untrained", "all that the assistant says has the weight 0")
+        raise BadRowError("untrained", "all messages of the assistant have weight 0")
 
 
 def _tools(value: Any) -> list[Any] | None:

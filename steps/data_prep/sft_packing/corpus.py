@@ -333,7 +333,7 @@ def _require_short(index: SpoolIndex, max_tokens: int, part: Part, first_row: in
     first = long[np.argmin(owners[long])]
     place = first_row + int(owners[first]) + (part.kind == "lines")
     problem = (
-        f"a document of {documents['length'][first]} tokens where at most {max_tokens} fit, "
+        f"a document has {documents['length'][first]} tokens, of which at most {max_tokens} fit, "
         "and long_documents is error"
     )
     raise step_error(STEP, "seq_length_mismatch", problem, where=f"{part.path}:{place}")
@@ -348,7 +348,9 @@ def require_conversations(source: Source, num_left: int) -> None:
     if num_left:
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in source.dropped.most_common())
-    problem = f"none of the {source.rows_read} rows is left ({reasons or 'the files are empty'})"
+    problem = (
+        f"no rows are left of the {source.rows_read} read ({reasons or 'the files are empty'})"
+    )
     is_length = source.dropped["over_long"] * 2 > source.rows_read
     name = "seq_length_mismatch" if is_length else "missing_training_data"
     raise step_error(STEP, name, problem, where=source.dataset.name)

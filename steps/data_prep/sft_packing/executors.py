@@ -168,8 +168,8 @@ def _in_pool(tasks: Sequence[Task], order: Sequence[int], num_workers: int) -> G
             for future in done:
                 yield _received(future.result())
     except BrokenProcessPool:
-        problem = "a worker process died; the kernel kills what takes more memory than there is"
-        raise step_error(STEP, "worker_died", problem, where=f"{num_workers} workers") from None
+        problem = "a worker process died; the kernel kills processes when memory runs out"
+        raise step_error(STEP, "worker_died", problem, where=f"{num_workers} worker(s)") from None
     except BaseException as error:
         if isinstance(error, StopRequestedError):
             wait({future for future in running if not future.cancel()}, timeout=_STOP_SECONDS)

@@ -70,11 +70,11 @@ def list_files(dataset: Dataset) -> list[Path]:
         files = [Path(name) for name in glob.glob(dataset.path, recursive=True)]  # noqa: PTH207
         files = [item for item in files if item.is_file()]
     if not files:
-        what = f"holds no {', '.join(DATA)} file" if path.is_dir() else "does not exist"
+        what = f"contains no {', '.join(DATA)} file" if path.is_dir() else "does not exist"
         raise step_error(STEP, "missing_training_data", f"{path} {what}", where=dataset.name)
     for item in files:
         if not is_data(item):
-            problem = f"{item} is none of {', '.join(DATA)}, plain or {' or '.join(COMPRESSED)}"
+            problem = f"{item} is not one of {', '.join(DATA)}, plain or {' or '.join(COMPRESSED)}"
             raise step_error(STEP, "missing_training_data", problem, where=dataset.name)
         if any("\ud800" <= char <= "\udfff" for char in str(item)):  # as Python decodes such bytes
             problem = f"the name {item.name!a} is not UTF-8; rename the file"

@@ -27,7 +27,7 @@ def require_definitions(
     nothing = [False] * len(messages)
     without = _rendered(template, messages, None, nothing)
     if without is not None and without == _rendered(template, messages, tools, nothing):
-        detail = "the chat template leaves the tool definitions out; choose one that has tools"
+        detail = "the chat template leaves out the tool definitions; choose one that supports tools"
         raise BadRowError("tools_not_rendered", detail)
 
 
@@ -58,7 +58,7 @@ def require_calls(
         return
     text, said = rendered.text, rendered.trained
     if not all(name in (said if flag else text) for name, flag in names.items()):
-        detail = "the chat template leaves tool calls out; choose one that has tools"
+        detail = "the chat template leaves out tool calls; choose one that supports tools"
         raise BadRowError("tools_not_rendered", detail)
 
 
@@ -95,9 +95,9 @@ def require_reasoning(
     lost = [index for word, index in words.items() if word not in rendered.text]
     if lost:
         detail = (
-            f"the chat template leaves out the reasoning of message {lost[0]}; choose one that has "
-            "reasoning, reasoning=split_per_turn where it shows that of the last turn, or "
-            "reasoning=strip to train without it"
+            f"the chat template leaves out the reasoning of message {lost[0]}; choose one that "
+            "supports reasoning, set reasoning=split_per_turn if it shows that of the last turn, "
+            "or reasoning=strip to train without it"
         )
         raise BadRowError("reasoning_not_rendered", detail)
 

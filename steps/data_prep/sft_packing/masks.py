@@ -161,7 +161,9 @@ class Encoder:
             tools = self.sanitizer.hide_tools(tools)
         rendered = self.template.render(messages, tools, is_trained=is_trained)
         if not self.encodes_pieces and Sanitizer.has_placeholder(rendered.text):
-            detail = "this tokenizer cannot encode a control string as text; sanitize=false lets it"
+            detail = (
+                "this tokenizer cannot encode a control string as text; sanitize=false allows it"
+            )
             raise BadRowError("control_string", detail)
         require_calls(self.template, messages, tools, is_trained)
         if self.reasoning != "strip":
@@ -272,7 +274,7 @@ def _require_mask(template: ChatTemplate) -> None:
     trained = template.render(PROBE).trained
     if ANSWER not in trained or QUESTION in trained:
         problem = (
-            f"of the question {QUESTION!r} and the answer {ANSWER!r} it would train {trained!r}"
+            f"of the question {QUESTION!r} and the answer {ANSWER!r}, it would train {trained!r}"
         )
         raise step_error(STEP, "bad_loss_masks", problem, where="chat_template")
 

@@ -190,7 +190,7 @@ def format_report(properties: Mapping[str, Any]) -> str:
         f"supervised   {report['supervised_tokens']:>12,}"
         f"  {report['supervised_tokens'] / report['tokens']:.1%} of the tokens",
         f"packing      {report['packing_efficiency']:>12.2%}"
-        f"  {report['documents_per_row']:.1f} documents a row",
+        f"  {report['documents_per_row']:.1f} documents per row",
         f"{'split':<8}{'rows':>10}{'documents':>12}{'tokens':>14}{'supervised':>14}",
     ]
     for name, counts in properties["splits"].items():

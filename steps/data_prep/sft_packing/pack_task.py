@@ -168,13 +168,13 @@ class PackTask:
         fitting = max(1, rows.num_rows // self.settings.row_group_size)
         problem = (
             f"num_shards is {len(self.files)}, but the {self.split} split has {rows.num_rows} "
-            f"rows; num_shards={fitting} would fill them"
+            f"row(s); num_shards={fitting} would fill them"
         )
         if not self.has_ratio:
             problem = (
-                f"the {self.split} split has {rows.num_rows} rows for {len(self.files)} files; "
-                "valid_shards=null test_shards=null num_shards=1 gives every split one, and as "
-                "much as its ratio says"
+                f"the {self.split} split has {rows.num_rows} row(s) for {len(self.files)} files; "
+                "valid_shards=null test_shards=null num_shards=1 gives every split one file, and "
+                "as many rows as its ratio says"
             )
         raise step_error(STEP, "too_many_tiny_shards", problem, where=self.split)
 

@@ -58,7 +58,7 @@ class Progress:
             again = f"{self._done_before} of {self._num_tasks} tasks were done by an earlier run"
             print(f"{STEP}: {self._stage}: {again}", flush=True)
         if seconds >= self._interval_s:
-            peak = f"peak memory of a worker {self._peak_bytes / 2**20:,.0f} MiB"
+            peak = f"peak memory per worker {self._peak_bytes / 2**20:,.0f} MiB"
             print(f"{self._line(seconds)}, {peak}", flush=True)
 
     def _line(self, seconds: float) -> str:

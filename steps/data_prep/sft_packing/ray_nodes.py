@@ -54,7 +54,7 @@ def lend_to_ray(helper: Helper, num_cores: int) -> None:
     address = _set_environment(os.environ)
     with helper.helping(), _ray_node(f"--address={address}", num_cores=num_cores) as process:
         if not helper.stay(lambda: process.poll() is None):
-            problem = f"ray on {socket.gethostname()} ended with {process.returncode}"
+            problem = f"ray on {socket.gethostname()} ended with exit code {process.returncode}"
             raise step_error(STEP, "worker_died", problem)
 
 

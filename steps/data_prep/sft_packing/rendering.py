@@ -150,9 +150,7 @@ class ChatTemplate:
         for start, said in tracker.marked:
             # Inside a macro or a set block the tag cannot know where its text will be inserted.
             if not text.startswith(said, start):
-                raise BadRowError(
-                    "generation_moved", "{% generation %} stands inside a macro or block"
-                )
+                raise BadRowError("generation_moved", "{% generation %} is inside a macro or block")
         return text, [(start, start + len(said)) for start, said in tracker.marked if said]
 
     def _render_prefixes(
@@ -166,7 +164,7 @@ class ChatTemplate:
             if not (text.startswith(prompt) and text.startswith(turn) and turn.startswith(prompt)):
                 raise BadRowError(
                     "template_not_prefix_stable",
-                    f"message {index} renders otherwise when the conversation ends there",
+                    f"message {index} renders differently when the conversation ends there",
                 )
             spans.append((len(prompt), len(turn)))
         return text, spans

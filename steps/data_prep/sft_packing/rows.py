@@ -113,7 +113,7 @@ def parse(text: bytes | str) -> Any | BadRowError:
     except json.JSONDecodeError as error:
         if text.strip() in (b"[", "["):
             problem = (
-                "a list begins here: a line holds one row, and lists are read from .json files"
+                "a list begins here, but each line holds one row; lists are read from .json files"
             )
             return BadRowError("malformed_json", problem)
         return BadRowError("malformed_json", f"{error.msg} at column {error.colno}")
@@ -288,7 +288,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:40]!r} stands twice in one object")
+        raise ValueError(f"the key {twice[:40]!r} appears twice in one object")
     return value
 
 

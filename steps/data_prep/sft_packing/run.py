@@ -109,7 +109,7 @@ def _work(config: Config, job: Job, leader: Leader | None) -> tuple[Job, Packing
     try:
         receipts = run_stage(config, "tokenize", tokenize_tasks(job), job, leader)
     except EngineMismatchError as error:
-        print(f"{STEP}: kitoken and tokenizers differ, going on with tokenizers: {error}")
+        print(f"{STEP}: kitoken and tokenizers differ, continuing with tokenizers: {error}")
         job = plan_job(config, job.blend, engine="tokenizers")
         receipts = run_stage(config, "tokenize", tokenize_tasks(job), job, leader)
     packing = packing_of(config, job, receipts)

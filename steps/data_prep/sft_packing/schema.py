@@ -84,7 +84,7 @@ class Config(Schema):
     )
     output_dir: Path = Field(description="directory of the packed_parquet artifact")
     config_name: str = Field(
-        default="default", description="a name for your own use; without effect"
+        default="default", description="a name for your own use; has no effect"
     )
 
     tokenizer: TokenizerConfig | str = Field(
@@ -101,8 +101,8 @@ class Config(Schema):
     )
     sanitize: bool = Field(
         default=True,
-        description="encode control strings such as <|im_end|> as plain text in messages of anyone "
-        "but the assistant",
+        description="encode control strings such as <|im_end|> as plain text, except in the "
+        "assistant's messages",
     )
     messages_field: str = Field(
         default="messages",

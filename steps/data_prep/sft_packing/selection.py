@@ -205,7 +205,9 @@ def _assign(
         held_out = np.union1d(held_out, found.uids[mine])
         if len(mine) and len(double) == len(mine):
             others = " or ".join(SPLITS[number + 1 :])
-            problem = f"{SPLITS[number]} would be empty: {others} has all {len(mine)} conversations"
+            problem = (
+                f"{SPLITS[number]} would be empty: {others} has all its {len(mine)} conversations"
+            )
             raise step_error(STEP, "empty_split", problem, where=SPLITS[number])
 
 

@@ -60,7 +60,7 @@ def split_documents(uids: np.ndarray, ratios: Mapping[str, float]) -> dict[str, 
     for name, indices in chosen.items():
         if len(indices) == 0:
             problem = (
-                f"{name} would be empty: {len(uids)} documents, {len(starts)} of them different, "
+                f"{name} would be empty: {len(uids)} documents, {len(starts)} of them distinct, "
                 f"at a ratio of {ratios[name]:g}"
             )
             raise step_error(STEP, "empty_split", problem, where=f"{name}_ratio")

@@ -129,7 +129,7 @@ class Leader:
         while results.missing:
             self._collect(order, results)
             if time.monotonic() > end and not all(other.exists() for other in self._others):
-                raise _apart("a node has not come to it", self._board)
+                raise _apart("a node did not join", self._board)
             time.sleep(_POLL_SECONDS)
         return results.receipts
 
@@ -145,7 +145,7 @@ class Leader:
             return is_complete()
 
         if not _wait(have_met, _MEET_SECONDS):
-            raise _apart("a node has not come to it", self._board)
+            raise _apart("a node did not join", self._board)
 
     def _collect(self, order: Order, results: _Results) -> None:
         """Add what the others have done of a stage since the last time."""
@@ -161,7 +161,7 @@ class Leader:
             if "error" in note:
                 raise error_from(note["error"])
             if "stopped" in note:
-                raise StopRequestedError("stopped with another node")
+                raise StopRequestedError("stopped together with another node")
         return notes
 
     def _told(self, order: Order) -> list[Note]:
@@ -217,7 +217,7 @@ class Helper:
             NemotronError: ``nodes_apart``.
         """
         if not _wait(self._leader.exists, _MEET_SECONDS):
-            raise _apart("the first node has not come to it", self._board)
+            raise _apart("the first node did not join", self._board)
         self._own.append(here=socket.gethostname())
         try:
             yield
@@ -257,7 +257,7 @@ class Helper:
             NemotronError: What ``work`` raises; ``nodes_apart``: the leader has other tasks.
         """
         if _digest(tasks) != order.tasks:
-            problem = f"this node sees other inputs to {order.stage} than the first one"
+            problem = f"this node sees different inputs to {order.stage} than the first one"
             raise step_error(STEP, "nodes_apart", problem, where=str(self._board))
         mine = _share(tasks, self._index, self._count)
 
@@ -305,5 +305,5 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _apart(problem: str, board: Path) -> NemotronError:
-    found = f"{problem} within {_MEET_SECONDS:.0f} s, or sees another directory there"
+    found = f"{problem} within {_MEET_SECONDS:.0f} s, or sees a different directory there"
     return step_error(STEP, "nodes_apart", found, where=str(board))

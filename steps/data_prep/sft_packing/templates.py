@@ -39,7 +39,7 @@ def read_template(chat_template: str) -> str:
         raise step_error(STEP, "bad_chat_template", "not UTF-8 text", where=str(path)) from None
     if not is_inline(text):
         # Constant text would give every conversation the same tokens and none to train on.
-        problem = f"{path} holds no {{{{ or {{% and so is no template"
+        problem = f"{path} contains no {{{{ or {{% and so is not a template"
         raise step_error(STEP, "bad_chat_template", problem, where=str(path))
     return text
 
@@ -54,5 +54,7 @@ def unknown_template(chat_template: str) -> NemotronError:
     names = bundled_names()
     close = difflib.get_close_matches(chat_template, names, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    problem = f"{chat_template!r} is no bundled template ({', '.join(names)}) and no file{hint}"
+    problem = (
+        f"{chat_template!r} is neither a bundled template ({', '.join(names)}) nor a file{hint}"
+    )
     return step_error(STEP, "bad_chat_template", problem, where="chat_template")

@@ -85,7 +85,7 @@ def load_tokenizer(model: str) -> ChatTokenizer:
     variables = _special_tokens(_read_json(directory / "special_tokens_map.json") | config)
     ids = {key: _token_id(backend, key, token, directory) for key, token in variables.items()}
     if "eos_token" not in ids:
-        problem = f"{directory / 'tokenizer_config.json'} names no eos_token"
+        problem = f"{directory / 'tokenizer_config.json'} has no eos_token"
         raise step_error(STEP, "tokenizer_mismatch", problem, where="tokenizer")
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     _require_embeddings(directory / "config.json", vocab_size)
@@ -115,7 +115,7 @@ def template_text(chat_template: str | None, tokenizer: ChatTokenizer) -> str:
     if chat_template is None:
         if tokenizer.chat_template is None:
             problem = f"the tokenizer in {tokenizer.directory} has no chat template of its own"
-            problem += ", or several and none called default"
+            problem += ", or several but none named default"
             raise step_error(STEP, "bad_chat_template", problem, where="chat_template")
         return tokenizer.chat_template
     text = read_template(chat_template)
@@ -124,7 +124,9 @@ def template_text(chat_template: str | None, tokenizer: ChatTokenizer) -> str:
     tokens = sorted(set(_CONTROL_TOKEN.findall(text)))
     unknown = [token for token in tokens if tokenizer.backend.token_to_id(token) is None]
     if unknown:
-        problem = f"the chat template writes {', '.join(unknown)}, not in the vocabulary"
+        problem = (
+            f"the chat template writes {', '.join(unknown)}, not in the tokenizer's vocabulary"
+        )
         raise _mismatch(problem, tokenizer.directory)
     return text
 
@@ -186,7 +188,7 @@ def _require_embeddings(path: Path, vocab_size: int) -> None:
     model = _read_json(path)
     embeddings = model.get("text_config", model).get("vocab_size")
     if isinstance(embeddings, int) and vocab_size > embeddings:
-        problem = f"token ids up to {vocab_size - 1}, but the model has {embeddings} embeddings"
+        problem = f"token ids go up to {vocab_size - 1}, but the model has {embeddings} embeddings"
         raise _mismatch(problem, path)
 
 

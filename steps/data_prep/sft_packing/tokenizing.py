@@ -148,7 +148,7 @@ def encoder_of(settings: EncoderSettings, tokenizer: ChatTokenizer | None = None
 def _build(settings: EncoderSettings, tokenizer: ChatTokenizer) -> Encoder:
     is_same = tokenizer.blake3 == settings.tokenizer_blake3
     if not is_same or tuple(tokenizer.variables.items()) != settings.special_tokens:
-        problem = "it changed while the run was going on"
+        problem = "it changed during the run"
         raise step_error(STEP, "tokenizer_mismatch", problem, where=settings.tokenizer)
     return build_encoder(
         tokenizer=tokenizer,

@@ -46,7 +46,7 @@ def _pack_tasks(config: Config, job: Job) -> Sequence[Task]:
     found = [find_receipt(task.directory, task.key) for task in tasks]
     receipts = [receipt for receipt in found if receipt is not None]
     if len(receipts) < len(tasks):
-        problem = f"{len(tasks) - len(receipts)} of {len(tasks)} parts are not tokenized"
+        problem = f"tokenized parts: {len(receipts)} of {len(tasks)}"
         raise step_error(STEP, "stage_unfinished", problem, where=str(job.workspace.tokens))
     return packing_of(config, job, receipts).tasks
 

@@ -136,9 +136,11 @@ def _check_chunks(config: Config) -> list[tuple[str, str]]:
         return []
     where = "model.virtual_pipeline_model_parallel_size"
     if config.pipeline_model_parallel_size == 1:
-        return [(where, "one pipeline stage has nothing to interleave its parts with")]
+        return [(where, "interleaving parts needs more than one pipeline stage")]
     if model.num_layers_in_first_pipeline_stage or model.num_layers_in_last_pipeline_stage:
-        return [(where, "parts of a stage are equal; num_layers_in_first/last is for one part")]
+        return [
+            (where, "parts must be of equal size: num_layers_in_first/last cannot be set as well")
+        ]
     return []
 
 
@@ -146,7 +148,7 @@ def _check_packs(config: Config, packs: Artifact) -> list[NemotronError]:
     errors = []
     valid = config.dataset.packed_sequence_specs.packed_val_data_path
     if valid is not None and packed_root(valid) != packed_root(config.packed_data):
-        problem = f"packed_val_data_path={valid} is not a part of {config.packed_data}"
+        problem = f"packed_val_data_path={valid} is not part of {config.packed_data}"
         errors.append(step_error(STEP, "missing_packed_data", problem))
     pack_size = packs.properties["pack_size"]
     if pack_size != config.seq_length:
@@ -156,7 +158,7 @@ def _check_packs(config: Config, packs: Artifact) -> list[NemotronError]:
         )
     rows, batch = packs.properties["splits"]["train"]["rows"], config.train.global_batch_size
     if rows < batch:
-        problem = f"the train split has {rows} rows; train.global_batch_size is {batch}"
+        problem = f"the train split has fewer rows ({rows}) than train.global_batch_size ({batch})"
         errors.append(step_error(STEP, "too_few_rows", problem, where=str(config.packed_data)))
     return errors
 
@@ -193,7 +195,7 @@ def target_errors(
         candidates, kind = (names, "linears") if is_target else (adapted, "adapted linears")
         for pattern, closest in unmatched(own, candidates).items():
             problem = (
-                f"{key} has {pattern!r}, which names none of the {len(candidates)} {kind} of "
+                f"{key} has {pattern!r}, which matches none of the {len(candidates)} {kind} of "
                 f"{num_layers} layers (closest: {', '.join(closest)})"
             )
             errors.append(step_error(STEP, "no_such_module", problem, where=key))

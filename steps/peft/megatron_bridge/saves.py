@@ -99,5 +99,9 @@ class Saves:
             try:
                 retain_newest(self.output, self.resume.most_recent_k, until=progress.iteration)
             except OSError as error:  # the new save is complete
-                print(f"warning: earlier saves stay: {error}", file=sys.stderr, flush=True)
+                print(
+                    f"warning: earlier saves could not be deleted: {error}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return directory

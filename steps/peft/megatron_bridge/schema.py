@@ -45,11 +45,11 @@ class Config(Schema):
     dist: DistConfig = DistConfig()
     mixed_precision: Literal["fp32", "bf16_mixed"] = Field(
         default="fp32",
-        description="fp32, or the base and activations in bf16 with fp32 masters of the adapter",
+        description="fp32, or base and activations in bf16 with fp32 master weights of the adapter",
     )
     hf_model_path: str | None = Field(
         default=None,
-        description="the base that PEFT reads in the adapter; by default where it came from",
+        description="base that the adapter names for PEFT; null: the source of the base",
     )
     hf_load: HfLoadConfig = HfLoadConfig()
     checkpoint_patch: CheckpointPatchConfig = CheckpointPatchConfig()
@@ -64,7 +64,7 @@ class Config(Schema):
             given = {key: value for key, value in values.items() if value is not None}
             if len(set(given.values())) > 1:
                 stated = ", ".join(f"{key}={value}" for key, value in given.items())
-                raise ValueError(f"{name} is stated twice and differently: {stated}")
+                raise ValueError(f"{name} is set to different values: {stated}")
         return self
 
     @model_validator(mode="after")
@@ -80,7 +80,7 @@ class Config(Schema):
         if style == "WSD" and not 0 < (wsd_decay_iters or 0) <= self.lr_decay_iters:
             raise ValueError(
                 f"lr_decay_style=WSD needs scheduler.lr_wsd_decay_iters, the iterations of its "
-                f"decay, in 1 to {self.lr_decay_iters}; it is {wsd_decay_iters}"
+                f"decay, between 1 and {self.lr_decay_iters}; it is {wsd_decay_iters}"
             )
         if style == "inverse-square-root" and self.lr_warmup_iters < 1:
             raise ValueError(

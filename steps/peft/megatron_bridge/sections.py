@@ -42,7 +42,7 @@ class RecipeConfig(Schema):
     target: Recipe | None = Field(
         default=None,
         alias="_target_",
-        description="upstream's name of these defaults; nothing is imported",
+        description="upstream's name for these defaults; nothing is imported",
     )
     packed_sequence: Literal[True] = Field(default=True, description="rows are always packed")
     peft: Literal["lora"] = Field(default="lora", description="the recipe is always LoRA")
@@ -72,12 +72,12 @@ class RecipeConfig(Schema):
 class ModelConfig(Schema):
     """The same facts in Megatron's model section, and how the loss is normalised."""
 
-    seq_length: PositiveInt | None = Field(default=None, description="as recipe.seq_length")
+    seq_length: PositiveInt | None = Field(default=None, description="same as recipe.seq_length")
     tensor_model_parallel_size: PositiveInt | None = Field(
-        default=None, description="as recipe.tensor_model_parallel_size"
+        default=None, description="same as recipe.tensor_model_parallel_size"
     )
     pipeline_model_parallel_size: PositiveInt | None = Field(
-        default=None, description="as recipe.pipeline_model_parallel_size"
+        default=None, description="same as recipe.pipeline_model_parallel_size"
     )
     virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
         default=None,
@@ -90,21 +90,23 @@ class ModelConfig(Schema):
         default=None, description="layers of the last stage; null: as even as possible"
     )
     context_parallel_size: PositiveInt | None = Field(
-        default=None, description="as recipe.context_parallel_size"
+        default=None, description="same as recipe.context_parallel_size"
     )
     expert_model_parallel_size: PositiveInt | None = Field(
-        default=None, description="as recipe.expert_model_parallel_size"
+        default=None, description="same as recipe.expert_model_parallel_size"
     )
     expert_tensor_parallel_size: PositiveInt | None = Field(
         default=None, description="ranks that share an expert; only 1 is supported"
     )
-    sequence_parallel: bool | None = Field(default=None, description="as recipe.sequence_parallel")
+    sequence_parallel: bool | None = Field(
+        default=None, description="same as recipe.sequence_parallel"
+    )
     calculate_per_token_loss: bool = Field(
         default=True,
         description="mean over the global batch's supervised tokens; false: over its micro batches",
     )
     recompute_granularity: Literal["full"] | None = Field(
-        default=None, description="as recipe.recompute_granularity"
+        default=None, description="same as recipe.recompute_granularity"
     )
     recompute_method: Literal["uniform"] | None = Field(
         default=None, description="uniform: the same for every layer; needs recompute_granularity"
@@ -118,7 +120,7 @@ class PackedSequenceSpecs(Schema):
     """Upstream's other spelling of where the packs are: a directory or a glob of Parquet files."""
 
     packed_sequence_size: PositiveInt | None = Field(
-        default=None, description="as recipe.seq_length"
+        default=None, description="same as recipe.seq_length"
     )
     packed_train_data_path: str | None = None
     packed_val_data_path: str | None = Field(
@@ -130,10 +132,10 @@ class DatasetConfig(Schema):
     """The packed data."""
 
     nano3_packed_sft_dir: str | None = None
-    seq_length: PositiveInt | None = Field(default=None, description="as recipe.seq_length")
+    seq_length: PositiveInt | None = Field(default=None, description="same as recipe.seq_length")
     dataloader_type: Literal["batch"] = Field(
         default="batch",
-        description="global batches of rows, which are permuted anew in every epoch",
+        description="global batches of rows, reshuffled every epoch",
     )
     packed_sequence_specs: PackedSequenceSpecs = PackedSequenceSpecs()
 
@@ -204,7 +206,7 @@ class OptimizerConfig(Schema):
     )
     weight_decay: NonNegativeFloat = Field(default=0.1, description="decoupled weight decay")
     clip_grad: NonNegativeFloat = Field(
-        default=1.0, description="bound on the global gradient norm; 0: none"
+        default=1.0, description="maximum global gradient norm; 0: no clipping"
     )
 
 
@@ -271,8 +273,8 @@ class CheckpointConfig(Schema):
     )
     most_recent_k: int = Field(
         default=-1,
-        description="saves to keep, 2 or more: older ones, except the one with the lowest "
-        "validation loss, go once a newer one is whole; -1: all",
+        description="newest saves to keep, 2 or more: older ones, except the one with the lowest "
+        "validation loss, are deleted once a newer one is intact; -1: keep all",
     )
     finetune: Literal[True] = Field(
         default=True,
@@ -297,13 +299,13 @@ class CheckpointConfig(Schema):
     def _can_be_honoured(self) -> Self:
         if self.most_recent_k != -1 and self.most_recent_k < 2:
             raise ValueError(
-                f"most_recent_k is {self.most_recent_k}; wanted -1, or 2 and more, so that a "
+                f"most_recent_k is {self.most_recent_k}; wanted -1, or 2 or more, so that a "
                 "damaged save is never the only one"
             )
         if self.ckpt_step is not None and self.other_run is None:
             raise ValueError(
-                "ckpt_step goes back to a save of checkpoint.load, which must be another directory "
-                "than checkpoint.save, so that later saves are not overwritten"
+                "ckpt_step selects a save of checkpoint.load, which must be a different directory "
+                "from checkpoint.save, so that later saves are not overwritten"
             )
         return self
 
@@ -352,7 +354,7 @@ class LoggerConfig(Schema):
         default=None, description="name of the run there, with wandb_project"
     )
     wandb_entity: str | None = Field(
-        default=None, description="who the project belongs to; null: the account's default"
+        default=None, description="owner of the project; null: the account's default"
     )
     wandb_save_dir: str | None = Field(
         default=None, description="where wandb keeps its files; null: as wandb decides (WANDB_DIR)"
@@ -378,5 +380,5 @@ class DistConfig(Schema):
     )
     heartbeat_timeout_seconds: PositiveInt = Field(
         default=60,
-        description="a rank that for so long neither computes nor waits for another ends the job",
+        description="how long a rank may neither compute nor wait for another before the job ends",
     )

@@ -77,6 +77,6 @@ def _prepare(output: Path, resume: ResumeSettings, train_iters: int) -> Start:
         if previous is not None:
             lines.append(f"the earlier run in {output} was kept as {previous}")
     if start.saved is not None:
-        lines.append(f"going on from {start.saved.directory}")
+        lines.append(f"resuming from {start.saved.directory}")
     print("".join(f"{line}\n" for line in lines), end="", flush=True)
     return start

@@ -99,7 +99,7 @@ def _say_which_is_best(best: Best, output: Path, reached: Progress) -> None:
         return
     save = best_save(output, until=reached.iteration)
     if save is not None and save.name != save_name(reached.iteration):
-        print(f"of all saves {save} has the lowest validation loss", flush=True)
+        print(f"of all saves, {save} has the lowest validation loss", flush=True)
 
 
 def _trainer(

@@ -73,7 +73,7 @@ def test_publish_refuses_what_no_step_wrote(tmp_path: Path) -> None:
 def test_publish_refuses_the_output_of_another_step(tmp_path: Path) -> None:
     make(tmp_path / "out")
     with (
-        pytest.raises(NemotronError, match="out is what demo/make wrote") as caught,
+        pytest.raises(NemotronError, match="out was written by demo/make") as caught,
         publish(tmp_path / "out", step="demo/other"),
     ):
         pass
@@ -253,7 +253,7 @@ def test_a_file_system_without_locks_is_written_to_and_named_once(
         make(tmp_path / name)
         assert (tmp_path / name / "a.txt").is_file()
     said = capsys.readouterr().err
-    assert said.count("the output has no locks; no other run may write there") == 1
+    assert said.count("the output's file system has no locks; make sure") == 1
 
 
 def test_the_working_directory_can_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def test_a_file_may_have_a_digest_of_each_of_its_pieces(tmp_path: Path) -> None:
     with (tmp_path / "out" / "weights").open("r+b") as stream:
         stream.seek(len(b"headerfirst"))
         stream.write(b"S")
-    with pytest.raises(NemotronError, match=r"does not have .* says of bytes 11 to 24"):
+    with pytest.raises(NemotronError, match=r"does not have .*: bytes 11 to 24"):
         verify_files(tmp_path / "out", artifact)
 
 
@@ -207,12 +207,12 @@ def test_an_artifact_of_another_format_is_refused_in_words(tmp_path: Path) -> No
     manifest = tmp_path / "out" / MANIFEST
     text = manifest.read_text().replace('"format_version": 3', '"format_version": 1')
     manifest.write_text(text.replace('"blake3": ', '"sha256": '))
-    with pytest.raises(NemotronError, match="is of format 1: Input should be 2 or 3") as caught:
+    with pytest.raises(NemotronError, match="has format 1: Input should be 2 or 3") as caught:
         read_artifact(tmp_path / "out", "packed_parquet")
     assert caught.value.code == "artifact_format"
     assert caught.value.exit_code is ExitCode.DATA
     assert "another version of nemotron" in caught.value.why
-    assert "again with the step that produced it" in caught.value.fix
+    assert "again with the step that wrote it" in caught.value.fix
 
 
 def test_a_digest_is_the_blake3_of_the_content(tmp_path: Path) -> None:

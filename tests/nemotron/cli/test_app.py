@@ -30,7 +30,7 @@ from nemotron.cli.app import app, main
         (["steps", "run", "demo/make", "-lr", "child"], "unknown_option", "no option -l"),
         (["steps", "run", "demo/make", "--dryrun"], "unknown_option", "did you mean --dry-run"),
         (["steps", "run", "demo/make", "--tp", "4"], "unknown_option", "no option --tp"),
-        (["steps", "run", "demo/make", "--tp=8"], "unknown_option", "stands after --"),
+        (["steps", "run", "demo/make", "--tp=8"], "unknown_option", "go after --"),
         (["steps", "run", "demo/make", "word"], "argument_invalid", "'word' is not key=value"),
         (["steps", "run", "tp=3", "demo/make"], "step_unknown", "no step 'tp=3'"),
         (["steps", "run", "demo/make", "-r"], "usage", "requires an argument"),

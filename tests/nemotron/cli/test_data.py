@@ -136,7 +136,7 @@ def test_files_of_others_are_read_by_their_columns(
     item = json.loads(capsys.readouterr().out)["splits"][""]
     assert (item["rows"], item["tokens"], item["supervised_tokens"]) == (1, 2, 2)
     assert main(["data", "inspect", str(tmp_path)]) == 4
-    assert "the packs do not name their tokenizer" in capsys.readouterr().err
+    assert "the packs do not record their tokenizer" in capsys.readouterr().err
     tokenizer = json.loads((packed / "artifact.json").read_text())["properties"]["tokenizer"]
     assert main(["data", "inspect", str(tmp_path), "--tokenizer", tokenizer]) == 0
     # Control characters of the data do not reach the terminal.
@@ -146,9 +146,9 @@ def test_files_of_others_are_read_by_their_columns(
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
-        (["stats", "nowhere"], 4, "nowhere holds no packed Parquet"),
+        (["stats", "nowhere"], 4, "nowhere does not exist"),
         (["inspect", "{}", "--row", "9999"], 2, "no row 9999"),
-        (["inspect", "{}", "--split", "dev"], 2, "no split 'dev'; there are: train, valid, test"),
+        (["inspect", "{}", "--split", "dev"], 2, "choose one with --split: train, valid, test"),
         (["inspect", "{}", "--tokenizer", "nowhere"], 4, "no tokenizer.json at nowhere"),
         (["inspect", "{}", "--row", "-1"], 2, "--row"),
         (["stats", "{}/rejects.jsonl"], 4, "is not packed Parquet"),
@@ -183,16 +183,20 @@ def test_another_tokenizer_is_refused(packed: Path, tmp_path: Path, capsys: Capt
 
 
 GOOD: dict[str, Any] = {"input_ids": [[5, 6, 27]], "loss_mask": [[1, 1, 0]], "seq_start_id": [[0]]}
-UNSORTED = "seq_start_id of row 1 does not rise from 0 to below its length"
+UNSORTED = "seq_start_id of row 1 does not increase from 0 to below its length"
 
 
 @pytest.mark.parametrize(
     ("changes", "metadata", "problem"),
     [
-        ({"seq_start_id": [0]}, {}, "its seq_start_id is int64, no list of integers"),
-        ({"loss_mask": [["a", "b", "c"]]}, {}, "its loss_mask is list<"),
-        ({"input_ids": [None]}, {}, "its input_ids is null, no list of integers"),
-        ({}, {"nemotron.pack_size": "0512"}, "its metadata has pack_size '0512', no number"),
+        ({"seq_start_id": [0]}, {}, "its column seq_start_id is int64, not a list of integers"),
+        ({"loss_mask": [["a", "b", "c"]]}, {}, "its column loss_mask is list<"),
+        ({"input_ids": [None]}, {}, "its column input_ids is null, not a list of integers"),
+        (
+            {},
+            {"nemotron.pack_size": "0512"},
+            "its metadata has pack_size '0512', which is not a number",
+        ),
     ],
 )
 def test_a_file_that_is_no_packed_parquet_is_damaged(
@@ -236,7 +240,7 @@ def test_a_row_that_breaks_the_contract_is_damaged(
 def test_a_mask_of_another_length_than_its_row_is_damaged(tmp_path: Path, capsys: Captured) -> None:
     pq.write_table(pa.table(GOOD | {"loss_mask": [[1, 0]]}), tmp_path / "shard.parquet")
     assert main(["data", "inspect", str(tmp_path), "--tokenizer", "nowhere"]) == 4
-    assert "row 0 has 3 input_ids, 2 loss_mask" in capsys.readouterr().err
+    assert "row 0 has 3 input_ids but 2 loss_mask" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("token", [-100, 1 << 31])
@@ -245,7 +249,7 @@ def test_an_id_that_no_token_can_have_is_damage(
 ) -> None:
     pq.write_table(pa.table(GOOD | {"input_ids": [[5, token, 27]]}), tmp_path / "shard.parquet")
     assert main(["data", "inspect", str(tmp_path), "--tokenizer", "nowhere"]) == 4
-    assert f"row 0 has {token} among its input_ids" in capsys.readouterr().err
+    assert f"row 0 has {token} in its input_ids" in capsys.readouterr().err
 
 
 def test_lists_of_other_widths_are_read(tmp_path: Path, capsys: Captured) -> None:

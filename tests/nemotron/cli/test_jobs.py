@@ -21,7 +21,7 @@ def test_list_status_and_logs_of_two_jobs(demo: Path, capsys: Captured) -> None:
     capsys.readouterr()
     assert main(["jobs", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["JOB", "STATUS", "EXIT", "STARTED", "PROFILE", "PLACED"]
+    assert lines[0].split() == ["JOB", "STATUS", "EXIT", "STARTED", "PROFILE", "SCHEDULER", "ID"]
     assert sorted(line.split()[1:3] for line in lines[1:]) == [["failed", "4"], ["succeeded", "0"]]
     assert main(["jobs", "list", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
@@ -55,7 +55,7 @@ def test_status_shows_what_was_known_where_the_scheduler_does_not_answer(
     assert main(["jobs", "status", "2"]) == 0  # which every id has in it
     out, err = capsys.readouterr()
     assert "status     running" in out
-    assert "note: as it was known last; there is no scontrol on this host" in err
+    assert "note: this is the last known state; scontrol is not installed on this host" in err
 
 
 def test_report_writes_a_page_and_with_json_prints_the_figures(

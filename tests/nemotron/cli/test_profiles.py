@@ -82,4 +82,4 @@ def test_check_does_not_advise_ssh_where_there_is_no_ssh(
     (here / "env.toml").write_text("\n".join(lines))
     monkeypatch.setenv("PATH", str(here))
     assert main(["profiles", "check", "p"]) == 9
-    assert "there is no ssh on this host\n  fix: install it" in capsys.readouterr().err
+    assert "ssh is not installed on this host\n  fix: install it" in capsys.readouterr().err

@@ -217,5 +217,5 @@ def test_a_slurm_run_where_there_is_no_slurm_ends_with_exit_code_9(
     for option in ("-r", "-b"):
         assert main(["steps", "run", "demo/train", option, "p"]) == 9
         error = capsys.readouterr().err
-        assert "error[command_missing]: there is no sbatch on this host" in error
+        assert "error[command_missing]: sbatch is not installed on this host" in error
         assert 'tunnel = "ssh"' in error

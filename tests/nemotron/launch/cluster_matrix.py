@@ -323,7 +323,7 @@ def requeue(place: Place, slurm: Slurm, local: Place) -> str:
         start_now(slurm, number)
         place.wait(job_id)
     assert place.status(job_id)["restarts"] == 1
-    assert "going on from " in place.nemotron("jobs", "logs", job_id).stdout
+    assert "resuming from " in place.nemotron("jobs", "logs", job_id).stdout
     return f"after {num_done} steps; {same_adapter(place, local, 'requeued')}"
 
 

@@ -221,7 +221,7 @@ def test_a_producer_that_fails_ends_the_run_with_its_exit_code(demo: Path) -> No
 
 
 def test_a_producer_that_makes_nothing_is_named(demo: Path) -> None:
-    with pytest.raises(NemotronError, match="demo/make -c silent ended well, but"):
+    with pytest.raises(NemotronError, match="demo/make -c silent succeeded, but"):
         run(plan("demo/use", config="silent"))
     (job,) = [job for job in jobs.list_jobs() if job.record.step == "demo/use"]
     assert job.record.status == "failed"

@@ -351,10 +351,10 @@ def test_a_job_that_stopped_is_queued_again_so_often_and_no_more(
 def test_check_asks_the_cluster_without_submitting(slurm: Path, nemotron: Nemotron) -> None:
     good = nemotron("profiles", "check", "rig")
     assert good.code == 0, good.err
-    assert "ok       partition main is there" in good.out
+    assert "ok       partition main exists" in good.out
     with (slurm / "env.toml").open("a") as file:
         file.write('[bad]\nextends = "rig"\npartition = "mian"\nmounts = ["/nowhere:/x"]\n')
     bad = nemotron("profiles", "check", "bad")
     assert bad.code == 3
-    assert "partition mian is none of: main" in bad.err
-    assert "mount source /nowhere is not there" in bad.err
+    assert "partition mian is not one of: main" in bad.err
+    assert "mount source /nowhere does not exist" in bad.err

@@ -277,5 +277,5 @@ def test_a_command_that_hangs_is_left(commands: Path) -> None:
 
 
 def test_a_command_that_fails_keeps_its_words(commands: Path) -> None:
-    with pytest.raises(NemotronError, match="ended with 1: Slurm accounting storage is disabled"):
+    with pytest.raises(NemotronError, match="failed with 1: Slurm accounting storage is disabled"):
         Host().require(["sacct"])

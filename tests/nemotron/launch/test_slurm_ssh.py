@@ -30,7 +30,7 @@ def test_an_input_that_is_not_on_the_cluster_is_refused_before_anything_is_submi
 ) -> None:
     train = ("steps", "run", "demo/train", "-c", "tiny", "-b", "far")
     plan = nemotron(*train, "--dry-run")
-    assert "packed_parquet at ./out/make: looked for on 127.0.0.1 when" in plan.out
+    assert "packed_parquet at ./out/make: checked on 127.0.0.1 when" in plan.out
     there = over_ssh / "far" / "workspace" / "out" / "make"
     there.mkdir(parents=True)  # empty
     refused = nemotron(*train)
@@ -80,7 +80,7 @@ def test_a_job_that_was_taken_is_recorded_also_if_its_secrets_stay_behind(
     started = nemotron(*RUN, "-b", "far", "run.env.secrets=[HF_TOKEN]")
     assert started.code == 0, started.err
     (left,) = (over_ssh / "far").glob(".environment*")
-    assert f"it holds secrets: remove {left} on 127.0.0.1 by hand" in started.err
+    assert f"the file has secrets: remove {left} on 127.0.0.1 by hand" in started.err
     assert nemotron("jobs", "wait", started.out.strip()).code == 0
 
 
@@ -109,4 +109,4 @@ def test_a_host_whose_key_is_not_known_is_refused(
     assert done.code == 9
     assert "error[host_unreachable]" in done.err
     assert "Host key verification failed" in done.err
-    assert "make this work without a question: ssh" in done.err
+    assert "make this work without a prompt: ssh" in done.err

@@ -46,7 +46,7 @@ def test_a_run_stopped_on_two_nodes_and_queued_again_equals_one_on_this_machine(
     code = nemotron("jobs", "wait", job_id).code
     log = nemotron("jobs", "logs", job_id).out
     assert code == 0, log
-    assert "going on from remote/iter_" in log
+    assert "resuming from remote/iter_" in log
     assert "Traceback" not in log
     # The same two ranks in the same order: not only close, but the same bytes.
     assert losses(cluster / "remote") == losses(cluster / "local")

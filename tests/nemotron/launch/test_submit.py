@@ -146,7 +146,10 @@ def test_what_sbatch_says_over_ssh_is_told(stand_in: Path, nemotron: Nemotron) -
     words = ("tunnel=ssh", "host=gate", f"remote_job_dir={stand_in}/far")
     done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
     assert done.code == 9
-    assert "error[submission_failed]: the job was not taken: sbatch: error: no such" in done.err
+    assert (
+        "error[submission_failed]: the job could not be submitted: sbatch: error: no such"
+        in done.err
+    )
 
 
 def test_files_that_take_too_long_to_copy_are_named_as_the_reason(
@@ -163,5 +166,5 @@ def test_files_that_take_too_long_to_copy_are_named_as_the_reason(
     done = nemotron("steps", "run", "demo/make", "-b", "cluster", *(f"run.env.{w}" for w in words))
     assert done.code == 9, done.err
     assert re.search(
-        r"the job was not taken: copying \d+\.\d MiB to far took longer than 1 s", done.err
+        r"the job could not be submitted: copying \d+\.\d MiB to far took longer than 1 s", done.err
     )

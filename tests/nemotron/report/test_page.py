@@ -37,13 +37,13 @@ def test_a_page_has_every_curve_and_every_value(write_metrics: WriteMetrics) -> 
     write_metrics("out", optimizer={"lr": 0.125})
     page = report_page(read_run("out"))
     assert charts(page) == {
-        "Loss: training, and validation dashed": ["out training", "out validation"],
+        "Loss (training solid, validation dashed)": ["out training", "out validation"],
         "Gradient norm": ["out"],
         "Learning rate": ["out"],
         "Tokens per second": ["out"],
         "Supervised tokens per second": ["out"],
         "TFLOP/s per rank": ["out"],
-        "Peak memory of a rank, GiB": ["out"],
+        "Peak memory per rank, GiB": ["out"],
     }
     cells = [cell.text for cell in parsed(page).iter("td")]
     assert cells[cells.index("optimizer.lr") + 1] == "0.125"
@@ -63,7 +63,7 @@ def test_two_runs_are_drawn_over_each_other(write_metrics: WriteMetrics) -> None
     write_metrics("two", optimizer={"lr": 0.2})
     page = report_page(read_run("one"), read_run("two"))
     assert charts(page)["Learning rate"] == ["one", "two"]
-    assert len(charts(page)["Loss: training, and validation dashed"]) == 4
+    assert len(charts(page)["Loss (training solid, validation dashed)"]) == 4
     rows = [["".join(cell.itertext()) for cell in row] for row in parsed(page).iter("tr")]
     assert ["optimizer.lr", "0.1", "0.2"] in rows
 

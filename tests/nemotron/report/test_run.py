@@ -98,7 +98,7 @@ def test_what_happened_is_told_in_order_from_metrics_and_jobs(
         "started",
         f"job {killed} failed: [rank_died] rank 1 was killed by SIGKILL",
         "resumed from iter_0000004",
-        "nothing saved: disk full",
+        "save failed: disk full",
         "stopped on request",
         f"job {preempted} preempted",
     ]

@@ -80,14 +80,14 @@ def test_open_names_a_missing_half(adapter: Path, config: DecoderConfig, half: s
     _change_weights(adapter, drop)
     error = _error(adapter, config)
     assert error.code == "adapter_half_missing"
-    assert f"all 8 tensors *.{half}.weight are missing" in error.problem
+    assert f"every tensor *.{half}.weight is missing (8)" in error.problem
 
 
 def test_open_names_a_missing_tensor(adapter: Path, config: DecoderConfig) -> None:
     _change_weights(adapter, lambda tensors: tensors.pop(f"{Q_PROJ}.lora_B.weight"))
     error = _error(adapter, config)
     assert error.code == "adapter_keys_missing"
-    assert f"1 of 16 tensors are missing, first {Q_PROJ}.lora_B.weight" in error.problem
+    assert f"missing tensors: 1 of 16, first {Q_PROJ}.lora_B.weight" in error.problem
 
 
 def test_open_names_a_wrong_prefix(adapter: Path, config: DecoderConfig) -> None:
@@ -141,7 +141,7 @@ def test_open_refuses_a_rank_that_is_not_that_of_the_tensors(
     _change_config(adapter, r=4)
     error = _error(adapter, config)
     assert error.code == "adapter_rank"
-    assert "r is 4; adapter_model.safetensors was saved with 3" in error.problem
+    assert "r is 4, but adapter_model.safetensors was saved with 3" in error.problem
     _change_weights(adapter, lambda _: None)  # as another writer leaves it
     error = _error(adapter, config)
     assert error.code == "adapter_rank"
@@ -153,7 +153,7 @@ def test_open_names_a_tensor_of_another_shape(adapter: Path, config: DecoderConf
     _change_weights(adapter, lambda tensors: tensors.update({name: torch.zeros(15, 3)}))
     error = _error(adapter, config)
     assert error.code == "adapter_shape"
-    assert f"{name} is [15, 3]; its rank and the base ask for [16, 3]" in error.problem
+    assert f"{name} has shape [15, 3]; its rank and the base require [16, 3]" in error.problem
 
 
 def test_open_names_a_truncated_file(adapter: Path, config: DecoderConfig) -> None:
@@ -175,12 +175,12 @@ def test_open_names_a_truncated_file(adapter: Path, config: DecoderConfig) -> No
         ({"target_modules": [3]}, r"target_modules is \[3\]; wanted a list of names"),
         ({"target_modules": ["q_porj"]}, r"named q_porj \(closest: q_proj\)"),
         ({"target_modules": "q_proj"}, "adapts no module .* the pattern 'q_proj'"),
-        ({"target_modules": "q_(proj"}, r"target_modules: 'q_\(proj' is no pattern"),
+        ({"target_modules": "q_(proj"}, r"target_modules: 'q_\(proj' is not a valid pattern"),
         ({"target_modules": ["q_proj", "lm_head"]}, "embeddings or lm_head are not supported"),
         ({"target_modules": ".*embed_tokens"}, "embeddings or lm_head are not supported"),
         ({"exclude_modules": {"q_proj": 1}}, "exclude_modules is .*; wanted a list of names"),
-        ({"layers_to_transform": ["0"]}, r"layers_to_transform is \['0'\]; wanted numbers"),
-        ({"layers_to_transform": True}, "layers_to_transform is True; wanted numbers"),
+        ({"layers_to_transform": ["0"]}, r"layers_to_transform is \['0'\]; wanted layer numbers"),
+        ({"layers_to_transform": True}, "layers_to_transform is True; wanted layer numbers"),
         ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
         (
             {"target_modules": ".*q_proj", "layers_to_transform": [0]},
@@ -188,10 +188,10 @@ def test_open_names_a_truncated_file(adapter: Path, config: DecoderConfig) -> No
         ),
         ({"bias": "all"}, "bias is 'all'"),
         ({"use_dora": True}, "use_dora is True"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives q_proj 0; wanted a number"),
-        ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern gives q_proj 1.5"),
-        ({"rank_pattern": {"q_(proj": 3}}, r"rank_pattern: 'q_\(proj' is no pattern"),
-        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern gives q_proj '8'"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern sets q_proj to 0; wanted a number"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern sets q_proj to 1.5"),
+        ({"rank_pattern": {"q_(proj": 3}}, r"rank_pattern: 'q_\(proj' is not a valid pattern"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern sets q_proj to '8'"),
         ({"rank_pattern": "x"}, "rank_pattern is 'x'; wanted numbers by module"),
         ({"alpha_pattern": ["a"]}, r"alpha_pattern is \['a'\]; wanted numbers by module"),
         ({"use_rslora": 1}, "use_rslora is 1; wanted true or false"),

@@ -76,7 +76,7 @@ def test_open_refuses_an_lm_head_that_is_not_the_tied_embedding(
     _change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(61, 16)}))
     error = _error(tmp_path)
     assert error.code == "weights_unexpected"
-    assert "lm_head.weight is not the embedding" in error.problem
+    assert "lm_head.weight differs from the embedding" in error.problem
 
 
 def test_open_names_a_missing_tensor_and_the_closest_one(
@@ -87,9 +87,7 @@ def test_open_names_a_missing_tensor_and_the_closest_one(
     _change(tmp_path, lambda tensors: tensors.update({wrong: tensors.pop(right)}))
     error = _error(tmp_path)
     assert error.code == "weights_incomplete"
-    assert error.problem == (
-        f"1 tensors of the model are not there, first {right} (closest: {wrong})"
-    )
+    assert error.problem == (f"missing tensors of the model: 1, first {right} (closest: {wrong})")
 
 
 def test_open_names_an_unexpected_tensor(tmp_path: Path, save_llama: SaveLlama) -> None:
@@ -107,7 +105,7 @@ def test_open_names_a_tensor_of_another_shape(tmp_path: Path, save_llama: SaveLl
     _change(tmp_path, lambda tensors: tensors.update({name: torch.zeros(16, 23)}))
     error = _error(tmp_path)
     assert error.code == "weights_shape"
-    assert error.problem == f"{name} is [16, 23]; config.json asks for [16, 24]"
+    assert error.problem == f"{name} has shape [16, 23]; config.json requires [16, 24]"
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
@@ -145,8 +143,8 @@ def test_open_names_a_missing_shard(tmp_path: Path, save_llama: SaveLlama) -> No
         ({}, "it has no weight_map"),
         ({"x": "../model.safetensors"}, "points outside the directory"),
         ({"x": "part.safetensors"}, "x is not in it"),
-        ({"x": ["part.safetensors"]}, "its weight_map gives names that are no text"),
-        ({"x": None, "y": "part.safetensors"}, "its weight_map gives names that are no text"),
+        ({"x": ["part.safetensors"]}, "its weight_map has file names that are not text"),
+        ({"x": None, "y": "part.safetensors"}, "its weight_map has file names that are not text"),
     ],
 )
 def test_open_refuses_an_index_that_makes_no_sense(
@@ -162,7 +160,7 @@ def test_open_refuses_an_index_that_makes_no_sense(
 
 def test_open_refuses_a_config_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    assert "config.json: this is not a JSON object" in _error(tmp_path).problem
+    assert "config.json: it is not a JSON object" in _error(tmp_path).problem
 
 
 def test_open_names_the_config_that_is_not_supported(tmp_path: Path, save_llama: SaveLlama) -> None:

@@ -245,7 +245,7 @@ def test_open_names_a_tensor_of_another_shape(root: Path) -> None:
     _rewrite(root, lambda tensors: tensors | {QKV: tensors[QKV][:, :-1]})
     error = _error(root)
     assert error.code == "weights_shape"
-    assert error.problem == f"{QKV} is [2, 31, 16]; the config asks for [2, 32, 16]"
+    assert error.problem == f"{QKV} has shape [2, 31, 16]; the config requires [2, 32, 16]"
 
 
 def test_open_takes_no_other_tensor_for_a_padded_one(root: Path) -> None:
@@ -253,7 +253,7 @@ def test_open_takes_no_other_tensor_for_a_padded_one(root: Path) -> None:
     _rewrite(root, lambda tensors: tensors | {name: torch.ones(20)})
     error = _error(root)
     assert error.code == "weights_shape"
-    assert error.problem == f"{name} is [20]; the config asks for [16]"
+    assert error.problem == f"{name} has shape [20]; the config requires [16]"
 
 
 def test_open_refuses_fsdp_dtensor_checkpoints(root: Path) -> None:

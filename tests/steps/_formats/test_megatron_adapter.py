@@ -206,7 +206,7 @@ def test_canonical_lora_of_another_size_than_its_config_says_is_refused(
     root = save(tmp_path, tensors, config, kind=kind, num_parts=4, target_modules=targets)
     error = refused(root, config)
     assert error.code == "adapter_config"
-    assert "at tensor-parallel size 2; run_config.yaml says 1" in error.problem
+    assert "at tensor-parallel size 2, but run_config.yaml says 1" in error.problem
 
 
 def test_write_megatron_adapter_writes_canonical_lora_where_parts_do_not_share(
@@ -253,7 +253,7 @@ def test_write_megatron_adapter_refuses_what_its_format_does_not_express(
     ranks = {0: 2, 1: 3} if change == "rank" else {0: 3}
     save_peft_adapter(tmp_path / "peft", config, ranks=ranks)
     adapter = open_adapter(tmp_path / "peft", config=config)
-    wanted = "differ in rank or scale" if change == "rank" else "in some layers only"
+    wanted = "differ in rank or scale" if change == "rank" else "only in some layers"
     with pytest.raises(NemotronError, match=wanted) as caught:
         write_megatron_adapter(tmp_path, adapter, pretrained_checkpoint="b")
     assert caught.value.code == "adapter_config"
@@ -266,11 +266,19 @@ PROJ = "decoder.layers.self_attention.linear_proj.adapter"
 @pytest.mark.parametrize(
     ("code", "change", "message"),
     [
-        ("half_missing", {f"{PROJ}.linear_out.weight": None}, "has linear_in only"),
-        ("keys_unexpected", {f"{PROJ}.extra.weight": torch.zeros(1)}, "extra.weight is no tensor"),
-        ("keys_unexpected", {"output_layer.weight": torch.zeros(1)}, "output_layer.weight is no"),
-        ("shape", {f"{PROJ}.linear_in.weight": torch.zeros(2, 3, 15)}, "ask for [2, 3, 16]"),
-        ("shape", {f"{PROJ}.linear_in.weight": torch.zeros(3, 3, 16)}, "is [3, 3, 16]"),
+        ("half_missing", {f"{PROJ}.linear_out.weight": None}, "has only linear_in"),
+        (
+            "keys_unexpected",
+            {f"{PROJ}.extra.weight": torch.zeros(1)},
+            "extra.weight is not a tensor",
+        ),
+        (
+            "keys_unexpected",
+            {"output_layer.weight": torch.zeros(1)},
+            "output_layer.weight is not a",
+        ),
+        ("shape", {f"{PROJ}.linear_in.weight": torch.zeros(2, 3, 15)}, "require [2, 3, 16]"),
+        ("shape", {f"{PROJ}.linear_in.weight": torch.zeros(3, 3, 16)}, "has shape [3, 3, 16]"),
         ("rank", {f"{PROJ}.linear_in.weight": torch.zeros(2, 4, 16)}, "rank 4; peft.dim is 3"),
         ("not_finite", {f"{PROJ}.linear_out.weight": torch.full((2, 16, 3), torch.inf)}, "not fin"),
     ],
@@ -310,4 +318,4 @@ def test_open_names_a_target_without_tensors(tmp_path: Path, config: DecoderConf
     tensors = {k: v for k, v in fused_tensors().items() if "linear_fc2" not in k}
     error = refused(save(tmp_path / "x", tensors, config), config)
     assert error.code == "adapter_keys_missing"
-    assert "2 adapted modules have no tensors, first model.layers.0.mlp.down_proj" in error.problem
+    assert "adapted modules without tensors: 2, first model.layers.0.mlp.down_proj" in error.problem

@@ -211,7 +211,9 @@ def test_publish_megatron_refuses_what_reads_back_otherwise(
         write_blocks(file, name, changed, **more)
 
     monkeypatch.setattr(TorchDistFile, "write_blocks", lose_a_bit)
-    with pytest.raises(NemotronError, match=r"o_proj\.weight does not read back as") as caught:
+    with pytest.raises(
+        NemotronError, match=r"o_proj\.weight differs from what was written"
+    ) as caught:
         publish_megatron(
             tmp_path / "out",
             hf,

@@ -124,14 +124,14 @@ def test_open_refuses_bytes_after_the_data(tmp_path: Path) -> None:
     [
         (b"not json", "not JSON"),
         (b"[]", "not JSON"),
-        (json.dumps({"x": {"dtype": "F32", "shape": [2]}}).encode(), "entry of x does not parse"),
+        (json.dumps({"x": {"dtype": "F32", "shape": [2]}}).encode(), "entry for x does not parse"),
         (
             json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}).encode(),
-            "entry of x contradicts itself",
+            "entry for x contradicts itself",
         ),
         (
             json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}).encode(),
-            "entry of x contradicts itself",
+            "entry for x contradicts itself",
         ),
     ],
 )

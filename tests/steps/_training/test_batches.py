@@ -119,12 +119,12 @@ def test_a_split_is_all_its_shards_in_the_order_of_their_names(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row([1, 2], [1], [0]), "2 input_ids, 1 loss_mask"),
-        (row([1, 2], [1, 0], [1]), "does not rise from 0"),
-        (row([1, 2, 3], [1, 0, 0], [0, 2, 2]), "does not rise from 0"),
-        (row([1, 2], [1, 0], []), "does not rise from 0"),
-        (row([1, 9], [1, 0], [0]), "outside of the vocabulary of 8"),
-        (row([1, -1], [1, 0], [0]), "outside of the vocabulary of 8"),
+        (row([1, 2], [1], [0]), "2 input_ids but 1 loss_mask values"),
+        (row([1, 2], [1, 0], [1]), "does not increase from 0"),
+        (row([1, 2, 3], [1, 0, 0], [0, 2, 2]), "does not increase from 0"),
+        (row([1, 2], [1, 0], []), "does not increase from 0"),
+        (row([1, 9], [1, 0], [0]), "outside the vocabulary of 8"),
+        (row([1, -1], [1, 0], [0]), "outside the vocabulary of 8"),
         (row([1, 2], [0, 0], [0, 1]), "no document has two tokens"),
     ],
 )

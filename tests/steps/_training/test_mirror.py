@@ -110,11 +110,11 @@ def test_what_a_killed_life_of_the_run_added_is_not_shown_once_it_has_gone_on(
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("raise ImportError('no wandb here')", "wandb: ImportError: no wandb here;"),
+        ("raise ImportError('no wandb here')", "wandb has stopped: ImportError: no wandb here;"),
         (
             "class Settings:\n    def __init__(self, **_): pass\n"
             "def init(**_): raise ConnectionError('the server is gone')",
-            "wandb: ConnectionError: the server is gone;",
+            "wandb has stopped: ConnectionError: the server is gone;",
         ),
         ("import os\nos.kill(os.getpid(), 9)", "wandb was killed by signal 9;"),
     ],
@@ -135,7 +135,7 @@ def test_a_tracker_that_fails_is_said_once(
 def test_a_directory_that_cannot_be_written_is_said_once(metrics: Path, capfd: Any) -> None:
     start(metrics, tensorboard_dir=str(metrics / "tb")).close(60.0)
     err = capfd.readouterr().err
-    assert err.startswith("warning: nothing more goes to tensorboard: ")
+    assert err.startswith("warning: logging to tensorboard has stopped: ")
     assert err.count("\n") == 1
 
 
@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_under_tensorboard_is_said_once(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     mirrors.close(60.0)
     err = capfd.readouterr().err
-    assert "tensorboard: OSError: [Errno 27] File too large" in err
+    assert "tensorboard has stopped: OSError: [Errno 27] File too large" in err
     assert err.count("\n") == 1
 
 
@@ -162,4 +162,4 @@ def test_a_tracker_that_hangs_is_not_waited_for(
     mirrors = start(metrics, wandb_project="p")
     mirrors.close(0.2)
     err = capfd.readouterr().err
-    assert "wandb was not done 0 s after the run: its last values are lost;" in err
+    assert "wandb did not finish within 0 s: its last values are lost;" in err

@@ -34,7 +34,7 @@ def test_what_no_run_wrote_is_neither_moved_nor_deleted(tmp_path: Path, name: st
         (tmp_path / "out").rename(tmp_path / "elsewhere")
     (tmp_path / name / "iter_0000008").mkdir(parents=True)  # as of a Megatron checkpoint
     (tmp_path / name / "thesis.tex").write_text("years")
-    with pytest.raises(NemotronError, match=f"{name} holds what no run wrote") as caught:
+    with pytest.raises(NemotronError, match=f"{name} has files that no run wrote") as caught:
         start_directory(tmp_path / "out", load=None)
     assert caught.value.code == "output_not_ours"
     assert (tmp_path / name / "thesis.tex").read_text() == "years"
@@ -42,7 +42,7 @@ def test_what_no_run_wrote_is_neither_moved_nor_deleted(tmp_path: Path, name: st
 
 def test_an_output_that_is_a_file_stays(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("years")
-    with pytest.raises(NemotronError, match="holds what no run wrote"):
+    with pytest.raises(NemotronError, match="has files that no run wrote"):
         start_directory(tmp_path / "out", load=None)
     assert (tmp_path / "out").read_text() == "years"
 
@@ -53,7 +53,7 @@ def test_the_run_that_is_gone_on_from_does_not_make_room(tmp_path: Path, load: s
     (tmp_path / load).mkdir()
     if load == "out.previous":
         (tmp_path / load / "metrics.jsonl").touch()
-    with pytest.raises(NemotronError, match=r"makes room for the new run") as caught:
+    with pytest.raises(NemotronError, match=r"the new run would move or delete") as caught:
         start_directory(output, load=tmp_path / load)
     assert caught.value.code == "output_path_overlaps_inputs"
     assert (tmp_path / load).is_dir()

@@ -114,7 +114,7 @@ def test_what_is_wrong_is_not_gone_on_with(
         patch.setattr(
             "nemotron.steps._formats.fingerprint.TensorDigests.first_difference", lambda *_: "x"
         )
-        with pytest.raises(NemotronError, match="does not read back"):
+        with pytest.raises(NemotronError, match="differs from what was written"):
             run(config, PRODUCER)
     assert _hidden(tmp_path) == {".out.lock"}
     run(config, PRODUCER)

@@ -67,7 +67,7 @@ def test_a_full_disk_is_an_error_of_the_place_whatever_file_it_stops(
         what, where, fix = text.splitlines()[-3:]
         assert what == "error[input_output_failed]: No space left on device"
         assert where.startswith(f"  where: {output.parent}/")
-        assert fix.startswith("  fix: make room there")
+        assert fix.startswith("  fix: free space there")
         assert not output.exists()
         left = list((output.with_name(".out.partial") / "iter_0000000").glob("*"))
         stopped |= {max(left, key=lambda path: path.stat().st_mtime_ns).name} if left else set()
@@ -150,5 +150,5 @@ def test_a_model_that_megatron_itself_would_misread_is_converted_with_a_warning(
         tmp_path, capsys, hf_model_path=tmp_path / "hf", output_dir=tmp_path / "out"
     )
     assert exit_code == 0
-    assert ("warning: Megatron has other constants" in text) is is_misread
+    assert ("warning: Megatron's constants" in text) is is_misread
     assert open_megatron(tmp_path / "out").config == HuggingFaceCheckpoint(tmp_path / "hf").config

@@ -66,7 +66,7 @@ def test_the_base_of_default_yaml_is_not_merged_where_the_command_line_names_ano
     del values["run"]
     (error,) = check(Config.model_validate(values))
     assert (error.code, error.where) == ("contradicting_paths", "base_hf_path")
-    assert "base_hf_path=theirs would be another" in error.problem
+    assert "base_hf_path=theirs would be a second one" in error.problem
     assert "base_megatron_path=null" in error.fix
     assert "hf_model_path=DIR" in error.fix
 

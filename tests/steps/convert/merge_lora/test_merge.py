@@ -224,7 +224,7 @@ def test_an_adapter_brings_the_chat_template_that_it_was_trained_with(
     digest = hashlib.sha256(b"other").hexdigest()
     resign(saved, chat_template_sha256=digest)
     merge_into(adapter, base_hf, tmp_path / "warned")
-    assert "was trained with another chat template" in capsys.readouterr().err
+    assert "was trained with a different chat template" in capsys.readouterr().err
     assert read_chat_template(tmp_path / "warned") == read_chat_template(base_hf)
     (saved / "chat_template.jinja").write_text("other", encoding="utf-8")
     resign(saved)

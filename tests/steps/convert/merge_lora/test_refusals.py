@@ -53,8 +53,8 @@ def test_an_adapter_that_records_no_base_is_refused_unless_told(
     assert "allow_unverified_base=true" in error.fix
     merge_into(saved, base_hf, tmp_path / "out" / "hf", allow_unverified_base=True)
     seen = capsys.readouterr()
-    assert f"does not record its base: whether it is {base_hf} is not checked" in seen.err
-    assert f"{saved} is merged into {base_hf}\n" in seen.out
+    assert f"does not record its base: whether that is {base_hf} was not checked" in seen.err
+    assert f"merged {saved} into {base_hf}\n" in seen.out
 
 
 def test_an_adapter_that_was_never_validated_is_refused_unless_told(
@@ -82,7 +82,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path, base_hf: Path, adapter: Pa
     path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
     error = error_of(adapter, base_hf, tmp_path / "out" / "hf")
     assert error.code == "base_model_mismatch"
-    assert "tokenizer.json is not what" in error.problem
+    assert "tokenizer.json is not the tokenizer" in error.problem
 
 
 def test_a_config_of_another_model_is_refused(
@@ -94,7 +94,7 @@ def test_a_config_of_another_model_is_refused(
     output = tmp_path / "out" / "hf"
     error = error_of(adapter, base_megatron, output, hf_model_path=base_hf)
     assert error.code == "base_model_mismatch"
-    assert "describes another model than the base" in error.problem
+    assert "describes a different model than the base" in error.problem
 
 
 def test_a_megatron_base_of_others_takes_config_and_tokenizer_from_hf_model_path(
@@ -218,4 +218,4 @@ def test_a_merge_that_reads_back_otherwise_is_not_published(
     monkeypatch.setattr(safetensors_file, "raw_bytes", lose_a_bit)
     error = error_of(adapter, base_hf, tmp_path / "out" / "hf")
     assert error.code == "artifact_damaged"
-    assert "does not read back as it was written" in error.problem
+    assert "differs from what was written when read back" in error.problem

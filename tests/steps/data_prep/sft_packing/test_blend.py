@@ -73,7 +73,7 @@ def test_read_blend_takes_json_with_conversations_as_data(tmp_path: Path, conten
         ({"datasets": [{"name": "a", "path": "a", "weight": -1}]}, "datasets.0.weight"),
         ({"datasets": [{"name": "a", "path": "a", "weight": 0}]}, "every dataset has weight 0"),
         ({"datasets": [{"name": "a", "path": "a"}] * 2}, "the name 'a'"),
-        ({"datasets": [{"name": "a", "path": "s3://x/y"}]}, "s3://x/y is neither local nor"),
+        ({"datasets": [{"name": "a", "path": "s3://x/y"}]}, "s3://x/y is neither a local path nor"),
     ],
 )
 def test_read_blend_names_the_entry_that_is_wrong(

@@ -148,6 +148,6 @@ def test_a_difference_met_while_working_ends_its_use_and_changes_nothing(
     found = run_packing(
         source, output_dir=tmp_path / "found", tokenization={"engine": "kitoken"}, **options
     )
-    assert "kitoken and tokenizers differ, going on with tokenizers" in capsys.readouterr().out
+    assert "kitoken and tokenizers differ, continuing with tokenizers" in capsys.readouterr().out
     for path in wanted.rglob("*.parquet"):
         assert (found / path.relative_to(wanted)).read_bytes() == path.read_bytes()

@@ -137,20 +137,20 @@ def test_sample_takes_a_share_of_the_documents(
 @pytest.mark.parametrize(
     ("overrides", "code", "problem"),
     [
-        ({"num_shards": 100}, "too_many_tiny_shards", r"has \d+ rows; num_shards=1 would fill"),
+        ({"num_shards": 100}, "too_many_tiny_shards", r"has \d+ row\(s\); num_shards=1 would fill"),
         (
             {"num_shards": 90, "valid_shards": 20, "test_shards": 20},
             "too_many_tiny_shards",
-            r"the \w+ split has \d+ rows for [25]0 files; valid_shards=null test_shards=null "
-            r"num_shards=1 gives every split one, and as much as its ratio says",
+            r"the \w+ split has \d+ row\(s\) for [25]0 files; valid_shards=null test_shards=null "
+            r"num_shards=1 gives every split one file, and as many rows as its ratio says",
         ),
         ({"messages_field": "chat"}, "bad_rows", r"60 of 60 rows \(100.0%\).*no field 'chat'"),
-        ({"used_in_filter": "rl"}, "missing_training_data", "none of the 60 rows is left"),
+        ({"used_in_filter": "rl"}, "missing_training_data", "no rows are left of the 60 read"),
         ({"blend_path": "/not/here.jsonl"}, "missing_training_data", "does not exist"),
         ({"chat_template": "nano4"}, "bad_chat_template", "did you mean nano3"),
-        ({"chat_template": "/not/here.jinja"}, "bad_chat_template", "no file"),
+        ({"chat_template": "/not/here.jinja"}, "bad_chat_template", "nor a file"),
         ({"tokenizer": "/not/here"}, "missing_tokenizer", "no such directory"),
-        ({"max_doc_tokens": 3}, "seq_length_mismatch", r"none .* left \(60 over_long\)"),
+        ({"max_doc_tokens": 3}, "seq_length_mismatch", r"no rows are left .* \(60 over_long\)"),
         ({"sample": "2%"}, "empty_split", "would be empty: 1 documents"),
     ],
 )
@@ -183,7 +183,7 @@ NO_NAMES = "{% if messages[-1].name %}{{ raise_exception('no names') }}{% endif 
 def test_rows_that_the_config_leaves_out_are_not_looked_for_elsewhere(
     make_rows: MakeRows, write_rows: WriteRows, run_packing: RunPacking, key: str
 ) -> None:
-    with pytest.raises(NemotronError, match="none of the 60 rows is left") as caught:
+    with pytest.raises(NemotronError, match="no rows are left of the 60 read") as caught:
         run_packing(write_rows(make_rows(60)), **{key: "0.1%"})
     assert key in caught.value.fix
 

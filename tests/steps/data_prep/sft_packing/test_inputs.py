@@ -68,9 +68,9 @@ def test_a_file_whose_name_no_record_can_hold_is_refused_by_name(tmp_path: Path)
     ("name", "problem"),
     [
         ("none.jsonl", "does not exist"),
-        ("x.txt", r"none of \.jsonl, \.json, \.parquet"),
-        ("", "holds no"),
-        ("x.jsonl", r"x\.jsonl holds no"),
+        ("x.txt", r"not one of \.jsonl, \.json, \.parquet"),
+        ("", "contains no"),
+        ("x.jsonl", r"x\.jsonl contains no"),
     ],
 )
 def test_list_files_names_data_that_is_missing(tmp_path: Path, name: str, problem: str) -> None:
@@ -132,7 +132,7 @@ def test_a_map_of_parquet_is_an_object(tmp_path: Path) -> None:
     assert first == {"a": wanted}
     assert (second.reason, second.detail) == (
         "unreadable_value",
-        "the key 'x' stands twice in one object",
+        "the key 'x' appears twice in one object",
     )
     assert third == {}
 

@@ -77,7 +77,7 @@ def test_one_two_and_four_workers_and_a_job_array_write_the_same_bytes(
     by_array = tmp_path / "by-array"
     settings = {"num_workers": 1, "output_dir": by_array, "num_shards": 3}
     config = config_of(corpus, tokenizer_dir, **settings)
-    with pytest.raises(NemotronError, match="9 of 9 parts are not tokenized"):
+    with pytest.raises(NemotronError, match="tokenized parts: 0 of 9"):
         work(config, stage="pack", index=0, count=2)
     stages: tuple[tuple[Stage, int], ...] = (("tokenize", 4), ("pack", 2))
     for stage, count in stages:
@@ -285,7 +285,7 @@ def test_a_run_told_to_stop_ends_with_75_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "advance", stop_at_the_third)
         assert run_step(*words) == 75
-    assert "stopped by SIGUSR1; start it again to go on" in capsys.readouterr().out
+    assert "stopped by SIGUSR1; start it again to continue" in capsys.readouterr().out
     assert not (tmp_path / "stopped").exists()
     assert run_step(*words) == 0
     assert "3 of 9 tasks were done by an earlier run" in capsys.readouterr().out

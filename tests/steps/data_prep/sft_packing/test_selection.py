@@ -125,7 +125,7 @@ def test_a_listed_split_is_not_empty_because_others_hold_its_data_out() -> None:
     assert [len(chosen(found, datasets).of_split(name)) for name in SPLITS] == [7, 1, 1]
     found = conversations([0, 1, 0, 1, 2], [0] * 2 + [1] * 2 + [2], [1] * 5)
     with pytest.raises(
-        NemotronError, match="train would be empty: valid or test has all 2"
+        NemotronError, match="train would be empty: valid or test has all its 2"
     ) as caught:
         chosen(found, datasets)
     assert (caught.value.code, caught.value.where) == ("empty_split", "train")

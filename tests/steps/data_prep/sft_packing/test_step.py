@@ -296,7 +296,9 @@ def test_the_template_of_a_tokenizer_may_write_roles_that_are_text_to_it(
         for row in rows
     }
     assert texts <= {text.removesuffix("\n") for text in wanted}
-    with pytest.raises(NemotronError, match=r"writes <\|assistant\|>, not in the vocabulary"):
+    with pytest.raises(
+        NemotronError, match=r"writes <\|assistant\|>, not in the tokenizer's vocabulary"
+    ):
         run_packing(write_rows(rows), chat_template=template)
 
 

@@ -144,7 +144,7 @@ def test_a_node_that_finds_no_other_says_where_it_looked(
 ) -> None:
     monkeypatch.setattr(team, "_MEET_SECONDS", 0.1)
     (run,) = run_on_nodes([node], 2, corpus)
-    with pytest.raises(NemotronError, match="has not come to it") as caught:
+    with pytest.raises(NemotronError, match="did not join") as caught:
         run.result()
     assert (caught.value.code, caught.value.exit_code) == ("nodes_apart", 3)
     assert "packed.work/nodes-job-0" in str(caught.value.where)
@@ -160,5 +160,5 @@ def test_a_node_that_sees_other_inputs_ends_the_run(
 
     monkeypatch.setattr(team, "_digest", digest)
     for run in run_on_nodes([0, 1], 2, corpus):
-        with pytest.raises(NemotronError, match="this node sees other inputs to tokenize"):
+        with pytest.raises(NemotronError, match="this node sees different inputs to tokenize"):
             run.result()

@@ -68,7 +68,7 @@ def test_load_tokenizer_names_a_directory_without_a_tokenizer(tmp_path: Path) ->
     ("changes", "problem"),
     [
         ({"eos_token": "<|end|>"}, r"eos_token '<\|end\|>' is not in tokenizer.json"),
-        ({"eos_token": None}, "names no eos_token"),
+        ({"eos_token": None}, "has no eos_token"),
     ],
 )
 def test_load_tokenizer_refuses_special_tokens_that_do_not_fit(
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_changes_during_a_run_ends_it(copy: Path, name: str) ->
         (copy / name).write_text((copy / name).read_text() + "\n")
     else:
         change_config(copy, **{"bos_token": "<|im_start|>"})
-    with pytest.raises(NemotronError, match="it changed while the run was going on") as caught:
+    with pytest.raises(NemotronError, match="it changed during the run") as caught:
         encoder_of(replace(settings, sanitize=True))  # as another process asks for it anew
     assert caught.value.code == "tokenizer_mismatch"
 
@@ -128,7 +128,7 @@ def test_of_several_templates_the_default_is_the_tokenizers_own(copy: Path) -> N
     change_config(copy, chat_template=templates[:1])
     tokenizer = load_tokenizer(str(copy))
     assert template_text("chatml", tokenizer) == read_template("chatml")
-    with pytest.raises(NemotronError, match="or several and none called default") as caught:
+    with pytest.raises(NemotronError, match="or several but none named default") as caught:
         template_text(None, tokenizer)
     assert caught.value.code == "bad_chat_template"
 
@@ -153,7 +153,7 @@ def test_template_text_refuses_null_where_the_tokenizer_has_none(copy: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(b"just text", "holds no"), (b"\xff{{", "not UTF-8")]
+    ("content", "problem"), [(b"just text", "contains no"), (b"\xff{{", "not UTF-8")]
 )
 def test_read_template_refuses_a_file_that_is_no_template(
     tmp_path: Path, content: bytes, problem: str

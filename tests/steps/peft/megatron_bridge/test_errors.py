@@ -71,13 +71,13 @@ def test_a_layout_that_cannot_run_is_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("stages", "model", "problem"),
     [
-        (1, {"virtual_pipeline_model_parallel_size": 2}, "nothing to interleave"),
+        (1, {"virtual_pipeline_model_parallel_size": 2}, "needs more than one pipeline stage"),
         (2, {"virtual_pipeline_model_parallel_size": 3}, "4 layers cannot be split over 6"),
         (2, {"num_layers_in_last_pipeline_stage": 4}, "4 layers cannot be split over 2"),
         (
             2,
             {"virtual_pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1},
-            "parts of a stage are equal",
+            "parts must be of equal size",
         ),
     ],
 )
@@ -235,7 +235,7 @@ def test_an_id_outside_of_the_vocabulary_is_a_bad_row(
     rewrite_manifest(packs)
     run = train(**{"dataset.nano3_packed_sft_dir": str(packs), "recipe.data_parallel_size": 2})
     assert (run.error["code"], run.error["exit_code"]) == ("bad_packed_rows", ExitCode.DATA)
-    assert "outside of the vocabulary of 97" in run.error["problem"]
+    assert "outside the vocabulary of 97" in run.error["problem"]
     assert run.stderr.count("error[") == 1
 
 

@@ -82,16 +82,16 @@ def test_a_job_that_is_told_to_stop_saves_at_once_and_goes_on_as_if_it_had_not(
     ("fault", "code", "problem"),
     [
         ("raises", "unexpected", "ValueError: no such thing, after step 2"),
-        ("exits", "rank_died", "the rank ended itself, with exit code 0, after step 2"),
+        ("exits", "rank_died", "the rank exited by itself with code 0, after step 2"),
         (
             "vanishes",
             "rank_died",
-            "rank 1 ended, with exit code 0, before the others; last heard of after step 2",
+            "rank 1 exited with code 0 before the others; its last known step was 2",
         ),
         (
             "is_killed",
             "rank_died",
-            "rank 1 was killed by SIGKILL; last heard of after step 2",
+            "rank 1 was killed by SIGKILL; its last known step was 2",
         ),
         ("is_halted", "rank_silent", "rank 1 has done nothing for 3 s; its last step was 2"),
         ("hangs", "rank_silent", "rank 1 has done nothing for 3 s; its last step was 2"),
@@ -123,7 +123,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_and_names_it(
     run = launch(str(FAULTY_STEP), "has_nan", **LONG, **TWO_RANKS).end()
     assert (run.exit_code, run.error["code"]) == (ExitCode.NUMERIC, "loss_not_finite")
     assert run.error["problem"].startswith("iteration 3: loss ")
-    assert run.error["problem"].endswith(", norm nan; first on ranks [1]")
+    assert run.error["problem"].endswith(", gradient norm nan; first on rank(s) [1]")
     assert len(run.losses) == 2
 
 
@@ -187,7 +187,7 @@ def test_a_full_disk_costs_the_saves_and_not_the_run(
         run = train_here(**plan, **output)
     assert (run.error["code"], run.error["exit_code"]) == ("save_failed", ExitCode.IO)
     assert len(run.losses) == 8
-    assert "nothing saved at iteration 6: [Errno 27]" in capfd.readouterr().out
+    assert "save failed at iteration 6: [Errno 27]" in capfd.readouterr().out
     assert [iteration for iteration, _ in list_saves(run.output)] == [4, 2]
     verify_save(run.adapter)
     assert not list(run.output.glob(".*.partial"))

@@ -28,7 +28,7 @@ def test_a_run_goes_on_in_its_records_and_mirrors_whatever_becomes_of_a_tracker(
         "logger.wandb_project": "project",
     }
     assert train_here(**plan, **{"train.train_iters": 3}).exit_code == 0
-    assert capfd.readouterr().err.count("wandb: RuntimeError: it is down") == 1
+    assert capfd.readouterr().err.count("wandb has stopped: RuntimeError: it is down") == 1
     run = train_here(**plan, **{"train.train_iters": 5})
     assert run.exit_code == 0
     started, resumed = (e for e in run.events if e["event"] in ("started", "resumed"))
@@ -58,3 +58,13 @@ def test_a_run_says_where_it_computes_and_how_often_it_sees_its_rows(
     assert f"1 rank on {describe(own_device())}: TP 1, PP 1, DP 1; float32\n2 steps of " in said
     assert "warm-up over 1.75 steps; " in said
     assert " rows validated every 2 steps\n" in said
+
+
+def test_a_run_of_one_step_says_so_in_the_singular(
+    train_here: Train, tmp_path: Path, capfd: Any
+) -> None:
+    plan = {"checkpoint.save": str(tmp_path / "out"), "train.train_iters": 1}
+    assert train_here(**plan).exit_code == 0
+    said = capfd.readouterr().out
+    assert "\n1 step of " in said
+    assert " validated every 1 step\n" in said

@@ -142,9 +142,9 @@ def test_the_newest_two_damaged_leave_the_third(
     run = train_here(**PLAN, **{"checkpoint.save": str(output)})
     said = capfd.readouterr().out
     assert run.exit_code == 0
-    assert "iter_0000006 is damaged and passed over" in said
-    assert "iter_0000004 is damaged and passed over" in said
-    assert f"going on from {output / 'iter_0000002'}" in said
+    assert "iter_0000006, which is damaged" in said
+    assert "iter_0000004, which is damaged" in said
+    assert f"resuming from {output / 'iter_0000002'}" in said
     assert run.losses == uninterrupted.losses
     assert same_bytes(run, uninterrupted, ADAPTER, MOMENTS)
     assert (output / "damaged_iter_0000006").is_dir()
@@ -283,7 +283,7 @@ def test_the_save_with_the_lowest_validation_loss_is_kept_and_named(
     run = train_here(**PLAN | kept | {"checkpoint.save": str(resumable)})
     assert run.exit_code == 0
     assert [iteration for iteration, _ in list_saves(resumable)] == [8, 7, 3]
-    best = f"of all saves {resumable}/iter_0000003 has the lowest validation loss"
+    best = f"of all saves, {resumable}/iter_0000003 has the lowest validation loss"
     assert best in capfd.readouterr().out
     retain_newest(resumable, 3, until=8)  # among the newest it is one of them
     assert [iteration for iteration, _ in list_saves(resumable)] == [8, 7, 3]
@@ -335,9 +335,9 @@ def test_two_runs_never_share_a_directory(train_here: Train, resumable: Path) ->
 @pytest.mark.parametrize(
     ("checkpoint", "told"),
     [
-        ({"most_recent_k": 1}, "wanted -1, or 2 and more"),
-        ({"ckpt_step": 3}, "ckpt_step goes back to a save of checkpoint.load"),
-        ({"ckpt_step": 3, "load": "a", "save": "./a"}, "must be another directory"),
+        ({"most_recent_k": 1}, "wanted -1, or 2 or more"),
+        ({"ckpt_step": 3}, "ckpt_step selects a save of checkpoint.load"),
+        ({"ckpt_step": 3, "load": "a", "save": "./a"}, "must be a different directory"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(checkpoint: Any, told: str) -> None:
@@ -357,7 +357,7 @@ def test_load_from_what_would_make_room_is_refused(
         "output_path_overlaps_inputs",
         "checkpoint.load",
     )
-    assert "out.previous, which makes room for the new run" in run.error["problem"]
+    assert "out.previous, which the new run would move or delete" in run.error["problem"]
     assert [len(list(each.glob("iter_*"))) for each in (resumable, previous)] == [2, 2]
 
 
@@ -372,7 +372,7 @@ def test_load_goes_on_from_an_earlier_save_in_a_directory_of_its_own(
     assert same_bytes(run, uninterrupted, ADAPTER, MOMENTS)
     run = train_here(**PLAN, **output, **back | {"checkpoint.ckpt_step": 4})
     assert run.error["code"] == "no_save_to_load"
-    assert "no whole save of iteration 4" in run.error["problem"]
+    assert "no intact save of iteration 4" in run.error["problem"]
 
 
 def test_load_says_why_the_finished_run_in_its_place_is_not_continued(
@@ -382,8 +382,8 @@ def test_load_says_why_the_finished_run_in_its_place_is_not_continued(
     place = {"checkpoint.save": str(resumable), "checkpoint.load": str(stopped.output)}
     assert train_here(**PLAN, **place).exit_code == 0
     said = capfd.readouterr().out
-    assert f"the finished run in {resumable} is not continued, since " in said
-    assert f"going on from {stopped.output}" in said
+    assert f"the finished run in {resumable} is not continued, because of " in said
+    assert f"resuming from {stopped.output}" in said
 
 
 def test_a_save_without_the_optimizer_is_an_adapter_only(
@@ -394,7 +394,7 @@ def test_a_save_without_the_optimizer_is_an_adapter_only(
     assert not (run.adapter / MOMENTS).exists()
     verify_files(run.adapter, read_artifact(run.adapter, "checkpoint_lora"))
     train_here(**changes, **{"train.train_iters": 1})
-    assert "iter_0000002 is an adapter only" in capfd.readouterr().out
+    assert "iter_0000002, which has only the adapter" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("harm", [each for each in HARMS if each is not other_base])

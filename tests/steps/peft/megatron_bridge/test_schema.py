@@ -40,7 +40,7 @@ def test_the_warm_up_is_stated_in_iterations_or_as_a_fraction(
         ({"lr_warmup_fraction": 0.1, "lr_warmup_iters": 5}, "both state the warm-up"),
         ({"lr_warmup_init": 1.0}, r"lr_warmup_init=1.0 is more than optimizer.lr=0.0001"),
         ({"lr_decay_style": "WSD"}, "needs scheduler.lr_wsd_decay_iters.*it is None"),
-        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 21}, "in 1 to 20; it is 21"),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 21}, "between 1 and 20; it is 21"),
         (
             {"lr_decay_style": "inverse-square-root", "lr_warmup_iters": 0},
             "needs a warm-up of 1 iteration or more",

@@ -88,7 +88,9 @@ def test_a_pattern_that_names_nothing_is_refused_by_the_step_where_no_check_knew
     changes = {"peft.target_modules": ["*.layers.7.*"]}
     done = train(**changes, **{"checkpoint.pretrained_checkpoint": str(base)})
     assert (done.error["code"], done.error["exit_code"]) == ("no_such_module", ExitCode.PREFLIGHT)
-    assert "'*.layers.7.*', which names none of the 16 linears of 4 layers" in done.error["problem"]
+    assert (
+        "'*.layers.7.*', which matches none of the 16 linears of 4 layers" in done.error["problem"]
+    )
 
 
 def test_the_best_evaluation_is_recorded(run: Any) -> None:
