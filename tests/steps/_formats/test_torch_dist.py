@@ -77,6 +77,8 @@ def test_torch_reads_what_we_write(tmp_path: Path) -> None:
     assert torch.equal(state["output_layer.weight"], whole[0].bfloat16())
 
 
+# torch 2.10 uses what it has deprecated.
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 def test_read_gives_what_torch_wrote(tmp_path: Path) -> None:
     state = {"a": _stacked(), "b.c": torch.arange(5.0, dtype=torch.float64)}
     with warnings.catch_warnings():

@@ -63,6 +63,8 @@ class AwaitedCopies(TorchDispatchMode):
 
 @pytest.fixture
 def layout() -> Iterator[Layout]:
+    if torch.__version__ < "2.11":
+        pytest.skip("collectives of tensors without values need torch 2.11")
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     yield make_layout(tensor_size=2, stage_size=4, device=META)
     dist.destroy_process_group()
