@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +39,44 @@ def hold_output(layout: Layout, directory: Path) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter comes from: what each of its saves says, and the files that go with it.
+
+    Attributes:
+        base_model_name_or_path: The base that the adapter's config names.
+        tokenizer_dir: Directory of the base's tokenizer, or None.
+        packed_root: Packed data, whose chat template is saved with the adapter.
+        produced_by: Producer of the artifact.
+        inputs: Inputs of the artifact.
+        properties: Properties of the artifact that are the same at every save.
+    """
+
+    base_model_name_or_path: str
+    tokenizer_dir: Path | None
+    packed_root: Path
+    produced_by: Producer
+    inputs: Sequence[Input]
+    properties: Mapping[str, Any]
+
+
 def save_adapter(
     directory: Path,
     model: PipelineStage,
     *,
     layout: Layout,
     iteration: int,
-    base_model_name_or_path: str,
-    tokenizer_dir: Path | None,
-    packed_root: Path,
-    produced_by: Producer,
-    inputs: Sequence[Input],
-    properties: dict[str, Any],
+    origin: Origin,
+    losses: Mapping[str, Any],
     moments: Mapping[str, Tensor],
     run_state: Mapping[str, Any],
 ) -> Path:
     """Write the adapter of an iteration; a collective of all ranks, of which the first one writes.
 
     The base's tokenizer and the packs' chat template are saved with the adapter, because one that
-    is served with another template answers other questions than it was trained on. ``moments`` and
-    ``run_state`` are what a run resumes from; if there are no moments, neither is written.
+    is served with another template answers other questions than it was trained on. ``losses`` are
+    further properties of the artifact. ``moments`` and ``run_state`` are what a run resumes from;
+    if there are no moments, neither is written.
 
     Returns:
         The ``iter_NNNNNNN`` directory, complete once the first rank has returned.
@@ -66,19 +85,19 @@ def save_adapter(
     own = (each for linear in model.adapted_linears() for each in linear.lora_parameters())
     whole = gather_whole(model, {each.name: each.parameter.detach() for each in own}, layout)
     if layout.is_first:
-        with publish(target, step=produced_by.step) as partial:
-            _write_factors(partial, model, whole, base_model_name_or_path)
-            if tokenizer_dir is not None:
-                copy_files(tokenizer_dir, partial, TOKENIZER_FILES)
-            copy_files(packed_root, partial, [CHAT_TEMPLATE])
+        with publish(target, step=origin.produced_by.step) as partial:
+            _write_factors(partial, model, whole, origin.base_model_name_or_path)
+            if origin.tokenizer_dir is not None:
+                copy_files(origin.tokenizer_dir, partial, TOKENIZER_FILES)
+            copy_files(origin.packed_root, partial, [CHAT_TEMPLATE])
             if moments:
                 write_trainer_state(partial, moments, run_state)
             write_artifact(
                 partial,
                 artifact_type="checkpoint_lora",
-                produced_by=produced_by,
-                inputs=inputs,
-                properties=properties | {"iteration": iteration},
+                produced_by=origin.produced_by,
+                inputs=origin.inputs,
+                properties={**origin.properties, **losses, "iteration": iteration},
             )
         write_text(directory / TRACKER, f"{iteration}\n")
     return target

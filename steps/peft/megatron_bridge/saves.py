@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nemotron.artifacts import Input, Producer
 from nemotron.steps._training.checkpoint import (
+    Origin,
     SaveFailedError,
     fail_together,
     save_adapter,
@@ -30,24 +28,14 @@ class Saves:
         train_iters: Optimizer steps of the run.
         resume: What is saved so that a run can be resumed.
         stop: Whether this save is the last one before the run is stopped.
-        base_model_name_or_path: The base that the adapter's config names.
-        tokenizer_dir: Directory of the base's tokenizer, or None.
-        packed_root: Packed data, whose chat template is saved with the adapter.
-        produced_by: Producer of the artifact.
-        inputs: Inputs of the artifact.
-        properties: Properties of the artifact that are the same at every save.
+        origin: Where the adapter comes from.
     """
 
     output: Path
     train_iters: int
     resume: ResumeSettings
     stop: StopRequest
-    base_model_name_or_path: str
-    tokenizer_dir: Path | None
-    packed_root: Path
-    produced_by: Producer
-    inputs: Sequence[Input]
-    properties: dict[str, Any]
+    origin: Origin
 
     def save(self, trainer: Trainer, progress: Progress) -> None:
         """Save the adapter; a collective. Unless it is the last save, training survives a failure.
@@ -80,12 +68,8 @@ class Saves:
             trainer.model,
             layout=trainer.layout,
             iteration=progress.iteration,
-            base_model_name_or_path=self.base_model_name_or_path,
-            tokenizer_dir=self.tokenizer_dir,
-            packed_root=self.packed_root,
-            produced_by=self.produced_by,
-            inputs=self.inputs,
-            properties=self.properties | losses,
+            origin=self.origin,
+            losses=losses,
             moments=trainer.moments() if self.resume.save_optim else {},
             run_state=run_state(
                 train_iters=self.train_iters,

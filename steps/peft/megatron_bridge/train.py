@@ -12,7 +12,7 @@ import torch
 from nemotron.artifacts import Producer
 from nemotron.steps._entry import PreemptedError, step_error
 from nemotron.steps._training.batches import BadRowError
-from nemotron.steps._training.checkpoint import SaveFailedError
+from nemotron.steps._training.checkpoint import Origin, SaveFailedError
 from nemotron.steps._training.distributed import Layout
 from nemotron.steps._training.heartbeat import Heartbeat
 from nemotron.steps._training.loop import (
@@ -130,17 +130,20 @@ def _saves(
     produced_by: Producer,
     stop: StopRequest,
 ) -> Saves:
-    return Saves(
-        output=output,
-        train_iters=settings.intervals.train_iters,
-        resume=settings.resume,
-        stop=stop,
+    origin = Origin(
         base_model_name_or_path=settings.base_model_name_or_path or inputs.base_source(),
         tokenizer_dir=inputs.base.hf_dir,
         packed_root=inputs.packed_root,
         produced_by=produced_by,
         inputs=inputs.lineage(),
         properties=inputs.properties(settings.lora),
+    )
+    return Saves(
+        output=output,
+        train_iters=settings.intervals.train_iters,
+        resume=settings.resume,
+        stop=stop,
+        origin=origin,
     )
 
 

@@ -26,7 +26,7 @@ from nemotron.steps._tensor_parallel.linear import (
     draw_lora_a,
 )
 from nemotron.steps._training.batches import PackedSplit
-from nemotron.steps._training.checkpoint import save_adapter
+from nemotron.steps._training.checkpoint import Origin, save_adapter
 from nemotron.steps._training.distributed import Layout, make_layout
 from nemotron.steps._training.loop import AdamSettings, BatchSettings, Trainer
 from nemotron.steps._training.metrics import MetricsLog
@@ -73,17 +73,21 @@ def saved(directory: Path, layout: Layout, pipeline: int) -> dict[str, object]:
     trainer = trainer_of(layout, split_layers(CONFIG.num_layers, pipeline)[layout.pipeline.rank])
     moments = trainer.moments()
     held = all_gather(torch.tensor(len(moments)), layout.world).tolist()
-    written = save_adapter(
-        directory,
-        trainer.model,
-        layout=layout,
-        iteration=1,
+    origin = Origin(
         base_model_name_or_path="random",
         tokenizer_dir=None,
         packed_root=directory,
         produced_by=Producer(step="test", config_sha256="0" * 64, code_version="0"),
         inputs=[],
         properties={},
+    )
+    written = save_adapter(
+        directory,
+        trainer.model,
+        layout=layout,
+        iteration=1,
+        origin=origin,
+        losses={},
         moments=moments,
         run_state={"iteration": 1},
     )
