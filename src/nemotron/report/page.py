@@ -86,7 +86,7 @@ def report_page(run: TrainingRun, against: TrainingRun | None = None) -> str:
         parts += ["<h2>Config differences</h2>", _difference(run, against)]
     for index, each in enumerate(runs):
         named = f"{_key(index)}{escape(each.name)}"
-        parts += [f"<h2>{named}: events</h2>", _happenings(each)]
+        parts += [f"<h2>{named}: events</h2>", _timeline(each)]
         parts += [f"<h2>{named}: saves</h2>", _saves(each)]
         parts += [f"<h2>{named}: config</h2>", _config(each)]
     return "\n".join([*parts, "</body></html>\n"])
@@ -135,14 +135,14 @@ def _difference(run: TrainingRun, against: TrainingRun) -> str:
     return _table(["key", *names], rows) if rows else "<p>None.</p>"
 
 
-def _happenings(run: TrainingRun) -> str:
+def _timeline(run: TrainingRun) -> str:
     rows = [
         [
             datetime.fromtimestamp(each.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
             "" if each.iteration is None else str(each.iteration),
             escape(each.text),
         ]
-        for each in run.happenings
+        for each in run.timeline
     ]
     return _table(["time", "iteration", "event"], rows)
 

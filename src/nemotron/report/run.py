@@ -26,7 +26,7 @@ _LAST_TIME = 250_000_000_000  # in the year 9892
 
 
 @dataclass(frozen=True)
-class Happening:
+class TimelineEntry:
     """Something that happened to a run: Unix time, steps taken by then (if known), what it was."""
 
     time: float
@@ -46,7 +46,7 @@ class TrainingRun:
         steps: The finite values recorded for each optimizer step, by iteration.
         validations: Iterations with their loss on the valid split.
         saves: Iterations that were saved, with the directory.
-        happenings: Starts, ends and failures, in order of time.
+        timeline: Starts, ends and failures, in order of time.
     """
 
     name: str
@@ -56,7 +56,7 @@ class TrainingRun:
     steps: dict[int, dict[str, float]]
     validations: Points
     saves: list[tuple[int, str]]
-    happenings: list[Happening]
+    timeline: list[TimelineEntry]
 
     def series(self, field: str) -> Points:
         """Return iteration and value for every step that recorded this value."""
@@ -124,7 +124,7 @@ def summary(run: TrainingRun) -> dict[str, Any]:
         "saves": [{"iteration": iteration, "directory": where} for iteration, where in run.saves],
         "events": [
             {"time": each.time, "iteration": each.iteration, "text": each.text}
-            for each in run.happenings
+            for each in run.timeline
         ],
     }
 
@@ -142,7 +142,7 @@ def _read(name: str, directory: Path, root: Path | None) -> TrainingRun:
     steps: dict[int, dict[str, float]] = {}
     validations: Points = []
     saves: list[tuple[int, str]] = []
-    happenings: list[Happening] = []
+    timeline: list[TimelineEntry] = []
     config: dict[str, Any] = {}
     for event in _events(directory / METRICS_FILE):
         kind, iteration = event.get("event"), event["iteration"]
@@ -157,10 +157,10 @@ def _read(name: str, directory: Path, root: Path | None) -> TrainingRun:
         text = _told(event)
         if text:
             time = event.get("time")
-            happenings.append(Happening(time if _is_time(time) else 0.0, iteration, text))
-    since = happenings[0].time if happenings else 0.0
+            timeline.append(TimelineEntry(time if _is_time(time) else 0.0, iteration, text))
+    since = timeline[0].time if timeline else 0.0
     written_by = _since(since, _jobs_of(directory, root))
-    happenings += [_end_of(record) for record in written_by if record.status in jobs.ENDED]
+    timeline += [_end_of(record) for record in written_by if record.status in jobs.ENDED]
     shown = redact_data(config or (written_by[-1].config if written_by else {}))
     return TrainingRun(
         name=name,
@@ -170,7 +170,7 @@ def _read(name: str, directory: Path, root: Path | None) -> TrainingRun:
         steps=steps,
         validations=validations,
         saves=saves,
-        happenings=sorted(happenings, key=lambda each: each.time),
+        timeline=sorted(timeline, key=lambda each: each.time),
     )
 
 
@@ -196,10 +196,10 @@ def _told(event: Mapping[str, Any]) -> str:
     return texts.get(str(event.get("event")), "")
 
 
-def _end_of(record: JobRecord) -> Happening:
+def _end_of(record: JobRecord) -> TimelineEntry:
     problem = f": [{record.error['code']}] {record.error['problem']}" if record.error else ""
     text = f"job {record.id} {record.status}{problem}"
-    return Happening(_last_known(record), None, text)
+    return TimelineEntry(_last_known(record), None, text)
 
 
 def _jobs_of(directory: Path, root: Path | None) -> list[JobRecord]:

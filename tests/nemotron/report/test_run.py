@@ -94,7 +94,7 @@ def test_what_happened_is_told_in_order_from_metrics_and_jobs(
     preempted = job("out", ended=23.0, code=75).record.id
     job("elsewhere", ended=24.0, code=0)
     run = read_run("out")
-    assert [each.text for each in run.happenings] == [
+    assert [each.text for each in run.timeline] == [
         "started",
         f"job {killed} failed: [rank_died] rank 1 was killed by SIGKILL",
         "resumed from iter_0000004",
@@ -115,7 +115,7 @@ def test_a_job_whose_launcher_was_killed_is_not_the_last_one_for_ever(
     run = read_run("out")
     assert run.status == "succeeded"
     told = [f"job {began} lost", "started", f"job {went_on} succeeded"]
-    assert [each.text for each in run.happenings] == told
+    assert [each.text for each in run.timeline] == told
 
 
 def test_the_last_line_of_a_run_that_goes_on_may_be_half_written(
