@@ -10,6 +10,7 @@ import fnmatch
 import glob
 import itertools
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -346,12 +347,13 @@ def _missing(plan: JobPlan, item: PlannedInput) -> NemotronError:
 
 def _other_output(item: PlannedInput, maker: JobPlan, made: list[str]) -> NemotronError:
     keys = [output.key for output in maker.outputs if output.type == item.type]
-    command = f"nemotron steps run {label(maker)} {keys[0] if keys else 'output'}={item.path}"
+    output = shlex.quote(f"{keys[0] if keys else 'output'}={item.path}")
+    instead = shlex.quote(f"{item.key}={made[0] if made else 'PATH'}")
     return NemotronError(
         "producer_output_differs",
         f"no {item.type} at {item.path}; {label(maker)} writes to {', '.join(made) or 'nowhere'}",
         where=item.key,
-        fix=f"{command}, or pass {item.key}={made[0] if made else 'PATH'}",
+        fix=f"nemotron steps run {label(maker)} {output}, or pass {instead}",
         exit_code=ExitCode.PREFLIGHT,
     )
 
