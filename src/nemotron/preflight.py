@@ -10,6 +10,7 @@ import fnmatch
 import glob
 import itertools
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -345,13 +346,16 @@ def _missing(plan: JobPlan, item: PlannedInput) -> NemotronError:
 
 
 def _other_output(item: PlannedInput, maker: JobPlan, made: list[str]) -> NemotronError:
-    keys = [output.key for output in maker.outputs if output.type == item.type]
-    command = f"nemotron steps run {label(maker)} {keys[0] if keys else 'output'}={item.path}"
+    key = next((output.key for output in maker.outputs if output.type == item.type), "output")
+    producer = item.producer
+    assert producer is not None  # noqa: S101 - caller
+    command = shlex.join([producer.step, "-c", producer.config, f"{key}={item.path}"])
+    instead = shlex.quote(f"{item.key}={made[0] if made else 'PATH'}")
     return NemotronError(
         "producer_output_differs",
         f"no {item.type} at {item.path}; {label(maker)} writes to {', '.join(made) or 'nowhere'}",
         where=item.key,
-        fix=f"{command}, or pass {item.key}={made[0] if made else 'PATH'}",
+        fix=f"nemotron steps run {command}, or pass {instead}",
         exit_code=ExitCode.PREFLIGHT,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,25 @@ def test_a_producer_must_write_where_the_input_is_wanted(demo: Path, dry_run: bo
     assert error.fix == (
         "nemotron steps run demo/make -c tiny output_dir=elsewhere, or pass data.packs=out/make"
     )
+
+
+def test_the_command_that_makes_an_input_can_be_pasted_into_a_shell(demo: Path) -> None:
+    (error,) = failures(checks("demo/train", "data.packs=my packs", config="tiny"))
+    assert error.fix is not None
+    command, _, _ = error.fix.partition(", or pass ")
+    assert shlex.split(command)[-2:] == ["tiny", "output_dir=my packs"]
+
+
+def test_the_command_that_makes_an_input_names_the_config_as_it_is_found(demo: Path) -> None:
+    (demo / "mine.yaml").write_text(
+        "packs: elsewhere\nsave: ./x\n"
+        "run: {producers: {packed_parquet: {step: demo/make, config: ./my make.yaml}}}\n"
+    )
+    (demo / "my make.yaml").write_text("source: gone.jsonl\noutput_dir: ./out/make\n")
+    (error,) = failures(checks("demo/use", config="mine.yaml"))
+    assert error.fix is not None
+    command, _, _ = error.fix.partition(", or pass ")
+    assert shlex.split(command)[-3:] == ["-c", "./my make.yaml", "output_dir=elsewhere"]
 
 
 def test_an_input_may_lie_inside_of_what_the_producer_writes(demo: Path) -> None:
