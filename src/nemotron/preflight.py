@@ -63,8 +63,12 @@ def failures(checks: list[Check]) -> list[NemotronError]:
 
 
 def label(plan: JobPlan) -> str:
-    """Return a plan as people name it: ``data_prep/sft_packing -c tiny``."""
-    return f"{plan.step.id} -c {plan.config_path.stem}"
+    """Return a plan as it is named in a shell: ``data_prep/sft_packing -c tiny``."""
+    path = plan.config_path
+    config = str(path) if path.is_absolute() else f"./{path}"
+    if path.parent == plan.step.directory / "config":
+        config = path.stem
+    return shlex.join([plan.step.id, "-c", config])
 
 
 def _check_layout(plan: JobPlan) -> list[Check]:
@@ -347,9 +351,7 @@ def _missing(plan: JobPlan, item: PlannedInput) -> NemotronError:
 
 def _other_output(item: PlannedInput, maker: JobPlan, made: list[str]) -> NemotronError:
     key = next((output.key for output in maker.outputs if output.type == item.type), "output")
-    producer = item.producer
-    assert producer is not None  # noqa: S101 - caller
-    command = shlex.join([producer.step, "-c", producer.config, f"{key}={item.path}"])
+    command = f"{label(maker)} {shlex.quote(f'{key}={item.path}')}"
     instead = shlex.quote(f"{item.key}={made[0] if made else 'PATH'}")
     return NemotronError(
         "producer_output_differs",

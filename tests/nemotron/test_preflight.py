@@ -123,6 +123,15 @@ def test_the_command_that_makes_an_input_names_the_config_as_it_is_found(demo: P
     assert shlex.split(command)[-3:] == ["-c", "./my make.yaml", "output_dir=elsewhere"]
 
 
+def test_a_plan_is_named_by_the_config_that_it_has_and_not_by_one_of_the_same_stem(
+    demo: Path,
+) -> None:
+    (demo / "tiny.yaml").write_text("source: gone.jsonl\noutput_dir: ./out/make\n")
+    configs = ("tiny", "./tiny.yaml", str(demo / "tiny.yaml"))
+    plans = [build(find_step("demo/make"), config=config) for config in configs]
+    assert [label(plan) for plan in plans] == [f"demo/make -c {config}" for config in configs]
+
+
 def test_an_input_may_lie_inside_of_what_the_producer_writes(demo: Path) -> None:
     overrides = ("data.packs=null", "data.glob=./out/make/splits/*.parquet")
     assert not failures(checks("demo/train", *overrides, config="tiny"))
