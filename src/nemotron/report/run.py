@@ -151,7 +151,9 @@ def _read(name: str, directory: Path, root: Path | None) -> TrainingRun:
         elif kind == "validation" and _is_finite(event.get("lm_loss")):
             validations.append((iteration, event["lm_loss"]))
         elif kind == "saved":
-            saves.append((iteration, str(event.get("directory", ""))))
+            # Where it lies now: the run's directory may have been moved since.
+            save = Path(str(event.get("directory", ""))).name
+            saves.append((iteration, str(directory / save) if save else ""))
         if isinstance(event.get("config"), dict):
             config = event["config"]
         text = _told(event)

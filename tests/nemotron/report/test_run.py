@@ -29,9 +29,14 @@ def test_the_summary_has_the_figures_of_the_run(write_metrics: WriteMetrics) -> 
     assert (figures["tokens"], figures["supervised_tokens"]) == (400, 100)
     assert (figures["tokens_per_second"], figures["tflops_per_rank"]) == (200.0, 0.25)
     assert figures["peak_memory_bytes"] == 3 * 2**30
-    assert figures["saves"] == [{"iteration": 4, "directory": "iter_0000004"}]
     assert figures["status"] is None
     json.dumps(figures, allow_nan=False)
+
+
+def test_saves_are_where_the_run_lies_now(write_metrics: WriteMetrics, tmp_path: Path) -> None:
+    saved = {"event": "saved", "iteration": 5, "directory": "/elsewhere/out/iter_0000005"}
+    out = write_metrics("out", rest=json.dumps(saved) + "\n").rename(tmp_path / "moved")
+    assert read_run(str(out)).saves[-1] == (5, str(out / "iter_0000005"))
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "3", True, 10**400])
