@@ -13,8 +13,8 @@ import nemotron
 from nemotron.packages import JOB_PACKAGES, main
 
 SOURCE = Path(nemotron.__file__).parent
-# Of the quickstart on this host, of a speed-up that may be absent, of a parser imported when used.
-NOT_NEEDED = {"matplotlib", "plotext", "kitoken"}
+# Of the quickstart on this host, and of speed-ups that may be absent.
+NOT_NEEDED = {"matplotlib", "plotext", "kitoken", "triton"}
 
 
 def imported(path: Path) -> Iterator[str]:
