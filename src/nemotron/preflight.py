@@ -6,9 +6,6 @@ a remote profile whatever depends on files where the job will run. A contradicti
 
 from __future__ import annotations
 
-import fnmatch
-import glob
-import itertools
 import os
 import shlex
 import shutil
@@ -22,6 +19,7 @@ from nemotron.catalog import find_step, find_steps, producers_of
 from nemotron.errors import ExitCode, NemotronError
 from nemotron.executors import LeptonExecution, SlurmExecution
 from nemotron.plan import JobPlan, PlannedInput, build
+from nemotron.wildcards import fixed_part, is_there, passes_by
 
 
 @dataclass(frozen=True)
@@ -175,9 +173,9 @@ def _check_overlap(plan: JobPlan) -> list[Check]:
     found: list[Check] = []
     for output in plan.outputs:
         inputs = {
-            item.key: _fixed_part(item.path)
+            item.key: fixed_part(item.path)
             for item in plan.inputs
-            if item.path and not _passes_by(item.path, Path(output.path))
+            if item.path and not passes_by(item.path, Path(output.path))
         }
         try:
             refuse_overlap(Path(output.path), inputs)
@@ -200,7 +198,7 @@ def _check_inputs(plan: JobPlan, dry_run: bool, ancestors: tuple[str, ...]) -> l
             found.append(Check("pending", f"{item.type} at {item.path}: fetched by the job"))
         elif plan.executor != "local":
             found.append(_check_elsewhere(plan, item, dry_run))
-        elif item.path is not None and _exists(item.path):
+        elif item.path is not None and is_there(item.path):
             found.append(Check("ok", f"{item.type} is at {item.path}"))
         elif item.path is not None and item.producer is not None:
             found += _check_producer(plan, item, dry_run, ancestors)
@@ -274,7 +272,7 @@ def _check_elsewhere(plan: JobPlan, item: PlannedInput, dry_run: bool) -> Check:
     if isinstance(plan.execution, SlurmExecution) and plan.execution.tunnel == "ssh":
         host = plan.execution.host
         return Check("pending", f"{named}: checked on {host} when the job is submitted")
-    if _exists(str(place)):
+    if is_there(str(place)):
         return Check("ok", f"{item.type} is at {place}")
     error = missing_elsewhere(plan, item)
     if dry_run:
@@ -293,7 +291,7 @@ def _check_producer(
         problem = f"the producers wait for each other: {' -> '.join((*waiting, label(maker)))}"
         where = f"{plan.config_path}: run.producers"
         return [_failed("producer_cycle", problem, where, "remove one of them")]
-    wanted = _fixed_part(item.path).resolve()
+    wanted = fixed_part(item.path).resolve()
     made = [output for output in maker.outputs if output.type == item.type]
     if not any(wanted.is_relative_to(Path(output.path).resolve()) for output in made):
         return [_refused(_other_output(item, maker, [output.path for output in made]))]
@@ -360,39 +358,6 @@ def _other_output(item: PlannedInput, maker: JobPlan, made: list[str]) -> Nemotr
         fix=f"nemotron steps run {command}, or pass {instead}",
         exit_code=ExitCode.PREFLIGHT,
     )
-
-
-def _exists(path: str) -> bool:
-    """Return whether something is at ``path`` or matches it; an empty directory does not count."""
-    if _is_pattern(path):
-        return next(glob.iglob(path), None) is not None  # noqa: PTH207 - Path.glob wants a root
-    place = Path(path)
-    return any(place.iterdir()) if place.is_dir() else place.exists()
-
-
-def _is_pattern(path: str) -> bool:
-    """Return whether a path has wildcards; if it exists as it stands, it has none."""
-    return glob.has_magic(path) and not Path(path).exists()
-
-
-def _fixed_part(path: str) -> Path:
-    """Return the part of a path before the first component with a wildcard."""
-    if not _is_pattern(path):
-        return Path(path)
-    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
-
-
-def _passes_by(pattern: str, output: Path) -> bool:
-    """Return whether a pattern cannot match an output although it lies below the fixed part.
-
-    ``chats-*.jsonl`` does not match ``output``, although both are in the working directory.
-    """
-    start = _fixed_part(pattern)
-    if not output.resolve().is_relative_to(start.resolve()):
-        return False
-    below = output.resolve().relative_to(start.resolve()).parts
-    rest = Path(pattern).parts[len(start.parts) :]
-    return bool(below and rest) and not fnmatch.fnmatch(below[0], rest[0])
 
 
 def _failed(code: str, problem: str, where: str, fix: str) -> Check:
