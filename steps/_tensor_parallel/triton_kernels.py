@@ -127,16 +127,22 @@ def _whole_rows(x_SH: Tensor) -> tuple[tuple[int], dict[str, int]]:
     return (triton.cdiv(num_rows, rows),), sizes
 
 
+@triton.jit
+def _whole_rows_of_a_program(num_rows, features, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return a program's rows, [ROWS, 1], and columns, [1, COLUMNS], and which of them exist."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, COLUMNS)[None, :]
+    is_row = rows < num_rows
+    return rows, columns, is_row, is_row & (columns < features)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm(
     x, weight, out, inv_rms,
     num_rows, features, x_stride, out_stride, epsilon,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, COLUMNS)[None, :]
-    is_row = rows < num_rows
-    inside = is_row & (columns < features)
+    rows, columns, is_row, inside = _whole_rows_of_a_program(num_rows, features, ROWS, COLUMNS)
     value = tl.load(x + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / features + epsilon)
     tl.store(inv_rms + rows, scale, mask=is_row)
@@ -151,10 +157,7 @@ def _rms_norm_gradient(
     num_rows, features, dy_stride, x_stride, added_stride,
     HAS_ADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, COLUMNS)[None, :]
-    is_row = rows < num_rows
-    inside = is_row & (columns < features)
+    rows, columns, is_row, inside = _whole_rows_of_a_program(num_rows, features, ROWS, COLUMNS)
     value = tl.load(x + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(inv_rms + rows, mask=is_row, other=0.0)
     factor = tl.load(weight + columns, mask=columns < features, other=0.0).to(tl.float32)
