@@ -168,7 +168,7 @@ def _rows_per_rank(vocab_size: int, group: ProcessGroup) -> int:
 
 
 def _chunk_tokens(columns: int, device: torch.device) -> int:
-    """Return the tokens of a chunk, a multiple of the least number."""
+    """Return the tokens of a chunk: a multiple of the least, so that a GPU's tiles are full."""
     at_once = _LOGITS_AT_ONCE_ON_GPU if device.type == "cuda" else _LOGITS_AT_ONCE
     least = _LEAST_TOKENS_AT_ONCE
     return max(at_once // columns // least, 1) * least
