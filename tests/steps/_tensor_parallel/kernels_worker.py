@@ -24,7 +24,7 @@ from nemotron.steps._models import attention
 from nemotron.steps._models.config import DecoderConfig
 from nemotron.steps._models.gpt import GPTModel, LoraTargets
 from nemotron.steps._models.layouts import LORA_TARGETS
-from nemotron.steps._tensor_parallel import prologue, triton_kernels, vocabulary
+from nemotron.steps._tensor_parallel import kernels, prologue, triton_kernels, vocabulary
 from nemotron.steps._tensor_parallel.collectives import ProcessGroup
 from nemotron.steps._tensor_parallel.linear import LoraSpec
 
@@ -34,9 +34,10 @@ Results = dict[str, Tensor]
 GENERATOR = torch.Generator()
 
 
-def compare() -> dict[str, float]:
-    """Return how far the kernels' results are from torch's, by function and type."""
-    figures = {}
+def compare() -> dict[str, Any]:
+    """Return how far the kernels' results are from torch's, and which kernels training ran."""
+    assert kernels._working_kernels(DEVICE) is triton_kernels
+    figures: dict[str, Any] = {}
     for dtype in (torch.float32, torch.float16):
         for case in (norms, activations, rotations, losses):
             GENERATOR.manual_seed(0)
@@ -44,10 +45,22 @@ def compare() -> dict[str, float]:
             GENERATOR.manual_seed(0)
             for name, got in with_kernels(True, case, dtype).items():
                 figures[f"{name} {str(dtype)[6:]}"] = difference(got, with_torch[name])
+                if got.dtype == torch.float16:
+                    share = (got != with_torch[name]).double().mean().item()
+                    figures[f"unequal share of {name}"] = share
     GENERATOR.manual_seed(0)
     model = with_kernels(False, training, torch.float32)
     GENERATOR.manual_seed(0)
+    launched: set[str] = set()
+    launch = triton_kernels._launch
+
+    def note_and_launch(kernel: Any, *arguments: Any, **sizes: int) -> None:
+        launched.add(kernel.fn.__name__)
+        launch(kernel, *arguments, **sizes)
+
+    triton_kernels._launch = note_and_launch
     got = with_kernels(True, training, torch.float32)
+    figures["launched"] = sorted(launched)
     figures["training loss"] = difference(got.pop("loss"), model.pop("loss"))
     figures["finite losses of logits that are not"] = num_finite_losses()
     figures["training gradients"] = max(difference(got[name], model[name]) for name in model)

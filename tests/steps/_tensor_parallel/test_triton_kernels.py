@@ -6,8 +6,6 @@ interpreter runs the kernels, program by program. It cannot round to bf16; fp16 
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +23,15 @@ if sys.platform != "linux":
 
 WORKER = Path(__file__).with_name("kernels_worker.py")
 CORE = "nemotron.steps._tensor_parallel"
+KERNELS = {
+    "_rms_norm",
+    "_rms_norm_gradient",
+    "_swiglu",
+    "_swiglu_gradient",
+    "_rotate",
+    "_softmax_statistics",
+    "_softmax_minus_onehot",
+}
 # Sums of up to 5,000 fp32 numbers in another order: some roundings (6e-8) of the largest value; and
 # the same through two layers and back.
 ROUNDING = 5e-7
@@ -45,7 +52,7 @@ def run_worker(directory: Path, mode: str, *arguments: str, interpret: bool = Fa
 
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("compare")
     return run_worker(directory, "compare", interpret=not torch.cuda.is_available())
 
@@ -53,7 +60,7 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 @pytest.mark.parametrize(
     "part", ["norm", "swiglu", "queries", "keys", "values", "heads gradient", "softmax"]
 )
-def test_kernels_compute_what_torch_does(differences: dict[str, float], part: str) -> None:
+def test_kernels_compute_what_torch_does(differences: dict[str, Any], part: str) -> None:
     of_part = {name: value for name, value in differences.items() if name.startswith(part)}
     assert len(of_part) >= 8
     wide = [value for name, value in of_part.items() if name.endswith("float32")]
@@ -62,13 +69,21 @@ def test_kernels_compute_what_torch_does(differences: dict[str, float], part: st
     assert max(half) <= ROUNDING_IN_HALF, of_part
 
 
-def test_a_logit_that_is_not_finite_makes_the_loss_so(differences: dict[str, float]) -> None:
+def test_kernels_round_where_torch_does(differences: dict[str, Any]) -> None:
+    shares = [value for name, value in differences.items() if name.startswith("unequal share")]
+    assert len(shares) >= 20
+    # Of 9,000 numbers, 8 lie on an edge. A rounding left out changes a seventh of them.
+    assert max(shares) <= 0.01
+
+
+def test_a_logit_that_is_not_finite_makes_the_loss_so(differences: dict[str, Any]) -> None:
     assert differences["finite losses of logits that are not"] == 0
 
 
-def test_training_with_kernels_has_the_loss_and_gradients_of_torch(
-    differences: dict[str, float],
+def test_training_runs_every_kernel_and_has_the_loss_and_gradients_of_torch(
+    differences: dict[str, Any],
 ) -> None:
+    assert set(differences["launched"]) == KERNELS
     assert differences["training loss"] <= ROUNDING
     assert differences["training gradients"] <= ROUNDING_OF_TRAINING
 
@@ -78,13 +93,7 @@ def test_every_kernel_compiles_for_a_gpu_and_moves_sixteen_bytes_at_a_time(
     tmp_path: Path, capability: str
 ) -> None:
     built = run_worker(tmp_path, "build", capability)
-    spec = importlib.util.find_spec(f"{CORE}.triton_kernels")
-    assert spec is not None
-    assert spec.origin is not None
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    functions = [each for each in tree.body if isinstance(each, ast.FunctionDef)]
-    kernels = {each.name for each in functions if each.decorator_list}
-    assert {name for name, _ in built} == kernels
+    assert {name for name, _ in built} == KERNELS
     for name, ptx in built:
         loads = [line for line in ptx.splitlines() if "ld.global" in line]
         assert any(".v4.b32" in line for line in loads), name
