@@ -218,7 +218,9 @@ def test_a_truncated_shard_stops_the_run_with_exit_code_4(
     assert (run.error["code"], run.error["exit_code"]) == ("artifact_damaged", ExitCode.DATA)
     assert shard.name in run.error["problem"]
     # The second of three files: the ranks share them, and none waits for one that hashes all.
-    assert "\n[rank 1] error[artifact_damaged]" in f"\n{run.stderr}"
+    # gloo of torch 2.10 writes which ranks are connected.
+    said = [line for line in run.stderr.splitlines() if not line.startswith("[Gloo]")]
+    assert said[0].startswith("[rank 1] error[artifact_damaged]")
 
 
 def test_an_id_outside_of_the_vocabulary_is_a_bad_row(
